@@ -1,0 +1,174 @@
+from opd.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetPolicyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetPolicyResponse(_message.Message):
+    __slots__ = ("policy", "tokenizer_fingerprint", "load", "limits", "cache_mode")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_MODE_FIELD_NUMBER: _ClassVar[int]
+    policy: _common_pb2.Policy
+    tokenizer_fingerprint: str
+    load: RolloutLoad
+    limits: RolloutLimits
+    cache_mode: str
+    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., load: _Optional[_Union[RolloutLoad, _Mapping]] = ..., limits: _Optional[_Union[RolloutLimits, _Mapping]] = ..., cache_mode: _Optional[str] = ...) -> None: ...
+
+class RolloutLoad(_message.Message):
+    __slots__ = ("running", "waiting", "paused", "tokens_generated")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_GENERATED_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    paused: bool
+    tokens_generated: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., paused: _Optional[bool] = ..., tokens_generated: _Optional[int] = ...) -> None: ...
+
+class RolloutLimits(_message.Message):
+    __slots__ = ("max_context_tokens", "max_slots", "max_waiting")
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
+    max_context_tokens: int
+    max_slots: int
+    max_waiting: int
+    def __init__(self, max_context_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_waiting: _Optional[int] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("request_id", "run_id", "domain", "prompt_token_ids", "sampling", "from_index", "publish", "tokenizer_fingerprint")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    FROM_INDEX_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    run_id: str
+    domain: str
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: _common_pb2.SamplingParams
+    from_index: int
+    publish: bool
+    tokenizer_fingerprint: str
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., domain: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., from_index: _Optional[int] = ..., publish: _Optional[bool] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("started", "tokens", "finished")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    started: GenerationStarted
+    tokens: TokenBatch
+    finished: GenerationFinished
+    def __init__(self, started: _Optional[_Union[GenerationStarted, _Mapping]] = ..., tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping]] = ...) -> None: ...
+
+class GenerationStarted(_message.Message):
+    __slots__ = ("attached", "policy")
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    attached: bool
+    policy: _common_pb2.Policy
+    def __init__(self, attached: _Optional[bool] = ..., policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ...) -> None: ...
+
+class TokenBatch(_message.Message):
+    __slots__ = ("first_index", "token_ids", "sampling_logprobs", "policy_logprobs", "policy_versions")
+    FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    first_index: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    policy_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    policy_versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_logprobs: _Optional[_Iterable[float]] = ..., policy_logprobs: _Optional[_Iterable[float]] = ..., policy_versions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GenerationFinished(_message.Message):
+    __slots__ = ("trajectory", "stream_entry_id")
+    TRAJECTORY_FIELD_NUMBER: _ClassVar[int]
+    STREAM_ENTRY_ID_FIELD_NUMBER: _ClassVar[int]
+    trajectory: _common_pb2.Trajectory
+    stream_entry_id: str
+    def __init__(self, trajectory: _Optional[_Union[_common_pb2.Trajectory, _Mapping]] = ..., stream_entry_id: _Optional[str] = ...) -> None: ...
+
+class CancelGenerationRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class CancelGenerationResponse(_message.Message):
+    __slots__ = ("cancelled", "tokens_written")
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    cancelled: bool
+    tokens_written: int
+    def __init__(self, cancelled: _Optional[bool] = ..., tokens_written: _Optional[int] = ...) -> None: ...
+
+class UpdatePolicyRequest(_message.Message):
+    __slots__ = ("manifest", "chunk")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    manifest: PolicyManifest
+    chunk: _common_pb2.TensorChunk
+    def __init__(self, manifest: _Optional[_Union[PolicyManifest, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
+
+class PolicyManifest(_message.Message):
+    __slots__ = ("policy", "tensors", "tokenizer_fingerprint")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    policy: _common_pb2.Policy
+    tensors: _containers.RepeatedCompositeFieldContainer[_common_pb2.TensorHeader]
+    tokenizer_fingerprint: str
+    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_common_pb2.TensorHeader, _Mapping]]] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+
+class UpdatePolicyResponse(_message.Message):
+    __slots__ = ("policy", "swapped", "pause_s", "prefilled_again")
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_AGAIN_FIELD_NUMBER: _ClassVar[int]
+    policy: _common_pb2.Policy
+    swapped: bool
+    pause_s: float
+    prefilled_again: int
+    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., swapped: _Optional[bool] = ..., pause_s: _Optional[float] = ..., prefilled_again: _Optional[int] = ...) -> None: ...
+
+class PauseGenerationRequest(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class PauseGenerationResponse(_message.Message):
+    __slots__ = ("load",)
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    load: RolloutLoad
+    def __init__(self, load: _Optional[_Union[RolloutLoad, _Mapping]] = ...) -> None: ...
+
+class ResumeGenerationRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeGenerationResponse(_message.Message):
+    __slots__ = ("load",)
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    load: RolloutLoad
+    def __init__(self, load: _Optional[_Union[RolloutLoad, _Mapping]] = ...) -> None: ...
