@@ -55,6 +55,9 @@ class ConfigError(InvalidInputError):
 
     reason = "INVALID_CONFIG"
 
+    def __str__(self) -> str:
+        return self.message  # it lists every problem with its own path
+
 
 class TensorDecodeError(InvalidInputError):
     """Tensor bytes do not fit their header (dtype × shape), or came out of order."""

@@ -78,7 +78,7 @@ class Trajectory:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     finish_reason: FinishReason = FinishReason.STOP
     run_id: str = ""
-    lineage: str = ""
+    lineage: int = 0
 
     @property
     def num_scored(self) -> int:

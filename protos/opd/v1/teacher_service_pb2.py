@@ -27,15 +27,15 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from opd.v1 import common_pb2 as opd_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/teacher_service.proto\x12\x06opd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x13opd/v1/common.proto\"\xe3\x01\n\x08HeadForm\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x19\n\x11padded_vocab_size\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x1c\n\x05\x64type\x18\x05 \x01(\x0e\x32\r.opd.v1.DType\x12\x10\n\x08has_bias\x18\x06 \x01(\x08\x12\x13\n\x0blogit_scale\x18\x07 \x01(\x01\x12\x15\n\x08soft_cap\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\x12\x66inal_norm_applied\x18\t \x01(\x08\x42\x0b\n\t_soft_cap\"\xa5\x03\n\x0bTeacherCard\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64omains\x18\x02 \x03(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x1c\n\x05\x64type\x18\x06 \x01(\x0e\x32\r.opd.v1.DType\x12\x1d\n\x15tokenizer_fingerprint\x18\x07 \x01(\t\x12\x16\n\x0eteacher_digest\x18\x08 \x01(\t\x12\x1e\n\x04head\x18\t \x01(\x0b\x32\x10.opd.v1.HeadForm\x12\x1f\n\x07signals\x18\n \x03(\x0e\x32\x0e.opd.v1.Signal\x12\x0c\n\x04note\x18\x0b \x01(\t\x12%\n\x06limits\x18\x0c \x01(\x0b\x32\x15.opd.v1.TeacherLimits\x12\x12\n\nhead_error\x18\r \x01(\x01\x12\x14\n\x0c\x62\x61tch_layout\x18\x0e \x01(\t\x12/\n\x0ftokenizer_roles\x18\x0f \x01(\x0b\x32\x16.opd.v1.TokenizerRoles\x12\x0e\n\x06\x65ngine\x18\x10 \x01(\t\"\xb2\x01\n\x0eTokenizerRoles\x12\x19\n\x0c\x62os_token_id\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0c\x65os_token_id\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x19\n\x0cpad_token_id\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x14\x63hat_template_digest\x18\x04 \x01(\tB\x0f\n\r_bos_token_idB\x0f\n\r_eos_token_idB\x0f\n\r_pad_token_id\"\\\n\rTeacherLimits\x12\x1b\n\x13max_tokens_per_item\x18\x01 \x01(\r\x12\x1b\n\x13max_items_in_flight\x18\x02 \x01(\r\x12\x11\n\tmax_top_k\x18\x03 \x01(\r\"\x15\n\x13ListTeachersRequest\"=\n\x14ListTeachersResponse\x12%\n\x08teachers\x18\x01 \x03(\x0b\x32\x13.opd.v1.TeacherCard\"\'\n\x11GetTeacherRequest\x12\x12\n\nteacher_id\x18\x01 \x01(\t\":\n\x12GetTeacherResponse\x12$\n\x07teacher\x18\x01 \x01(\x0b\x32\x13.opd.v1.TeacherCard\"D\n\x0eGetHeadRequest\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"j\n\x0fGetHeadResponse\x12(\n\x08manifest\x18\x01 \x01(\x0b\x32\x14.opd.v1.HeadManifestH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.opd.v1.HeadChunkH\x00\x42\t\n\x07payload\"j\n\x0cHeadManifest\x12\x1e\n\x04\x66orm\x18\x01 \x01(\x0b\x32\x10.opd.v1.HeadForm\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.opd.v1.TensorHeader\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\")\n\tHeadChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"b\n\x18ScoreTrajectoriesRequest\x12!\n\x04item\x18\x01 \x01(\x0b\x32\x11.opd.v1.ScoreItemH\x00\x12\x18\n\x0e\x63\x61ncel_item_id\x18\x02 \x01(\tH\x00\x42\t\n\x07payload\"\xbe\x02\n\tScoreItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\nteacher_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\"\n\x0cscored_spans\x18\x04 \x03(\x0b\x32\x0c.opd.v1.Span\x12\x1e\n\x06signal\x18\x05 \x01(\x0e\x32\x0e.opd.v1.Signal\x12\x1c\n\x05\x64type\x18\x06 \x01(\x0e\x32\r.opd.v1.DType\x12*\n\x07timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15tokenizer_fingerprint\x18\x08 \x01(\t\x12\x1f\n\x17\x65xpected_teacher_digest\x18\t \x01(\t\x12\x1c\n\x14\x65xpected_head_digest\x18\n \x01(\t\x12\r\n\x05top_k\x18\x0b \x01(\r\"\xbd\x01\n\x19ScoreTrajectoriesResponse\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\x07\x63redits\x18\x02 \x01(\rH\x00\x12%\n\x06header\x18\x03 \x01(\x0b\x32\x13.opd.v1.ScoreHeaderH\x00\x12$\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x13.opd.v1.TensorChunkH\x00\x12$\n\x06status\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07payload\"\xa3\x01\n\x0bScoreHeader\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x16\n\x0eteacher_digest\x18\x02 \x01(\t\x12\x13\n\x0bhead_digest\x18\x03 \x01(\t\x12\x1e\n\x06signal\x18\x04 \x01(\x0e\x32\x0e.opd.v1.Signal\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12%\n\x07tensors\x18\x06 \x03(\x0b\x32\x14.opd.v1.TensorHeader*\x83\x01\n\x06Signal\x12\x16\n\x12SIGNAL_UNSPECIFIED\x10\x00\x12\x18\n\x14SIGNAL_HIDDEN_STATES\x10\x01\x12\x11\n\rSIGNAL_LOGITS\x10\x02\x12\x19\n\x15SIGNAL_TOP_K_LOGPROBS\x10\x03\x12\x19\n\x15SIGNAL_TOKEN_LOGPROBS\x10\x04\x32\xbc\x02\n\x0eTeacherService\x12I\n\x0cListTeachers\x12\x1b.opd.v1.ListTeachersRequest\x1a\x1c.opd.v1.ListTeachersResponse\x12\x43\n\nGetTeacher\x12\x19.opd.v1.GetTeacherRequest\x1a\x1a.opd.v1.GetTeacherResponse\x12<\n\x07GetHead\x12\x16.opd.v1.GetHeadRequest\x1a\x17.opd.v1.GetHeadResponse0\x01\x12\\\n\x11ScoreTrajectories\x12 .opd.v1.ScoreTrajectoriesRequest\x1a!.opd.v1.ScoreTrajectoriesResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/teacher_service.proto\x12\x06opd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x13opd/v1/common.proto\"\xe3\x01\n\x08HeadForm\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x19\n\x11padded_vocab_size\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x1c\n\x05\x64type\x18\x05 \x01(\x0e\x32\r.opd.v1.DType\x12\x10\n\x08has_bias\x18\x06 \x01(\x08\x12\x13\n\x0blogit_scale\x18\x07 \x01(\x01\x12\x15\n\x08soft_cap\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\x12\x66inal_norm_applied\x18\t \x01(\x08\x42\x0b\n\t_soft_cap\"\xa5\x03\n\x0bTeacherCard\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64omains\x18\x02 \x03(\t\x12\x12\n\nmodel_type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\x12\x1c\n\x05\x64type\x18\x06 \x01(\x0e\x32\r.opd.v1.DType\x12\x1d\n\x15tokenizer_fingerprint\x18\x07 \x01(\t\x12\x16\n\x0eteacher_digest\x18\x08 \x01(\t\x12\x1e\n\x04head\x18\t \x01(\x0b\x32\x10.opd.v1.HeadForm\x12\x1f\n\x07signals\x18\n \x03(\x0e\x32\x0e.opd.v1.Signal\x12\x0c\n\x04note\x18\x0b \x01(\t\x12%\n\x06limits\x18\x0c \x01(\x0b\x32\x15.opd.v1.TeacherLimits\x12\x12\n\nhead_error\x18\r \x01(\x01\x12\x14\n\x0c\x62\x61tch_layout\x18\x0e \x01(\t\x12/\n\x0ftokenizer_roles\x18\x0f \x01(\x0b\x32\x16.opd.v1.TokenizerRoles\x12\x0e\n\x06\x65ngine\x18\x10 \x01(\t\"\xb2\x01\n\x0eTokenizerRoles\x12\x19\n\x0c\x62os_token_id\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x19\n\x0c\x65os_token_id\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x19\n\x0cpad_token_id\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1c\n\x14\x63hat_template_digest\x18\x04 \x01(\tB\x0f\n\r_bos_token_idB\x0f\n\r_eos_token_idB\x0f\n\r_pad_token_id\"\\\n\rTeacherLimits\x12\x1b\n\x13max_tokens_per_item\x18\x01 \x01(\r\x12\x1b\n\x13max_items_in_flight\x18\x02 \x01(\r\x12\x11\n\tmax_top_k\x18\x03 \x01(\r\"\x15\n\x13ListTeachersRequest\"=\n\x14ListTeachersResponse\x12%\n\x08teachers\x18\x01 \x03(\x0b\x32\x13.opd.v1.TeacherCard\"C\n\x11GetTeacherRequest\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x1a\n\x12include_vocabulary\x18\x02 \x01(\x08\"g\n\x12GetTeacherResponse\x12$\n\x07teacher\x18\x01 \x01(\x0b\x32\x13.opd.v1.TeacherCard\x12+\n\nvocabulary\x18\x02 \x03(\x0b\x32\x17.opd.v1.VocabularyEntry\",\n\x0fVocabularyEntry\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\n\n\x02id\x18\x02 \x01(\r\"D\n\x0eGetHeadRequest\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x03\"j\n\x0fGetHeadResponse\x12(\n\x08manifest\x18\x01 \x01(\x0b\x32\x14.opd.v1.HeadManifestH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.opd.v1.HeadChunkH\x00\x42\t\n\x07payload\"j\n\x0cHeadManifest\x12\x1e\n\x04\x66orm\x18\x01 \x01(\x0b\x32\x10.opd.v1.HeadForm\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.opd.v1.TensorHeader\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\")\n\tHeadChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"b\n\x18ScoreTrajectoriesRequest\x12!\n\x04item\x18\x01 \x01(\x0b\x32\x11.opd.v1.ScoreItemH\x00\x12\x18\n\x0e\x63\x61ncel_item_id\x18\x02 \x01(\tH\x00\x42\t\n\x07payload\"\xbe\x02\n\tScoreItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x12\n\nteacher_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\"\n\x0cscored_spans\x18\x04 \x03(\x0b\x32\x0c.opd.v1.Span\x12\x1e\n\x06signal\x18\x05 \x01(\x0e\x32\x0e.opd.v1.Signal\x12\x1c\n\x05\x64type\x18\x06 \x01(\x0e\x32\r.opd.v1.DType\x12*\n\x07timeout\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15tokenizer_fingerprint\x18\x08 \x01(\t\x12\x1f\n\x17\x65xpected_teacher_digest\x18\t \x01(\t\x12\x1c\n\x14\x65xpected_head_digest\x18\n \x01(\t\x12\r\n\x05top_k\x18\x0b \x01(\r\"\xbd\x01\n\x19ScoreTrajectoriesResponse\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\x07\x63redits\x18\x02 \x01(\rH\x00\x12%\n\x06header\x18\x03 \x01(\x0b\x32\x13.opd.v1.ScoreHeaderH\x00\x12$\n\x05\x63hunk\x18\x04 \x01(\x0b\x32\x13.opd.v1.TensorChunkH\x00\x12$\n\x06status\x18\x05 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07payload\"\xa3\x01\n\x0bScoreHeader\x12\x12\n\nteacher_id\x18\x01 \x01(\t\x12\x16\n\x0eteacher_digest\x18\x02 \x01(\t\x12\x13\n\x0bhead_digest\x18\x03 \x01(\t\x12\x1e\n\x06signal\x18\x04 \x01(\x0e\x32\x0e.opd.v1.Signal\x12\x0c\n\x04rows\x18\x05 \x01(\r\x12%\n\x07tensors\x18\x06 \x03(\x0b\x32\x14.opd.v1.TensorHeader*\x83\x01\n\x06Signal\x12\x16\n\x12SIGNAL_UNSPECIFIED\x10\x00\x12\x18\n\x14SIGNAL_HIDDEN_STATES\x10\x01\x12\x11\n\rSIGNAL_LOGITS\x10\x02\x12\x19\n\x15SIGNAL_TOP_K_LOGPROBS\x10\x03\x12\x19\n\x15SIGNAL_TOKEN_LOGPROBS\x10\x04\x32\xbc\x02\n\x0eTeacherService\x12I\n\x0cListTeachers\x12\x1b.opd.v1.ListTeachersRequest\x1a\x1c.opd.v1.ListTeachersResponse\x12\x43\n\nGetTeacher\x12\x19.opd.v1.GetTeacherRequest\x1a\x1a.opd.v1.GetTeacherResponse\x12<\n\x07GetHead\x12\x16.opd.v1.GetHeadRequest\x1a\x17.opd.v1.GetHeadResponse0\x01\x12\\\n\x11ScoreTrajectories\x12 .opd.v1.ScoreTrajectoriesRequest\x1a!.opd.v1.ScoreTrajectoriesResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'opd.v1.teacher_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SIGNAL']._serialized_start=2343
-  _globals['_SIGNAL']._serialized_end=2474
+  _globals['_SIGNAL']._serialized_start=2462
+  _globals['_SIGNAL']._serialized_end=2593
   _globals['_HEADFORM']._serialized_start=119
   _globals['_HEADFORM']._serialized_end=346
   _globals['_TEACHERCARD']._serialized_start=349
@@ -49,25 +49,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTTEACHERSRESPONSE']._serialized_start=1070
   _globals['_LISTTEACHERSRESPONSE']._serialized_end=1131
   _globals['_GETTEACHERREQUEST']._serialized_start=1133
-  _globals['_GETTEACHERREQUEST']._serialized_end=1172
-  _globals['_GETTEACHERRESPONSE']._serialized_start=1174
-  _globals['_GETTEACHERRESPONSE']._serialized_end=1232
-  _globals['_GETHEADREQUEST']._serialized_start=1234
-  _globals['_GETHEADREQUEST']._serialized_end=1302
-  _globals['_GETHEADRESPONSE']._serialized_start=1304
-  _globals['_GETHEADRESPONSE']._serialized_end=1410
-  _globals['_HEADMANIFEST']._serialized_start=1412
-  _globals['_HEADMANIFEST']._serialized_end=1518
-  _globals['_HEADCHUNK']._serialized_start=1520
-  _globals['_HEADCHUNK']._serialized_end=1561
-  _globals['_SCORETRAJECTORIESREQUEST']._serialized_start=1563
-  _globals['_SCORETRAJECTORIESREQUEST']._serialized_end=1661
-  _globals['_SCOREITEM']._serialized_start=1664
-  _globals['_SCOREITEM']._serialized_end=1982
-  _globals['_SCORETRAJECTORIESRESPONSE']._serialized_start=1985
-  _globals['_SCORETRAJECTORIESRESPONSE']._serialized_end=2174
-  _globals['_SCOREHEADER']._serialized_start=2177
-  _globals['_SCOREHEADER']._serialized_end=2340
-  _globals['_TEACHERSERVICE']._serialized_start=2477
-  _globals['_TEACHERSERVICE']._serialized_end=2793
+  _globals['_GETTEACHERREQUEST']._serialized_end=1200
+  _globals['_GETTEACHERRESPONSE']._serialized_start=1202
+  _globals['_GETTEACHERRESPONSE']._serialized_end=1305
+  _globals['_VOCABULARYENTRY']._serialized_start=1307
+  _globals['_VOCABULARYENTRY']._serialized_end=1351
+  _globals['_GETHEADREQUEST']._serialized_start=1353
+  _globals['_GETHEADREQUEST']._serialized_end=1421
+  _globals['_GETHEADRESPONSE']._serialized_start=1423
+  _globals['_GETHEADRESPONSE']._serialized_end=1529
+  _globals['_HEADMANIFEST']._serialized_start=1531
+  _globals['_HEADMANIFEST']._serialized_end=1637
+  _globals['_HEADCHUNK']._serialized_start=1639
+  _globals['_HEADCHUNK']._serialized_end=1680
+  _globals['_SCORETRAJECTORIESREQUEST']._serialized_start=1682
+  _globals['_SCORETRAJECTORIESREQUEST']._serialized_end=1780
+  _globals['_SCOREITEM']._serialized_start=1783
+  _globals['_SCOREITEM']._serialized_end=2101
+  _globals['_SCORETRAJECTORIESRESPONSE']._serialized_start=2104
+  _globals['_SCORETRAJECTORIESRESPONSE']._serialized_end=2293
+  _globals['_SCOREHEADER']._serialized_start=2296
+  _globals['_SCOREHEADER']._serialized_end=2459
+  _globals['_TEACHERSERVICE']._serialized_start=2596
+  _globals['_TEACHERSERVICE']._serialized_end=2912
 # @@protoc_insertion_point(module_scope)

@@ -116,16 +116,28 @@ class ListTeachersResponse(_message.Message):
     def __init__(self, teachers: _Optional[_Iterable[_Union[TeacherCard, _Mapping]]] = ...) -> None: ...
 
 class GetTeacherRequest(_message.Message):
-    __slots__ = ("teacher_id",)
+    __slots__ = ("teacher_id", "include_vocabulary")
     TEACHER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     teacher_id: str
-    def __init__(self, teacher_id: _Optional[str] = ...) -> None: ...
+    include_vocabulary: bool
+    def __init__(self, teacher_id: _Optional[str] = ..., include_vocabulary: _Optional[bool] = ...) -> None: ...
 
 class GetTeacherResponse(_message.Message):
-    __slots__ = ("teacher",)
+    __slots__ = ("teacher", "vocabulary")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     teacher: TeacherCard
-    def __init__(self, teacher: _Optional[_Union[TeacherCard, _Mapping]] = ...) -> None: ...
+    vocabulary: _containers.RepeatedCompositeFieldContainer[VocabularyEntry]
+    def __init__(self, teacher: _Optional[_Union[TeacherCard, _Mapping]] = ..., vocabulary: _Optional[_Iterable[_Union[VocabularyEntry, _Mapping]]] = ...) -> None: ...
+
+class VocabularyEntry(_message.Message):
+    __slots__ = ("token", "id")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    id: int
+    def __init__(self, token: _Optional[bytes] = ..., id: _Optional[int] = ...) -> None: ...
 
 class GetHeadRequest(_message.Message):
     __slots__ = ("teacher_id", "digest", "offset")

@@ -1,0 +1,1 @@
+"""Python clients of the four services: one class each, one method per RPC."""

@@ -1,0 +1,1 @@
+"""Recipes and service configurations: pydantic models over YAML. Imports no torch, and a test says so."""

@@ -1,0 +1,89 @@
+"""What every configuration model shares: strictness, the nearest known name, and YAML."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from opd_mesh.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused with the nearest known name; instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            known = list(cls.model_fields)
+            for key in value:
+                if key not in known:
+                    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+                    hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
+                    raise ValueError(f"unknown key {key!r}; {hint}")
+        return value
+
+    def replace(self, **changes: Any) -> Self:
+        """A validated copy with some fields changed."""
+        return type(self).model_validate({**self.model_dump(), **changes})
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys silently; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_config(model: type[ConfigT], value: Any, *, source: str) -> ConfigT:
+    """Validate ``value``.
+
+    Raises:
+        ConfigError: one line per problem, each with the path of the key; ``field`` is the first path.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            path = ".".join(str(part) for part in item["loc"]) or "(top level)"
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append((path, message))
+        text = "\n".join(f"  {path}: {message}" for path, message in problems)
+        raise ConfigError(f"{source} is not valid:\n{text}", field=problems[0][0]) from error
+
+
+def load_config(model: type[ConfigT], path: Path | str) -> ConfigT:
+    """Read and validate a YAML file. Raises :class:`ConfigError` with the file, line or key."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", field="path") from error
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a mapping at the top level, found {type(value).__name__}")
+    return parse_config(model, value, source=str(path))
+
+
+def dump_config(config: BaseModel, path: Path) -> None:
+    """Write a configuration as YAML that :func:`load_config` reads back."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")

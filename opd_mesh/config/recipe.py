@@ -1,0 +1,216 @@
+"""The recipe of a run: one student, its teachers, the domains that route between them, and how to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from opd_mesh.config.base import Strict
+from opd_mesh.config.services import (
+    ComputeDType,
+    Device,
+    PeerConfig,
+    RolloutEngineConfig,
+    ServerConfig,
+    TeacherConfig,
+)
+
+
+class RunConfig(Strict):
+    """Name, length and manner of the run."""
+
+    name: str = Field("opd", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int = Field(ge=1)
+    # Same seed, same bits: fixed batch composition, one sequence at a time, fixed thread count. Slower.
+    deterministic: bool = False
+    device: Device = "auto"
+    # Threads of the trainer; 0: as torch chooses (1 in deterministic mode unless set).
+    threads: int = Field(0, ge=0)
+
+
+class LoraConfig(Strict):
+    """Train a PEFT LoRA adapter instead of all weights."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: Literal[0.0] = 0.0  # the student that writes must be the student that learns
+    target_modules: str | list[str] = "all-linear"
+
+
+class StudentConfig(Strict):
+    """The model that learns."""
+
+    path: Path
+    dtype: ComputeDType = "float32"
+    lora: LoraConfig | None = None
+    activation_checkpointing: bool = False
+
+
+class ReasoningGymSource(Strict):
+    """Prompts drawn from a reasoning-gym task family."""
+
+    task: str
+    # Arguments of the family's dataset (for example ``min_terms``), without seed and size.
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class JsonlSource(Strict):
+    """Prompts of one's own: a JSONL file with ``prompt`` (text) or ``messages`` (chat turns) on every line."""
+
+    path: Path
+    # Lines held out for evaluation, from the end of the file; unset: as many as evaluation asks for.
+    heldout: Path | None = None
+
+
+class DomainConfig(Strict):
+    """One kind of prompt and the teachers that mark it."""
+
+    reasoning_gym: ReasoningGymSource | None = None
+    jsonl: JsonlSource | None = None
+    # Teacher id → weight w_i of Eq. 29 (DeepSeek-V4 report).
+    teachers: dict[str, float] = Field(min_length=1)
+    # Share of this domain among the prompts of a step, relative to the others.
+    share: float = Field(1.0, gt=0)
+    # Put before the conversation as a system turn, where set.
+    system_prompt: str | None = None
+    max_new_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DomainConfig:
+        if (self.reasoning_gym is None) == (self.jsonl is None):
+            raise ValueError("name exactly one source: reasoning_gym or jsonl")
+        for teacher, weight in self.teachers.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"teachers.{teacher}: the weight must be above 0 and finite, got {weight}")
+        return self
+
+
+class TeacherRef(TeacherConfig):
+    """A teacher, and the servers that have it; without addresses ``opd run`` serves it from ``path``."""
+
+    path: Path | None = None  # type: ignore[assignment]
+    addresses: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _path_or_addresses(self) -> TeacherRef:
+        if self.path is None and not self.addresses:
+            raise ValueError("give `path` (a checkpoint folder) or `addresses` (servers that have this teacher)")
+        return self
+
+
+class RolloutConfig(Strict):
+    """How the student writes."""
+
+    temperature: float = Field(1.0, gt=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(256, ge=1)
+    # Added to the tokenizer's EOS.
+    stop_token_ids: list[int] = Field(default_factory=list)
+    peers: PeerConfig = PeerConfig()
+    engine: RolloutEngineConfig = RolloutEngineConfig()
+    # A response that takes longer ends the run (after a checkpoint).
+    timeout_s: float = Field(600.0, gt=0)
+
+
+class ObjectiveConfig(Strict):
+    """What is minimized."""
+
+    name: Literal["reverse_kl"] = "reverse_kl"
+    # Divides the logits of student and teacher alike.
+    temperature: float = Field(1.0, gt=0)
+    # hidden_states, or logits where a teacher offers nothing else; auto: the better of what its card offers.
+    signal: Literal["auto", "hidden_states", "logits"] = "auto"
+    # On the wire; auto: the teacher's own.
+    wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    implementation: Literal["auto", "chunked", "reference"] = "auto"
+
+
+class OptimizerConfig(Strict):
+    """AdamW."""
+
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    # Of the peak, at the end of cosine and linear.
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class BatchConfig(Strict):
+    """The mini-batch of one optimizer step."""
+
+    prompts_per_step: int = Field(8, ge=1)
+    responses_per_prompt: int = Field(1, ge=1)
+    # Tokens (prompt and response) in one forward and backward pass; gradients accumulate over the passes.
+    tokens_per_pass: int = Field(4096, ge=1)
+    # Trajectories from outside taken into one step, at most.
+    max_external_per_step: int = Field(64, ge=0)
+
+
+class EvaluationConfig(Strict):
+    """Held-out reverse KL on fixed responses: a set from the first student, and one from each domain's teacher."""
+
+    prompts_per_domain: int = Field(8, ge=0)
+    # Also after so many steps; 0: only before the first step and after the last.
+    every_steps: int = Field(0, ge=0)
+    teacher_responses: bool = True
+
+
+class CheckpointConfig(Strict):
+    """Durable states of the run."""
+
+    every_steps: int = Field(50, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class TrainerServiceConfig(Strict):
+    """The trainer's own gRPC server."""
+
+    server: ServerConfig = ServerConfig()
+
+
+class Recipe(Strict):
+    """``opd run RECIPE``. Paths are relative to the working directory."""
+
+    run: RunConfig
+    student: StudentConfig
+    teachers: dict[str, TeacherRef] = Field(min_length=1)
+    domains: dict[str, DomainConfig] = Field(min_length=1)
+    rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trainer: TrainerServiceConfig = TrainerServiceConfig()
+    teacher_channel: PeerConfig = PeerConfig()
+    # Same token map but other BOS, EOS, pad or template on a teacher: an error, or the student's roles are used.
+    tokenizer_roles: Literal["same", "student"] = "same"
+    # Trajectories from outside that are older than so many versions are dropped and counted.
+    max_staleness: int = Field(0, ge=0)
+    # How long a teacher may be silent, all attempts together, before the run ends with a checkpoint.
+    teacher_timeout_s: float = Field(120.0, gt=0)
+    # Unset: OPD_REDIS_URL, else an embedded Valkey.
+    redis_url: str | None = None
+    redis_timeout_s: float = Field(15.0, gt=0)
+
+    @model_validator(mode="after")
+    def _routing_is_closed(self) -> Recipe:
+        for name, domain in self.domains.items():
+            for teacher in domain.teachers:
+                if teacher not in self.teachers:
+                    raise ValueError(
+                        f"domains.{name}.teachers names {teacher!r}, but the teachers are {', '.join(self.teachers)}"
+                    )
+        used = {teacher for domain in self.domains.values() for teacher in domain.teachers}
+        idle = sorted(set(self.teachers) - used)
+        if idle:
+            raise ValueError(f"teachers {', '.join(idle)} mark no domain; route one to them or take them out")
+        return self

@@ -1,0 +1,1 @@
+"""Frozen teachers: engines, queue, service."""

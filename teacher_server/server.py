@@ -1,0 +1,62 @@
+"""The teacher server's process: bind, load, prove, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import torch
+
+from opd.v1 import teacher_service_pb2_grpc
+from opd_mesh.config.services import TeacherServerConfig
+from opd_mesh.models.runtime import configure_torch
+from opd_mesh.process import ServiceArguments
+from opd_mesh.rpc.server import MeshServer
+from teacher_server.engine import TeacherEngine
+from teacher_server.scoring_queue import ScoringQueue
+from teacher_server.service import TeacherServicer
+from teacher_server.transformers_engine import TransformersEngine
+
+log = logging.getLogger("teacher_server")
+SERVICE = "opd.v1.TeacherService"
+
+
+def load_engines(config: TeacherServerConfig) -> dict[str, TeacherEngine]:
+    """Load and prove every teacher. Raises the errors of its engine, naming the teacher in ``field``."""
+    device = configure_torch(config.device, threads=config.threads, deterministic=config.deterministic)
+    engines: dict[str, TeacherEngine] = {}
+    for teacher_id, teacher in config.teachers.items():
+        log.info("loading teacher %s from %s", teacher_id, teacher.path)
+        engine = TransformersEngine(teacher_id, teacher, device=device, deterministic=config.deterministic)
+        facts = engine.facts
+        log.info(
+            "teacher %s: %s, V=%d, d=%d, %s, batching %s, head error %.1e, digest %s",
+            teacher_id, facts.model_type, facts.vocab_size, facts.hidden_size, facts.dtype,
+            facts.batch_layout, facts.head_error, facts.teacher_digest[:12],
+        )  # fmt: skip
+        engines[teacher_id] = engine
+    return engines
+
+
+async def serve(arguments: ServiceArguments[TeacherServerConfig]) -> None:
+    """Serve until SIGTERM."""
+    config = arguments.config
+    server = MeshServer(config.server, services=[SERVICE], insecure=arguments.insecure)
+    servicer = TeacherServicer(config)
+    teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
+    # The port first: one that is taken should not cost minutes of loading.
+    address = await server.start(arguments.listen)
+    engines = await asyncio.to_thread(load_engines, config)
+    queue = ScoringQueue(
+        engines,
+        token_budget=config.batch_tokens,
+        max_items=config.max_queue_items,
+        max_batch_items=1 if config.deterministic else config.max_items_in_flight,
+    )
+    queue.start()
+    servicer.install(engines, queue)
+    await server.set_serving(True)
+    arguments.announce(address)
+    await server.run_until_signal()
+    await queue.close()
+    log.info("served %d tokens in %d batches; peak torch threads %d", queue.tokens, queue.batches, torch.get_num_threads())
