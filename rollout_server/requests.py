@@ -1,0 +1,137 @@
+"""The requests of a server: what was asked, what has been written, who is listening."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from opd_mesh.errors import OpdError, RequestConflictError, RequestNotFoundError
+from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
+from rollout_server.engine import TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class RequestParams:
+    """Everything that makes two uses of one ``request_id`` the same request."""
+
+    request_id: str
+    run_id: str
+    domain: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    publish: bool
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """A request from admission until it is forgotten."""
+
+    params: RequestParams
+    lineage: int
+    tokens: list[int] = field(default_factory=list)
+    sampling_logprobs: list[float] = field(default_factory=list)
+    policy_logprobs: list[float] = field(default_factory=list)
+    policy_versions: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: OpdError | None = None
+    # True once the trajectory is where it belongs (on the Redis stream, if it was to be published).
+    delivered: bool = False
+    stream_entry_id: str = ""
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will be written, and listeners may be told so."""
+        return self.error is not None or self.delivered
+
+    def append(self, event: TokenEvent) -> None:
+        """Take one token."""
+        self.tokens.append(event.token_id)
+        self.sampling_logprobs.append(event.sampling_logprob)
+        self.policy_logprobs.append(event.policy_logprob)
+        self.policy_versions.append(event.policy_version)
+        self.finish_reason = event.finish_reason
+
+    def notify(self) -> None:
+        """Wake every listener."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait_change(self) -> None:
+        """Until the next :meth:`notify`."""
+        await self._changed.wait()
+
+    def trajectory(self) -> Trajectory:
+        """What has been written, as a trajectory; without a scored span if that is nothing."""
+        prompt = self.params.prompt_ids
+        span = ((len(prompt), len(prompt) + len(self.tokens)),) if self.tokens else ()
+        return Trajectory(
+            trajectory_id=self.params.request_id,
+            domain=self.params.domain,
+            token_ids=(*prompt, *self.tokens),
+            scored_spans=span,
+            sampling_logprobs=tuple(self.sampling_logprobs),
+            policy_logprobs=tuple(self.policy_logprobs),
+            policy_versions=tuple(self.policy_versions),
+            sampling=self.params.sampling,
+            finish_reason=self.finish_reason or FinishReason.CANCELLED,
+            run_id=self.params.run_id,
+            lineage=self.lineage,
+        )
+
+
+class RequestTable:
+    """All requests by id; of those that ended, the newest ``finished_kept``."""
+
+    def __init__(self, *, finished_kept: int) -> None:
+        self._finished_kept = finished_kept
+        self._states: dict[str, RequestState] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
+
+    def find(self, params: RequestParams) -> RequestState | None:
+        """The request of these parameters, if it is known.
+
+        Raises:
+            RequestConflictError: the id is known with other parameters; names the first that differs.
+        """
+        state = self._states.get(params.request_id)
+        if state is None or state.params == params:
+            return state
+        differing = next(
+            name for name in RequestParams.__slots__ if getattr(state.params, name) != getattr(params, name)
+        )
+        raise RequestConflictError(
+            f"request {params.request_id!r} is known with another {differing}; choose a new request_id", field=differing
+        )
+
+    def get(self, request_id: str) -> RequestState:
+        """Raises :class:`RequestNotFoundError`."""
+        state = self._states.get(request_id)
+        if state is None:
+            raise RequestNotFoundError(f"no request {request_id!r} here", field="request_id")
+        return state
+
+    def lookup(self, request_id: str) -> RequestState | None:
+        """The request, or None."""
+        return self._states.get(request_id)
+
+    def add(self, state: RequestState) -> None:
+        """A new request."""
+        self._states[state.params.request_id] = state
+
+    def forget(self, request_id: str) -> None:
+        """As if it had never been asked."""
+        self._states.pop(request_id, None)
+        self._ended.pop(request_id, None)
+
+    def mark_ended(self, request_id: str) -> None:
+        """It may be forgotten when newer ones have ended."""
+        self._ended[request_id] = None
+        while len(self._ended) > self._finished_kept:
+            oldest, _ = self._ended.popitem(last=False)
+            self._states.pop(oldest, None)
+
+    def unfinished(self) -> list[RequestState]:
+        """Those that are being written, or wait."""
+        return [state for state in self._states.values() if not state.ended]
