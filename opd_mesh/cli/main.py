@@ -1,0 +1,144 @@
+"""``opd``: run, serve, score, report, doctor. Imports no torch; commands import what they need."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from opd_mesh.errors import ConfigError, OpdError
+
+app = typer.Typer(
+    name="opd",
+    help="OPD Mesh: multi-teacher on-policy distillation as a mesh of gRPC services.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class ServiceName(StrEnum):
+    """What `opd serve` can start."""
+
+    teacher = "teacher"
+    rollout = "rollout"
+    grm = "grm"
+    trainer = "trainer"
+
+
+MODULES = {
+    ServiceName.teacher: "teacher_server",
+    ServiceName.rollout: "rollout_server",
+    ServiceName.grm: "grm_server",
+    ServiceName.trainer: "student_trainer",
+}
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; not needed with --resume")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="default: runs/NAME-TIME")] = None,
+    resume: Annotated[Path | None, typer.Option(help="continue the run in this folder")] = None,
+) -> None:
+    """Run a recipe: a local mesh as child processes, or the servers that the recipe names."""
+    from rich.console import Console
+
+    from opd_mesh.config.base import dump_config, load_config
+    from opd_mesh.config.recipe import Recipe
+    from opd_mesh.progress import ProgressView
+    from opd_mesh.supervisor import resolve_paths, run_local
+
+    if resume is not None:
+        if recipe is not None or run_dir is not None:
+            raise ConfigError("--resume takes recipe and folder from the run itself; give nothing else")
+        folder = resume
+        loaded = load_config(Recipe, folder / "recipe.yaml")
+    elif recipe is not None:
+        loaded = resolve_paths(load_config(Recipe, recipe))
+        folder = run_dir or Path("runs") / f"{loaded.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (folder / "recipe.yaml").exists():
+            raise ConfigError(f"{folder} holds a run already: continue it with --resume {folder}", field="run_dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        dump_config(loaded, folder / "recipe.yaml")
+    else:
+        raise ConfigError("give a recipe, or --resume RUN_DIR")
+    console = Console()
+    console.print(f"[bold]{loaded.run.name}[/]: {loaded.student.path.name} learns from {', '.join(loaded.teachers)}")
+    console.print(f"run directory: {folder}", highlight=False)
+    with ProgressView(console, loaded.run.steps) as progress:
+        code = asyncio.run(run_local(loaded, folder.resolve(), resume=resume is not None, progress=progress))
+    if (folder / "summary.json").exists():
+        from opd_mesh.cli.summary import print_summary
+
+        print_summary(console, folder)
+    if code not in (0, 130):
+        console.print(f"the run did not finish; continue it with: opd run --resume {folder}", highlight=False)
+    sys.exit(code)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context, service: ServiceName) -> None:
+    """Start one server: opd serve teacher --config F --listen ADDR (more with --help after the name)."""
+    import os
+
+    os.execv(sys.executable, [sys.executable, "-m", MODULES[service], *context.args])
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
+    """Write RUN_DIR/report.html from what the run left behind so far."""
+    from opd_mesh.report import build_report
+
+    typer.echo(build_report(run_dir))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can do, what is missing, and how to get it."""
+    from opd_mesh.cli.doctor import examine, print_findings
+
+    sys.exit(print_findings(examine()))
+
+
+@app.command()
+def score(
+    trajectories: Annotated[Path, typer.Argument(help="JSONL, one opd.v1.Trajectory a line")],
+    teacher: Annotated[str, typer.Option(help="teacher id")],
+    address: Annotated[str, typer.Option(help="host:port of a teacher server")],
+    out: Annotated[Path, typer.Option(help=".safetensors (tensors by trajectory id) or .jsonl")],
+    tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer that made the ids")] = None,
+    fingerprint: Annotated[str, typer.Option(help="its fingerprint, instead of the folder")] = "",
+    signal: Annotated[str, typer.Option(help="hidden_states or logits")] = "hidden_states",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the teacher's")] = None,
+) -> None:
+    """Have a teacher mark trajectories, from the shell."""
+    from opd_mesh.cli.score import score_file
+
+    sys.exit(
+        asyncio.run(
+            score_file(
+                trajectories,
+                teacher_id=teacher,
+                address=address,
+                out=out,
+                tokenizer=tokenizer,
+                fingerprint=fingerprint,
+                signal=signal,
+                dtype=dtype,
+            )
+        )
+    )
+
+
+def main() -> None:
+    """Entry point; an :class:`OpdError` is one clear message and exit code 2."""
+    try:
+        app()
+    except OpdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,321 @@
+"""Loading a causal language model so that what is served is what was saved, or an error that says what is wrong.
+
+transformers fills a missing or misshapen weight with random numbers and logs a table; a teacher must not. Nothing here
+reaches the network, runs code from a checkpoint, or reads a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_mesh.errors import ConfigError, CorruptWeightsError, ModelNotFoundError
+
+_LOG = logging.getLogger(__name__)
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FINITE_CHUNK = 1 << 24  # elements checked at a time, so that the mask of a large embedding stays small
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in eval mode.
+
+    Attributes:
+        weights_digest: :func:`state_digest` over :func:`served_tensors`, after a merge, in the dtype loaded.
+    """
+
+    model: Any
+    path: Path
+    weights_digest: str
+    model_type: str
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    expected_digest: str | None = None,
+    attn_implementation: str | None = None,
+) -> LoadedModel:
+    """Load a Hugging Face folder with safetensors, optionally with a PEFT adapter merged into it.
+
+    Args:
+        dtype: what the weights are cast to; an architecture may keep some in float32.
+        expected_digest: ``weights_digest`` that the result must have.
+
+    Raises:
+        ModelNotFoundError: no folder, no config.json, or no safetensors there.
+        ConfigError: transformers does not know the architecture, or the adapter cannot be merged.
+        CorruptWeightsError: a file is truncated, a tensor missing, misshapen or not finite, or the digest another.
+    """
+    folder = Path(path)
+    _check_files(folder)
+    model = _load_base(folder, dtype, attn_implementation)
+    if adapter is not None:
+        model = _merge_adapter(model, Path(adapter))
+    model.to(device).eval()
+    _check_finite(model, f"{folder}" + (f" with adapter {adapter}" if adapter else "") + f" as {dtype}")
+    weights_digest = state_digest(served_tensors(model))
+    if expected_digest is not None and weights_digest != expected_digest:
+        raise CorruptWeightsError(
+            f"{folder}: weights have digest {weights_digest}, expected {expected_digest}; this is another checkpoint, "
+            "another adapter, or another dtype than the one that was recorded"
+        )
+    return LoadedModel(model, folder, weights_digest, model.config.model_type)
+
+
+# --- digests ---------------------------------------------------------------------------------------------------
+def served_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers (DeepSeek-V4 routes by them), tied ones once, under their first name."""
+    yield from model.named_parameters(remove_duplicate=True)
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=True):
+            if name not in module._non_persistent_buffers_set:
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The row-major little-endian bytes; no copy for a contiguous tensor in CPU memory."""
+    if sys.byteorder != "little":
+        raise NotImplementedError("digests are over little-endian bytes, and this machine is big-endian")
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def state_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hex) over (name, dtype, shape, bytes) of the tensors, sorted by name.
+
+    Per tensor: ``len(header) as 8 bytes little-endian ‖ header ‖ bytes``, where header is the JSON ``[name, dtype,
+    shape]`` with dtype as torch prints it without the prefix (``"bfloat16"``). The order they come in does not matter.
+
+    Raises:
+        ValueError: a name occurs twice.
+    """
+    tensors = sorted(named_tensors, key=lambda item: item[0])
+    digest = hashlib.sha256()
+    previous = None
+    for name, tensor in tensors:
+        if name == previous:
+            raise ValueError(f"tensor name {name!r} occurs twice")
+        previous = name
+        header = json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode()
+        digest.update(len(header).to_bytes(8, "little"))
+        digest.update(header)
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelNotFoundError(
+            f"model folder {folder} does not exist; give the folder of a local Hugging Face checkpoint"
+        )
+    if (folder / _ADAPTER_CONFIG).exists():
+        # transformers would load the base model named inside, from wherever that is.
+        raise ModelNotFoundError(
+            f"{folder} is a PEFT adapter; give its base model as the path, and this folder as the adapter"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"{folder} holds no config.json; give the folder that save_pretrained wrote")
+    if (folder / _WEIGHTS).is_file():
+        files = [folder / _WEIGHTS]
+    elif (folder / _INDEX).is_file():
+        files = _shards(folder)
+    else:
+        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        raise ModelNotFoundError(
+            f"{folder} holds neither {_WEIGHTS} nor {_INDEX}"
+            + (f"; {pickles[0]} is a pickle, which is never loaded" if pickles else "")
+            + "; write the weights with save_pretrained(safe_serialization=True)"
+        )
+    for file in files:
+        _check_safetensors(file)
+
+
+def _shards(folder: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CorruptWeightsError(f"{folder / _INDEX} is not a safetensors index: {error!r}; copy it again") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise CorruptWeightsError(
+                f"{folder / name} is named in {_INDEX} but missing; copy the whole checkpoint again"
+            )
+    return [folder / name for name in names]
+
+
+def _check_safetensors(file: Path) -> set[str]:
+    """The names inside. Opening checks the header, and that its offsets cover exactly the bytes that are there."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            return set(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise CorruptWeightsError(
+            f"{file} ({file.stat().st_size} bytes) is truncated or not safetensors: {error}; copy it again"
+        ) from error
+
+
+# --- the base model --------------------------------------------------------------------------------------------
+def _load_base(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    offline: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(str(folder), **offline)
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ConfigError(
+                f"{folder}: model_type {config.model_type!r} has no causal language model in transformers"
+            )
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise ConfigError(f"{folder}/config.json cannot be used (remote code is never run): {error}") from error
+    if attn_implementation is not None:
+        offline["attn_implementation"] = attn_implementation
+    try:
+        auto: Any = AutoModelForCausalLM  # typed as if it never returned the loading info
+        model, info = auto.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below with both shapes, rather than as one long table
+            **offline,
+        )
+    except RuntimeError as error:
+        # For instance an expert missing among those that are stacked into one tensor.
+        raise CorruptWeightsError(
+            f"{folder}: weights cannot be assembled as config.json asks; transformers' load report, logged just "
+            f"before this, names the tensor: {error}"
+        ) from error
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{folder}: cannot be loaded: {error}") from error
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise CorruptWeightsError(
+            f"{folder}: {name} has shape {list(found)}, but config.json asks for {list(wanted)}"
+            f"{_and_others(len(info['mismatched_keys']))}; the weights belong to another configuration"
+        )
+    if info["missing_keys"]:
+        raise CorruptWeightsError(
+            f"{folder}: {min(info['missing_keys'])} is missing{_and_others(len(info['missing_keys']))}; it would be "
+            "filled with random numbers: copy the whole checkpoint, or correct config.json"
+        )
+    if info["unexpected_keys"]:
+        # Old checkpoints hold recomputed buffers, new ones extra prediction layers: neither is part of the model.
+        unused = info["unexpected_keys"]
+        _LOG.warning("%s: %s is not part of the model%s", folder, min(unused), _and_others(len(unused)))
+    return model
+
+
+def _and_others(count: int) -> str:
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def _check_finite(model: nn.Module, where: str) -> None:
+    for name, tensor in served_tensors(model):
+        if not tensor.is_floating_point():
+            continue
+        for chunk in tensor.detach().reshape(-1).split(_FINITE_CHUNK):
+            # isfinite has no float8 kernel
+            if not torch.isfinite(chunk.float() if chunk.element_size() == 1 else chunk).all():
+                raise CorruptWeightsError(
+                    f"{where}: {name} holds NaN or infinity; load an earlier checkpoint, or in a wider dtype"
+                )
+
+
+# --- the adapter -----------------------------------------------------------------------------------------------
+def _merge_adapter(model: Any, folder: Path) -> Any:
+    """Merge a PEFT adapter; the result computes what the unmerged model computes."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    if not (folder / _ADAPTER_CONFIG).is_file():
+        raise ModelNotFoundError(
+            f"adapter folder {folder} holds no {_ADAPTER_CONFIG}; give the folder PEFT's save wrote"
+        )
+    if not (folder / _ADAPTER_WEIGHTS).is_file():
+        raise ModelNotFoundError(f"adapter folder {folder} holds no {_ADAPTER_WEIGHTS}; pickles are never loaded")
+    stored = _check_safetensors(folder / _ADAPTER_WEIGHTS)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder}/{_ADAPTER_CONFIG} cannot be used: {error}") from error
+    if config.is_prompt_learning:
+        raise ConfigError(f"{folder}: a {config.peft_type} adapter has no weights to merge; train a LoRA adapter")
+    config.inference_mode = True
+    was_tied = _is_tied(model)
+    with warnings.catch_warnings():
+        # PEFT warns that ties make merging hard; _untie and _retie below are the answer.
+        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied|missing adapter keys).*")
+        try:
+            peft_model = PeftModel(model, config)
+            # PEFT reports a missing LoRA factor, but dies of a missing modules_to_save.
+            missing = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys() - stored
+            if missing:
+                raise CorruptWeightsError(
+                    f"{folder}: {min(missing)} is missing from the adapter; it is of another model, or copied in part"
+                )
+            device = next(model.parameters()).device
+            unused = peft_model.load_adapter(str(folder), "default", torch_device=str(device)).unexpected_keys
+        except RuntimeError as error:  # load_state_dict: size mismatch, with both shapes
+            raise CorruptWeightsError(f"{folder}: the adapter does not fit the base model: {error}") from error
+        except ValueError as error:  # target modules that the model does not have
+            raise ConfigError(f"{folder}: the adapter does not fit the base model: {error}") from error
+        if unused:
+            raise CorruptWeightsError(f"{folder}: {min(unused)} has no place in the base model; it is of another model")
+        if was_tied:
+            _untie(model)
+        merged = peft_model.merge_and_unload()
+    if was_tied:
+        _retie(merged)
+    return merged
+
+
+def _innermost(module: Any) -> Any:
+    """The layer under PEFT's wrappers, whose weight a merge changes in place."""
+    while True:
+        inner = getattr(module, "base_layer", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def _is_tied(model: Any) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def _untie(model: Any) -> None:
+    """Give the head its own copy of the tied weight: a delta for one of the two must not change the other.
+
+    Merging in place would put a LoRA delta of the head into the embedding as well, and with ``ensure_weight_tying``
+    would add it twice. Modules in ``modules_to_save`` are replaced, not changed in place: they need nothing.
+    """
+    head, embedding = _innermost(model.get_output_embeddings()), _innermost(model.get_input_embeddings())
+    if "weight" in head._parameters and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+
+
+def _retie(model: Any) -> None:
+    """Tie again where the adapter left head and embedding equal; otherwise say in the config that they are two."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight.shape == embedding.weight.shape and torch.equal(head.weight, embedding.weight)
+    if tied:
+        head.weight = embedding.weight
+    model.config.get_text_config().tie_word_embeddings = tied
+    model.config.tie_word_embeddings = tied

@@ -1,0 +1,274 @@
+"""Hidden states of several sequences at once, and the proofs of which ways of batching them are safe.
+
+Letters: B rows, T tokens, d width. A batch is a list of token sequences of differing lengths T_i; a layout is how they
+are put into tensors. An architecture may leak between packed neighbours (compressed attention, recurrent states); no
+list of architectures is kept here: each model proves on load what it can do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd_mesh.errors import InvalidInputError
+
+# Largest |difference| of hidden states allowed, in standard deviations of the LONE states. Measured on tiny models:
+# rounding alone (other GEMM shapes) gives up to 2e-5 in float32, 7e-3 in float16 and 5e-2 in bfloat16, a leak 0.1 and
+# more. There is no room for an expert or an index chosen otherwise near a tie: such a model is refused that layout,
+# which costs speed and never correctness.
+LAYOUT_TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+LAYOUT_TOLERANCES_DEFAULT = 1e-3
+
+
+class BatchLayout(StrEnum):
+    """How sequences share a forward pass."""
+
+    PACKED = "packed"  # one row, no padding; position ids start again with every sequence
+    PADDED = "padded"  # one row each, padded on the right, with an attention mask
+    LONE = "lone"  # one forward pass each
+
+
+# --- forward ---------------------------------------------------------------------------------------------------
+def trunk(model: Any) -> Any:
+    """The model below its head: what returns the last hidden states. A PEFT wrapper is looked through."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = causal_lm.base_model
+    if base is causal_lm:
+        raise InvalidInputError(f"{type(causal_lm).__name__} has no base model below its head", field="model")
+    return base
+
+
+def last_hidden_states(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """[B, T] → [B, T, d]: what the model multiplies by its head, after the final norm, hyper-connections collapsed.
+
+    No logits are computed. Differentiable. :func:`opd_mesh.models.heads.prove_head` shows whether it is the right one.
+    """
+    batch: dict[str, Tensor] = {"input_ids": input_ids}
+    if attention_mask is not None:
+        batch["attention_mask"] = attention_mask
+    if position_ids is not None:
+        batch["position_ids"] = position_ids
+    hidden_BTD: Tensor = trunk(model)(**batch, use_cache=False, return_dict=True).last_hidden_state
+    return hidden_BTD
+
+
+def sequence_hidden_states(model: Any, sequences: Sequence[Sequence[int]], layout: BatchLayout) -> list[Tensor]:
+    """Last hidden states [T_i, d] of each sequence, on the model's device, with or without grad as the caller set it.
+
+    Raises:
+        InvalidInputError: there is no sequence, or one is empty.
+    """
+    if not sequences or not all(sequences):
+        raise InvalidInputError("needs at least one sequence, and none of them empty", field="sequences")
+    device = input_device(model)
+    rows = [torch.as_tensor(sequence, dtype=torch.long) for sequence in sequences]
+    lengths = [len(row) for row in rows]
+    if layout is BatchLayout.LONE:
+        return [last_hidden_states(model, row[None].to(device))[0] for row in rows]
+    if layout is BatchLayout.PACKED:
+        # Without an attention mask transformers finds the borders where position ids do not ascend by one, and builds a
+        # block-diagonal causal (or windowed) mask for eager and sdpa, or cu_seqlens for flash attention.
+        position_ids = torch.cat([torch.arange(length) for length in lengths])
+        hidden_1TD = last_hidden_states(
+            model, torch.cat(rows)[None].to(device), position_ids=position_ids[None].to(device)
+        )
+        return list(hidden_1TD[0].split(lengths))
+    # Padding on the right keeps positions and compression windows where they are in a lone sequence; what is in the
+    # padded cells is never seen by a token (causality), so any valid id does.
+    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0).to(device)
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).to(device=device, dtype=torch.long)
+    hidden_BTD = last_hidden_states(model, input_ids, attention_mask=mask)
+    return [hidden_BTD[row, :length] for row, length in enumerate(lengths)]
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids must be."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no grad inside; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# --- proofs ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class LayoutProof:
+    """Which layouts give the hidden states of lone sequences.
+
+    Attributes:
+        allowed: best first; ends with LONE.
+        errors: largest difference from LONE, or between two runs that differ in the neighbours alone, in standard
+            deviations; infinite where the layout raised.
+        reason: one line per layout, for a card or a log.
+    """
+
+    allowed: tuple[BatchLayout, ...]
+    errors: dict[BatchLayout, float]
+    tolerance: float
+    probe_lengths: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CacheProof:
+    """Whether prefill and decoding token by token with the model's own cache give the uncached hidden states."""
+
+    ok: bool
+    max_rel_error: float
+    tolerance: float
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def prove_layouts(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> LayoutProof:
+    """Compare every layout with LONE on four random sequences of awkward lengths.
+
+    The longest exceeds every window of the architecture below ``max_probe_tokens``. Each layout runs three times: as is,
+    and with the odd or the even sequences replaced, which must not change the others.
+    """
+    windows, unreached = _windows(model, max_probe_tokens)
+    long = min(2 * max([*windows, 19]) + 3, max_probe_tokens)
+    lengths = (long, 1, 17, long // 2 + 2)
+    sequences, others = _probe(model, lengths, seed), _probe(model, lengths, seed + 1)
+    tolerance = _tolerance(model)
+    allowed: list[BatchLayout] = []
+    errors: dict[BatchLayout, float] = {}
+    lines: list[str] = []
+    with evaluation(model):
+        lone = sequence_hidden_states(model, sequences, BatchLayout.LONE)
+        for layout in (BatchLayout.PACKED, BatchLayout.PADDED):
+            try:
+                hidden = sequence_hidden_states(model, sequences, layout)
+                difference = _largest_error(hidden, lone)
+                leak = max(
+                    _largest_error(
+                        sequence_hidden_states(
+                            model, [(sequences, others)[i % 2 != kept][i] for i in range(len(lengths))], layout
+                        )[kept::2],
+                        hidden[kept::2],
+                    )
+                    for kept in (0, 1)
+                )
+            except Exception as error:  # noqa: BLE001  whatever it is, a layout that raises is not offered, and says why
+                errors[layout] = float("inf")
+                lines.append(f"{layout}: refused, {type(error).__name__}: {_first_line(error)}")
+                continue
+            errors[layout] = max(difference, leak)
+            if errors[layout] <= tolerance:
+                allowed.append(layout)
+                lines.append(f"{layout}: ok, {errors[layout]:.1e}")
+            elif not leak <= tolerance:
+                lines.append(f"{layout}: refused, neighbours leak into each other by {leak:.1e}")
+            else:
+                lines.append(f"{layout}: refused, differs from a lone sequence by {difference:.1e}")
+    allowed.append(BatchLayout.LONE)
+    errors[BatchLayout.LONE] = 0.0
+    lines.append(
+        f"{BatchLayout.LONE}: the reference; tolerance {tolerance:.0e} standard deviations, probe lengths {lengths}"
+    )
+    if unreached:
+        lines.append(f"windows of {unreached} tokens are longer than the probe and were not crossed")
+    return LayoutProof(tuple(allowed), errors, tolerance, lengths, "\n".join(lines))
+
+
+def prove_cached(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> CacheProof:
+    """Prefill, then decode token by token with the cache that the model makes, against one uncached forward.
+
+    Two probes: a prefill of 3 tokens and 24 decoded ones (small windows close while decoding), and a prefill just short of
+    a multiple of the largest window with 12 decoded ones.
+    """
+    windows, unreached = _windows(model, max_probe_tokens)
+    long = max([*windows, 19]) * 2
+    tolerance = _tolerance(model)
+    worst = 0.0
+    with evaluation(model):
+        for prefill, decoded in ((3, 24), (min(long, max_probe_tokens) - 5, 12)):
+            (sequence,) = _probe(model, (prefill + decoded,), seed)
+            input_ids = torch.tensor(sequence, device=input_device(model))[None]
+            try:
+                cached = _decode(model, input_ids, prefill)
+            except Exception as error:  # noqa: BLE001  see prove_layouts
+                reason = f"decoding with the model's own cache raises {type(error).__name__}: {_first_line(error)}"
+                return CacheProof(False, float("inf"), tolerance, reason)
+            worst = max(worst, _largest_error([cached], [last_hidden_states(model, input_ids)[0]]))
+            if not worst <= tolerance:
+                reason = f"after a prefill of {prefill}, decoding differs from the uncached forward by {worst:.1e}"
+                return CacheProof(False, worst, tolerance, reason)
+    suffix = f"; windows of {unreached} tokens were not crossed" if unreached else ""
+    return CacheProof(True, worst, tolerance, f"cached and uncached agree to {worst:.1e} standard deviations{suffix}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _decode(model: Any, input_ids: Tensor, prefill: int) -> Tensor:
+    """[1, T] → [T, d], the first ``prefill`` tokens in one step."""
+    base = trunk(model)
+    total = input_ids.shape[1]
+    cache, hidden = None, []
+    for start, end in [(0, prefill), *((t, t + 1) for t in range(prefill, total))]:
+        output = base(
+            input_ids=input_ids[:, start:end],
+            attention_mask=torch.ones_like(input_ids[:, :end]),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        cache = output.past_key_values
+        if cache is None:
+            raise NotImplementedError("the model returns no cache in past_key_values")
+        hidden.append(output.last_hidden_state[0])
+    return torch.cat(hidden)
+
+
+def _windows(model: Any, max_probe_tokens: int) -> tuple[list[int], list[int]]:
+    """Spans after which the past is treated differently: (those a probe crosses, those too long for it)."""
+    config = model.config.get_text_config().to_dict()
+    spans = {config.get(name) for name in ("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size")}
+    rates = config.get("compress_rates") or {}
+    spans |= set(rates.values())
+    # DeepSeek's indexer drops entries only once there are more than index_topk of them.
+    spans |= {rate * config["index_topk"] for rate in rates.values() if config.get("index_topk")}
+    found = sorted(span for span in spans if isinstance(span, int) and span > 1)
+    return [span for span in found if span < max_probe_tokens], [span for span in found if span >= max_probe_tokens]
+
+
+def _probe(model: Any, lengths: Sequence[int], seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def _tolerance(model: Any) -> float:
+    return LAYOUT_TOLERANCES.get(model.dtype, LAYOUT_TOLERANCES_DEFAULT)
+
+
+def _largest_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Largest |difference| in standard deviations of what is wanted; NaN, which no bound accepts, if any is."""
+    wanted_TD, found_TD = torch.cat(list(wanted)).float(), torch.cat(list(found)).float()
+    return float((found_TD - wanted_TD).abs().max() / wanted_TD.std())

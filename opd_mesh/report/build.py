@@ -1,0 +1,387 @@
+"""``report.html``: one page, nothing loaded from elsewhere, readable while the run still goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from opd_mesh.errors import PreconditionError
+from opd_mesh.report.data import RunData, load_run, mapping, median, number
+from opd_mesh.stream_redis import redacted_url
+
+# A change smaller than this share is called no change: held-out sets are small.
+NOTICEABLE = 0.02
+HEADLINE = "all fixed answers"
+SECRET_KEY = re.compile(r"passw|secret|api_?key|credential|private_key", re.I)
+STATUS_TONES = {
+    "ok": ("completed", "complete", "finished", "done", "succeeded"),
+    "bad": ("failed", "error", "diverged", "aborted", "crashed"),
+    "busy": ("running", "in progress", "evaluating", "saving"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Before → after of one number; either may be unknown."""
+
+    before: float | None
+    after: float | None
+
+    @classmethod
+    def of(cls, value: Any) -> Change:
+        pair = mapping(value)
+        return cls(number(pair.get("before")), number(pair.get("after")))
+
+    @property
+    def known(self) -> bool:
+        return self.before is not None or self.after is not None
+
+    @property
+    def ratio(self) -> float | None:
+        """after / before; None where that says nothing."""
+        if self.before is None or self.after is None or self.before <= 0:
+            return None
+        return self.after / self.before
+
+    @property
+    def percent(self) -> str:
+        return "—" if self.ratio is None else signed_percent(self.ratio - 1)
+
+    @property
+    def tone(self) -> str:
+        """Of a distance: falling is good."""
+        if self.ratio is None or abs(self.ratio - 1) < NOTICEABLE:
+            return "flat"
+        return "good" if self.ratio < 1 else "bad"
+
+    @property
+    def bar(self) -> float:
+        """What is left of the distance, in percent of the bar."""
+        return 0.0 if self.ratio is None else max(0.0, min(100.0, 100.0 * self.ratio))
+
+
+@dataclass(frozen=True, slots=True)
+class DomainRow:
+    """One domain of the results table: held-out KL by fixed set, and what goes beside it."""
+
+    name: str
+    teachers: list[tuple[Any, str]]  # (legend key, weight in words)
+    sets: list[tuple[str, Change]]
+    on_policy: Change
+    length: Change
+
+
+def build_report(run_dir: Path) -> Path:
+    """Write ``RUN_DIR/report.html`` (replacing it atomically) from what the run has left so far; returns its path.
+
+    Raises:
+        NotFoundError: no such folder, or no line of metrics in it.
+        PreconditionError: matplotlib or Jinja is not installed.
+    """
+    run = load_run(Path(run_dir))
+    try:
+        import jinja2
+
+        from opd_mesh.report import figures
+    except ImportError as error:
+        raise PreconditionError(
+            f"a report needs the package {error.name}: pip install 'opd-mesh[trainer]'", field="run_dir"
+        ) from error
+    cast = _cast(run)
+    heldout = figures.heldout_series(run)
+    rows = _domain_rows(run, cast, heldout)
+    heldout = _with_summary(run, heldout, rows)
+    status, tone = _status(run)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names and messages come from recipes and from other machines
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(kl=format_kl, count=format_count)
+    page = environment.get_template("template.html.j2").render(
+        run_id=str(
+            run.summary.get("run_id") or mapping(run.recipe.get("run")).get("name") or run.run_dir.resolve().name
+        ),
+        status=status,
+        status_tone=tone,
+        verdict=_verdict(run, rows),
+        student=_student(run),
+        teachers=_teachers(run, cast),
+        tiles=_tiles(run),
+        warnings=[str(item) for item in _listed(run.summary.get("warnings"))],
+        notes=run.notes,
+        rows=rows,
+        show_on_policy=any(row.on_policy.known for row in rows),
+        show_length=any(row.length.known for row in rows),
+        heldout_keys=figures.heldout_keys(heldout),
+        heldout_figures=figures.heldout_figures(heldout, cast),
+        figures=figures.step_figures(run, cast),
+        settings=[(section, _flat(value)) for section, value in _sections(run.recipe)],
+        environment=_flat(mapping(run.summary.get("environment"))),
+        unfinished=not run.summary,
+        written_at=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        run_dir=str(run.run_dir.resolve()),
+    )
+    return _write(run.run_dir / "report.html", page)
+
+
+# --- who ---------------------------------------------------------------------------------------------------------
+def _cast(run: RunData) -> Any:
+    from opd_mesh.report.figures import Cast
+
+    domains = {
+        name: {teacher: number(weight) or 1.0 for teacher, weight in mapping(mapping(domain).get("teachers")).items()}
+        for name, domain in mapping(run.recipe.get("domains")).items()
+    }
+    named = [*mapping(run.recipe.get("teachers")), *mapping(run.summary.get("teachers"))]
+    named += [teacher for prefix in ("kl/", "overlap/", "entropy/") for teacher in run.keys_under(prefix)]
+    return Cast([teacher for teacher in dict.fromkeys(named) if teacher != "student"], domains)
+
+
+def _student(run: RunData) -> str:
+    student = mapping(run.recipe.get("student"))
+    lora = mapping(student.get("lora"))
+    what = f"LoRA of rank {lora['rank']} on " if "rank" in lora else ""
+    return f"{what}{student['path']}" if "path" in student else "(not named in the recipe)"
+
+
+def _teachers(run: RunData, cast: Any) -> list[dict[str, Any]]:
+    cards = mapping(run.summary.get("teachers"))
+    configured = mapping(run.recipe.get("teachers"))
+    teachers = []
+    for teacher in cast.teachers:
+        addresses = _listed(mapping(configured.get(teacher)).get("addresses"))
+        source = mapping(configured.get(teacher)).get("path") or ", ".join(str(item) for item in addresses)
+        domains = [name for name, weights in cast.domains.items() if teacher in weights]
+        teachers.append(
+            {
+                "key": cast.key(teacher),
+                "source": str(source or ""),
+                "domains": ", ".join(domains),
+                "card": _flat(mapping(cards.get(teacher))),
+            }
+        )
+    return teachers
+
+
+# --- what came of it ---------------------------------------------------------------------------------------------
+def _domain_rows(run: RunData, cast: Any, heldout: dict[str, dict[str, Any]]) -> list[DomainRow]:
+    """Before and after by domain; while there is no summary, the first and the latest evaluation."""
+    from opd_mesh.report.figures import set_label
+
+    before, after = mapping(run.summary.get("heldout_kl_before")), mapping(run.summary.get("heldout_kl_after"))
+    sets_of, on_policy = mapping(run.summary.get("heldout")), mapping(run.summary.get("on_policy_kl"))
+    lengths = mapping(run.summary.get("response_length"))
+    rows = []
+    for name in dict.fromkeys([*cast.domains, *before, *after, *sets_of, *heldout, *on_policy, *lengths]):
+        sets = [(set_label(key), Change.of(value)) for key, value in mapping(sets_of.get(name)).items()]
+        headline = Change(number(before.get(name)), number(after.get(name)))
+        if headline.known and all(change != headline for _, change in sets):
+            sets.insert(0, (HEADLINE if sets else "fixed answers", headline))
+        if not any(change.known for _, change in sets):
+            sets = [
+                (set_label(key), Change(series.values[0], series.values[-1] if len(series.values) > 1 else None))
+                for key, series in heldout.get(name, {}).items()
+            ]
+        weights = cast.domains.get(name, {})
+        teachers = [
+            (cast.key(teacher), f" × {weight:g}" if len(weights) > 1 or weight != 1 else "")
+            for teacher, weight in weights.items()
+            if teacher in cast.teachers
+        ]
+        sets = sets or [("not measured", Change(None, None))]
+        rows.append(DomainRow(name, teachers, sets, Change.of(on_policy.get(name)), Change.of(lengths.get(name))))
+    return rows
+
+
+def _verdict(run: RunData, rows: list[DomainRow]) -> tuple[str, str]:
+    """One line, and its tone."""
+    so_far = f"So far, at step {run.last_step}: " if not run.summary else ""
+    changes = {row.name: row.sets[0][1] for row in rows if row.sets[0][1].ratio is not None}
+    if not changes:
+        return f"{so_far}{_on_policy_verdict(run)}", "flat"
+    closer = {name: change for name, change in changes.items() if change.tone == "good"}
+    away = {name: change for name, change in changes.items() if change.tone == "bad"}
+    total = len(changes)
+    domains = "the only domain" if total == 1 else f"all {total} domains" if len(closer) == total else ""
+    if len(closer) == total:
+        return f"{so_far}The student came closer to its teachers in {domains}: held-out KL {_spread(closer)}.", "good"
+    if not closer and not away:
+        return f"{so_far}The student is as far from its teachers as it was before, on held-out prompts.", "flat"
+    if not closer:
+        return f"{so_far}The student did not come closer in any domain: held-out KL {_spread(away)}.", "bad"
+    rest = f"moved away in {', '.join(away)} ({_spread(away)})" if away else "no noticeable change in the others"
+    return (
+        f"{so_far}Closer to the teachers in {len(closer)} of {total} domains (held-out KL {_spread(closer)}); {rest}.",
+        "mixed" if away else "good",
+    )
+
+
+def _spread(changes: dict[str, Change]) -> str:
+    """Changes of one sign → "down 55 % to 74 %"."""
+    shares = sorted((change.ratio - 1 for change in changes.values() if change.ratio is not None), key=abs)
+    ends = [signed_percent(share).lstrip("+−") for share in (shares[0], shares[-1])]
+    return f"{'down' if shares[0] < 0 else 'up'} {ends[0] if ends[0] == ends[1] else ' to '.join(ends)}"
+
+
+def _on_policy_verdict(run: RunData) -> str:
+    teachers = run.keys_under("kl/")
+    first_last = []
+    for teacher in teachers:
+        values = run.series(f"kl/{teacher}").values
+        if len(values) >= 2:
+            share = max(1, len(values) // 10)
+            first_last.append((sum(values[:share]) / share, sum(values[-share:]) / share))
+    if not first_last:
+        return "no held-out measurement yet, and too few steps to say more."
+    count = sum(last < first * (1 - NOTICEABLE) for first, last in first_last)
+    return (
+        "no before and after on held-out prompts yet; on its own answers the student's distance has fallen for "
+        f"{count} of {len(first_last)} teachers."
+    )
+
+
+def _with_summary(run: RunData, heldout: dict[str, dict[str, Any]], rows: list[DomainRow]) -> dict[str, dict[str, Any]]:
+    """Where the metrics hold no before and after, two points per set from the summary."""
+    from opd_mesh.report.data import Series
+
+    if not run.summary or any(len(series.steps) > 1 for sets in heldout.values() for series in sets.values()):
+        return heldout
+    last = max(run.last_step, 1)
+    drawn: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        # The headline row sums up the others; in a plot it would only be in their way.
+        shown = [item for item in row.sets if item[0] != HEADLINE] or row.sets
+        for label, change in shown:
+            points = [(step, v) for step, v in ((0, change.before), (last, change.after)) if v is not None]
+            if points:
+                drawn.setdefault(row.name, {})[label] = Series([p[0] for p in points], [p[1] for p in points])
+    return drawn or heldout
+
+
+def _status(run: RunData) -> tuple[str, str]:
+    if not run.summary:
+        return "in progress, or interrupted", "busy"
+    status = str(run.summary.get("status") or "unknown")
+    tones = [tone for tone, words in STATUS_TONES.items() if status.lower() in words]
+    return status, tones[0] if tones else "flat"
+
+
+def _tiles(run: RunData) -> list[tuple[str, str, str]]:
+    """(what, figure, remark)"""
+    tokens = number(run.summary.get("tokens_trained")) or sum(run.series("tokens").values) or None
+    wall_s, rate = number(run.summary.get("wall_s")), median(run.series("tokens_per_s").values)
+    planned = number(mapping(run.recipe.get("run")).get("steps"))
+    staleness, wire = run.series("staleness").values, sum(run.series("wire_bytes").values)
+    steps = number(run.summary.get("steps"))
+    tiles = [
+        ("Steps", format_count(steps if steps is not None else run.last_step), f"of {planned:,.0f}" if planned else ""),
+        ("Tokens trained", format_count(tokens), "response tokens"),
+        ("Wall time", format_duration(wall_s), ""),
+        ("Speed", format_count(rate), "tokens / s, median"),
+        ("Staleness", f"{sum(staleness) / len(staleness):.2g}" if staleness else "—", "policy versions, mean"),
+        ("On the wire", format_bytes(wire), f"{format_bytes(wire / tokens)} per token" if wire and tokens else ""),
+    ]
+    return [tile for tile in tiles if tile[1] != "—"]
+
+
+# --- words and numbers -------------------------------------------------------------------------------------------
+def signed_percent(share: float) -> str:
+    """−0.684 → "−68 %"; beyond tenfold growth as a factor."""
+    if share >= 10:
+        return f"×{share + 1:.3g}"
+    text = f"{abs(share) * 100:.0f} %" if abs(share) >= 0.0995 else f"{abs(share) * 100:.1f} %"
+    return ("+" if share >= 0 else "−") + text
+
+
+def format_kl(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
+
+
+def format_count(value: float | None) -> str:
+    if value is None:
+        return "—"
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def format_bytes(value: float | None) -> str:
+    if not value:
+        return "—"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:,.3g} TiB"
+
+
+def format_duration(seconds: float | None) -> str:
+    if seconds is None or seconds < 0:
+        return "—"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min"
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _sections(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Top-level values together first, then one table per section."""
+    plain = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
+    nested = [(key, value) for key, value in recipe.items() if isinstance(value, dict) and value]
+    return ([("general", plain)] if plain else []) + nested
+
+
+def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """Nested settings → (dotted key, text). Passwords do not reach the page: a report is made to be passed on."""
+    if isinstance(value, dict) and value:
+        return [row for key, item in value.items() for row in _flat(item, f"{path}.{key}" if path else str(key))]
+    if isinstance(value, dict):
+        return [(path, "—")] if path else []
+    if value is not None and SECRET_KEY.search(path.rsplit(".", 1)[-1]):
+        return [(path, "***")]
+    if isinstance(value, list | tuple):
+        return [(path, ", ".join(_scalar(item) for item in value) or "—")]
+    return [(path, _scalar(value))]
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "—"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {text}" for key, text in _flat(value))
+    text = str(value)
+    return redacted_url(text) if "://" in text and not re.search(r"\s", text) else text
+
+
+def _write(path: Path, page: str) -> Path:
+    """Whoever has the page open never sees half of one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".report-", suffix=".html")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path

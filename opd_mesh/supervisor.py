@@ -1,0 +1,264 @@
+"""``opd run``: a local mesh as child processes, watched, and nothing left behind.
+
+Each child gets an ephemeral loopback port, one log file in ``RUN_DIR/logs/``, and a session of its own, so that Ctrl-C
+reaches the supervisor alone, which then ends the children in order: trainer, rollout server, teacher server, Valkey.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from opd_mesh.config.base import dump_config
+from opd_mesh.config.recipe import Recipe, TeacherRef
+from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig
+from opd_mesh.errors import ModelNotFoundError, OpdError, UnavailableError
+from opd_mesh.progress import ProgressView
+from opd_mesh.valkey import EmbeddedValkey
+
+log = logging.getLogger("opd_mesh.supervisor")
+START_TIMEOUT_S = 600.0  # a large teacher takes minutes to load and prove
+STOP_TIMEOUT_S = 60.0
+LOG_TAIL_LINES = 12
+
+
+@dataclass
+class Child:
+    """A server process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+    ready_file: Path
+
+    def log_tail(self) -> str:
+        """The last lines it wrote, for an error message."""
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
+
+    def said_error(self) -> str:
+        """The one clear message that a service ends with, or the tail of its log."""
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for number in range(len(lines) - 1, -1, -1):
+            if lines[number].startswith("error: "):
+                return "\n".join(lines[number:]).removeprefix("error: ")
+        return f"the end of {self.log_path}:\n{self.log_tail()}"
+
+
+class LocalMesh:
+    """The processes of one local run."""
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.children: list[Child] = []
+        self.valkey: EmbeddedValkey | None = None
+        self.trainer: Child | None = None
+
+    def start(self, *, resume: bool) -> None:
+        """Start Valkey, the servers that the recipe does not name, and the trainer. Does not wait for the models.
+
+        Raises:
+            OpdError: Valkey does not start.
+        """
+        for folder in ("logs", "services"):
+            (self.run_dir / folder).mkdir(parents=True, exist_ok=True)
+        self._redis_url = self.recipe.redis_url or os.environ.get("OPD_REDIS_URL")
+        if not self._redis_url:
+            self.valkey = EmbeddedValkey(self.run_dir / "valkey", self.run_dir / "logs" / "valkey.log")
+            self.valkey.start()
+            self._redis_url = self.valkey.url
+        self._resume = resume
+        if any(not teacher.addresses for teacher in self.recipe.teachers.values()):
+            self._start("teacher", "teacher_server", self._teacher_config())
+        if not self.recipe.rollout.peers.addresses:
+            self._start("rollout", "rollout_server", self._rollout_config())
+
+    async def start_trainer(self) -> str:
+        """Wait for the servers' addresses, then start the trainer. Returns its address."""
+        addresses = {child.name: await self._address(child) for child in list(self.children)}
+        recipe = self.recipe
+        teachers = {
+            name: teacher if teacher.addresses else teacher.replace(addresses=[addresses["teacher"]])
+            for name, teacher in recipe.teachers.items()
+        }
+        peers = recipe.rollout.peers
+        if "rollout" in addresses:
+            peers = peers.replace(addresses=[addresses["rollout"]])
+        resolved = recipe.replace(
+            teachers=teachers, rollout=recipe.rollout.replace(peers=peers), redis_url=self._redis_url
+        )
+        extra = ["--run-dir", str(self.run_dir)] + (["--resume"] if self._resume else [])
+        self.trainer = self._start("trainer", "student_trainer", resolved, *extra)
+        return await self._address(self.trainer)
+
+    def _teacher_config(self) -> TeacherServerConfig:
+        recipe = self.recipe
+        teachers = {}
+        for name, teacher in recipe.teachers.items():
+            if not teacher.addresses:
+                domains = [key for key, domain in recipe.domains.items() if name in domain.teachers]
+                fields = {key: getattr(teacher, key) for key in TeacherConfig.model_fields}
+                teachers[name] = TeacherConfig(**{**fields, "domains": teacher.domains or domains})
+        return TeacherServerConfig(
+            teachers=teachers,
+            device=recipe.run.device,
+            deterministic=recipe.run.deterministic,
+            threads=recipe.run.threads,
+        )
+
+    def _rollout_config(self) -> RolloutServerConfig:
+        recipe = self.recipe
+        engine = recipe.rollout.engine
+        return RolloutServerConfig(
+            model=recipe.student.path,
+            engine=engine.replace(threads=engine.threads or recipe.run.threads),
+            redis_url=self._redis_url,
+            stream_timeout_s=recipe.redis_timeout_s,
+            deterministic=recipe.run.deterministic,
+        )
+
+    def _start(self, name: str, module: str, config: BaseModel, *extra: str) -> Child:
+        config_path = self.run_dir / "services" / f"{name}.yaml"
+        dump_config(config, config_path)
+        ready_file = self.run_dir / "services" / f"{name}.ready.json"
+        ready_file.unlink(missing_ok=True)
+        log_path = self.run_dir / "logs" / f"{name}.log"
+        command = [sys.executable, "-m", module, "--config", str(config_path), "--listen", "127.0.0.1:0"]
+        command += ["--ready-file", str(ready_file), "--die-with-parent", *extra]
+        with log_path.open("ab") as file:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        child = Child(name, process, log_path, ready_file)
+        self.children.append(child)
+        return child
+
+    async def _address(self, child: Child) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if child.ready_file.exists():
+                return str(json.loads(child.ready_file.read_text())["address"])
+            code = child.process.poll()
+            if code is not None:
+                raise UnavailableError(f"the {child.name} server ended with code {code} before it was ready: {child.said_error()}")
+            await asyncio.sleep(0.05)
+        raise UnavailableError(f"the {child.name} server was not ready within {START_TIMEOUT_S:g} s; see {child.log_path}")
+
+    def ended(self) -> list[Child]:
+        """Children that are gone."""
+        return [child for child in self.children if child.process.poll() is not None]
+
+    async def stop(self) -> None:
+        """End every child, newest first, by SIGTERM, and by SIGKILL what does not end; then Valkey."""
+        for child in reversed(self.children):
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.to_thread(child.process.wait, STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                log.warning("%s did not end within %g s and is killed", child.name, STOP_TIMEOUT_S)
+                child.process.kill()
+                await asyncio.to_thread(child.process.wait)
+        if self.valkey is not None:
+            await asyncio.to_thread(self.valkey.stop)
+
+
+def resolve_paths(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that a run can be resumed from anywhere.
+
+    Raises:
+        ModelNotFoundError: a model's folder does not exist; names the field.
+    """
+
+    def checked(path: Path, field: str) -> Path:
+        if not path.exists():
+            raise ModelNotFoundError(
+                f"{path} does not exist (from {Path.cwd()}). Give the folder of a Hugging Face checkpoint; the demo's "
+                "models are made by `make demo-models`",
+                field=field,
+            )
+        return path.resolve()
+
+    student = recipe.student.replace(path=checked(recipe.student.path, "student.path"))
+    teachers: dict[str, TeacherRef] = {}
+    for name, teacher in recipe.teachers.items():
+        changes = {
+            key: checked(value, f"teachers.{name}.{key}")
+            for key in ("path", "adapter")
+            if (value := getattr(teacher, key)) is not None
+        }
+        teachers[name] = teacher.replace(**changes)
+    domains = {}
+    for name, domain in recipe.domains.items():
+        if domain.jsonl is not None:
+            paths = {key: value.resolve() for key in ("path", "heldout") if (value := getattr(domain.jsonl, key))}
+            domain = domain.replace(jsonl=domain.jsonl.replace(**paths))  # noqa: PLW2901 - the changed copy
+        domains[name] = domain
+    return recipe.replace(student=student, teachers=teachers, domains=domains)
+
+
+async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: ProgressView) -> int:
+    """Start everything, show the run until it ends, stop everything. Returns the trainer's exit code."""
+    from opd_mesh.clients.trainer import TrainerClient
+
+    mesh = LocalMesh(recipe, run_dir)
+    loop = asyncio.get_running_loop()
+    interrupted = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, interrupted.set)
+
+    async def watch() -> int:
+        progress.activity("starting Valkey, teacher and rollout servers")
+        mesh.start(resume=resume)
+        address = await mesh.start_trainer()
+        trainer = mesh.trainer
+        assert trainer is not None  # start_trainer has returned
+        progress.started(mesh)
+        reported: set[str] = set()
+        async with TrainerClient(address) as client:
+            events = asyncio.create_task(progress.follow(client))
+            try:
+                while trainer.process.poll() is None:
+                    for child in mesh.ended():
+                        if child is not trainer and child.name not in reported:
+                            reported.add(child.name)
+                            progress.lost(child)
+                    await asyncio.sleep(0.2)
+                await asyncio.wait({events}, timeout=2.0)
+            finally:
+                events.cancel()
+                await asyncio.gather(events, return_exceptions=True)
+        return int(trainer.process.returncode)
+
+    watching = asyncio.create_task(watch())
+    waiting = asyncio.create_task(interrupted.wait())
+    try:
+        await asyncio.wait({watching, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not watching.done():
+            progress.activity("stopping after the step in progress")
+            if mesh.trainer is not None and mesh.trainer.process.poll() is None:
+                mesh.trainer.process.send_signal(signal.SIGTERM)
+                await asyncio.wait({watching}, timeout=STOP_TIMEOUT_S)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+            return 130
+        return watching.result()
+    except OpdError as error:
+        progress.failed(str(error))
+        return 2
+    finally:
+        waiting.cancel()
+        await mesh.stop()
+
+

@@ -1,0 +1,1 @@
+"""The run: prompts, rollouts, teachers' marks, the objective, the optimizer, checkpoints."""

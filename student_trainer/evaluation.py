@@ -1,0 +1,278 @@
+"""Held-out evaluation: reverse KL to the domain's teachers on responses that never change.
+
+Two sets per domain, on the same held-out prompts: one sampled once from the first student, one sampled once from the
+domain's (heaviest) teacher. Beside them stands the on-policy KL: fresh responses of the present student.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from opd_kernels import LinearHead
+from safetensors.numpy import load_file, save_file
+
+from opd_mesh.config.recipe import ObjectiveConfig, Recipe
+from opd_mesh.convert import trajectory_from_json, trajectory_to_json
+from opd_mesh.sampling import sample_tokens
+from opd_mesh.torch_tensors import from_numpy
+from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
+from student_trainer.batch import Mark, Sample, order_by_teacher, split_into_passes
+from student_trainer.data import Domain
+from student_trainer.heads import HeadStore
+from student_trainer.objective import ReverseKl
+from student_trainer.rollouts import Rollouts
+from student_trainer.student import Student
+from student_trainer.teachers import Teachers
+from student_trainer.update import marks_by_teacher
+
+SetName = Literal["student_responses", "teacher_responses"]
+SET_NAMES: tuple[SetName, ...] = get_args(SetName)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldoutKl:
+    """Mean over tokens, in nats."""
+
+    kl: float
+    tokens: int
+
+
+def mean_response_length(trajectories: Sequence[Trajectory]) -> float:
+    """In tokens."""
+    return sum(trajectory.num_scored for trajectory in trajectories) / max(1, len(trajectories))
+
+
+@torch.no_grad()
+def heldout_kl(
+    samples: Sequence[Sample],
+    student: Student,
+    heads: HeadStore,
+    head_digests: Mapping[str, str],
+    *,
+    tokens_per_pass: int,
+) -> HeldoutKl:
+    """Σ_i w_i KL(student ‖ teacher_i) of the samples at temperature 1, whatever objective trains."""
+    measure = ReverseKl(ObjectiveConfig())
+    total, tokens = 0.0, 0
+    for batch in split_into_passes(order_by_teacher(samples), tokens_per_pass):
+        rows_Rd = torch.cat(
+            student.hidden_rows(
+                [sample.trajectory.token_ids for sample in batch],
+                [sample.trajectory.predicting_positions for sample in batch],
+            )
+        )
+        for share in marks_by_teacher(batch, heads, head_digests, rows_Rd.device):
+            divergence = measure(
+                rows_Rd[share.index_R],
+                student.head,
+                share.rows,
+                sampled_ids_R=share.sampled_ids_R,
+                token_weights_R=share.weights_R,
+            )
+            total += float(divergence.loss)
+        tokens += sum(sample.trajectory.num_scored for sample in batch)
+    return HeldoutKl(total / max(1, tokens), tokens)
+
+
+async def sample_from_teacher(
+    teachers: Teachers, teacher_id: str, heads: HeadStore, drafts: Sequence[Trajectory]
+) -> list[Trajectory]:
+    """Responses drawn from a teacher through its scoring service alone, exactly, in few rounds.
+
+    A draw is a pure function of (logits, seed, position), so decoding can be done by fixed point (Jacobi decoding):
+    score a whole draft at once, draw every position from the teacher's distribution given the draft before it, and
+    keep the draw up to and including the first position where it differs from the draft: everything up to there was
+    drawn behind a true prefix. The rest of the draw is the next draft. The student's own responses are the first.
+
+    Args:
+        drafts: the student's responses to the prompts, with the sampling parameters to use.
+    """
+
+    async def one(draft: Trajectory) -> Trajectory:
+        sampling = draft.sampling
+        prompt = draft.token_ids[: draft.scored_spans[0][0]]
+        filler = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
+        length = sampling.max_new_tokens
+        guess = (list(draft.scored_token_ids) + [filler] * length)[:length]
+        known = 0
+        while True:
+            trial = replace(
+                draft,
+                token_ids=(*prompt, *guess),
+                scored_spans=((len(prompt) + known, len(prompt) + length),),
+                sampling_logprobs=(),
+                policy_logprobs=(),
+                policy_versions=(),
+            )
+            rows = await teachers.rows(trial, teacher_id)
+            drawn = await asyncio.to_thread(_draw, rows, teachers, teacher_id, heads, sampling, known)
+            agreed = known
+            while agreed < length and guess[agreed] == drawn[agreed - known]:
+                agreed += 1
+            guess[known:] = drawn
+            known = min(agreed + 1, length)
+            stop = next((i for i in range(known) if guess[i] in sampling.stop_token_ids), None)
+            if stop is not None or known == length:
+                end = known if stop is None else stop + 1
+                return replace(
+                    trial,
+                    token_ids=(*prompt, *guess[:end]),
+                    scored_spans=((len(prompt), len(prompt) + end),),
+                    finish_reason=FinishReason.LENGTH if stop is None else FinishReason.STOP,
+                )
+
+    return list(await asyncio.gather(*(one(draft) for draft in drafts)))
+
+
+@torch.no_grad()
+def _draw(
+    rows: np.ndarray,
+    teachers: Teachers,
+    teacher_id: str,
+    heads: HeadStore,
+    sampling: SamplingParams,
+    first_position: int,
+) -> list[int]:
+    said = from_numpy(rows)
+    digest = teachers.head_digests.get(teacher_id)
+    if digest is not None:
+        head: LinearHead = heads.get(digest)
+        said = head.logits(said.to(head.weight.device, head.weight.dtype))
+    count = said.shape[0]
+    positions = list(range(first_position, first_position + count))
+    sampled = sample_tokens(said.float().cpu(), [sampling] * count, positions, said.shape[1])
+    for error in sampled.errors:
+        if error is not None:
+            raise error
+    return [int(token) for token in sampled.token_ids_B]
+
+
+class HeldoutSets:
+    """The fixed responses and their marks, on disk in ``RUN_DIR/heldout``, so that a resumed run uses the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._samples: dict[tuple[str, str], list[Sample]] = {}
+
+    def path(self, domain: str, name: str) -> Path:
+        """Of the trajectories of one set."""
+        return self._folder / f"{domain}.{name}.jsonl"
+
+    def add(self, domain: str, name: SetName, samples: Sequence[Sample]) -> None:
+        """Keep a set, marks first, so that a set with its trajectories in place is whole."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(domain, name)
+        tensors, meta = {}, []
+        for index, sample in enumerate(samples):
+            for mark in sample.marks:
+                tensors[f"{index}.{mark.teacher_id}"] = np.ascontiguousarray(mark.rows, dtype=np.float32)
+            marks = [
+                {"teacher": mark.teacher_id, "weight": mark.weight, "logits": mark.is_logits} for mark in sample.marks
+            ]
+            meta.append(json.dumps({"trajectory": trajectory_to_json(sample.trajectory), "marks": marks}))
+        save_file(tensors, path.with_suffix(".safetensors"))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in meta), encoding="utf-8")
+        partial.replace(path)
+        self._samples[domain, name] = list(samples)
+
+    def get(self, domain: str, name: SetName) -> list[Sample] | None:
+        """A set, or None if it was never made."""
+        if (domain, name) not in self._samples and self.path(domain, name).exists():
+            path = self.path(domain, name)
+            tensors = load_file(path.with_suffix(".safetensors"))
+            samples = []
+            for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+                value = json.loads(line)
+                marks = tuple(
+                    Mark(mark["teacher"], mark["weight"], tensors[f"{index}.{mark['teacher']}"], mark["logits"])
+                    for mark in value["marks"]
+                )
+                samples.append(Sample(trajectory_from_json(value["trajectory"]), marks))
+            self._samples[domain, name] = samples
+        return self._samples.get((domain, name))
+
+
+class Evaluator:
+    """Makes the fixed sets at the first evaluation (step 0), and measures on them from then on."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        student: Student,
+        teachers: Teachers,
+        rollouts: Rollouts,
+        heads: HeadStore,
+    ) -> None:
+        self._recipe = recipe
+        self._student = student
+        self._teachers = teachers
+        self._rollouts = rollouts
+        self._heads = heads
+        self._sets = HeldoutSets(run_dir / "heldout")
+
+    async def evaluate(self, domains: Sequence[Domain], *, lineage: int, step: int) -> dict[str, float]:
+        """Metrics by name: ``heldout_kl/<domain>`` (both sets), ``heldout_kl/<domain>/<set>``,
+        ``on_policy_kl/<domain>``, ``response_length/<domain>``."""
+        line: dict[str, float] = {}
+        for domain in domains:
+            fresh = await self._fresh_responses(domain, lineage=lineage, step=step)
+            if step == 0:
+                await self._make_sets(domain, fresh)
+            sets = {name: self._sets.get(domain.name, name) for name in SET_NAMES}
+            measured = {
+                name: await asyncio.to_thread(self._kl, samples) for name, samples in sets.items() if samples
+            }
+            for name, found in measured.items():
+                line[f"heldout_kl/{domain.name}/{name}"] = found.kl
+            tokens = sum(found.tokens for found in measured.values())
+            if tokens:
+                line[f"heldout_kl/{domain.name}"] = (
+                    sum(found.kl * found.tokens for found in measured.values()) / tokens
+                )
+            on_policy = await asyncio.to_thread(self._kl, fresh)
+            line[f"on_policy_kl/{domain.name}"] = on_policy.kl
+            line[f"response_length/{domain.name}"] = mean_response_length([sample.trajectory for sample in fresh])
+        return line
+
+    def _kl(self, samples: Sequence[Sample]) -> HeldoutKl:
+        return heldout_kl(
+            samples,
+            self._student,
+            self._heads,
+            self._teachers.head_digests,
+            tokens_per_pass=self._recipe.batch.tokens_per_pass,
+        )
+
+    async def _fresh_responses(self, domain: Domain, *, lineage: int, step: int) -> list[Sample]:
+        specs = [
+            self._rollouts.spec(
+                f"e{lineage:04d}-s{step:06d}-{domain.name}-{prompt.index}",
+                prompt,
+                self._rollouts.sampling(domain.name, "heldout", prompt.index),
+                publish=False,
+            )
+            for prompt in domain.heldout
+        ]
+        trajectories = await self._rollouts.write_unpublished(specs)
+        return list(await asyncio.gather(*(self._teachers.mark(trajectory) for trajectory in trajectories)))
+
+    async def _make_sets(self, domain: Domain, fresh: Sequence[Sample]) -> None:
+        if self._sets.get(domain.name, "student_responses") is None:
+            self._sets.add(domain.name, "student_responses", fresh)
+        wanted = self._recipe.evaluation.teacher_responses
+        if wanted and self._sets.get(domain.name, "teacher_responses") is None:
+            weights = domain.config.teachers
+            heaviest = max(weights, key=lambda teacher_id: weights[teacher_id])
+            drafts = [sample.trajectory for sample in fresh]
+            responses = await sample_from_teacher(self._teachers, heaviest, self._heads, drafts)
+            samples = await asyncio.gather(*(self._teachers.mark(response) for response in responses))
+            self._sets.add(domain.name, "teacher_responses", samples)

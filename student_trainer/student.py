@@ -1,0 +1,127 @@
+"""The model that learns: loading, LoRA, hidden states with gradient, its head, its weights as a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from opd_kernels import LinearHead
+from torch import Tensor, nn
+
+from opd_mesh.config.recipe import LoraConfig, StudentConfig
+from opd_mesh.errors import PreconditionError
+from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
+from opd_mesh.models.forward import BatchLayout, prove_layouts, sequence_hidden_states
+from opd_mesh.models.heads import extract_head, prove_head
+from opd_mesh.models.tokenizer import load_tokenizer, valid_vocab_size
+from opd_mesh.torch_tensors import TORCH_DTYPES
+
+
+class Student:
+    """A causal LM that is trained whole, or through a LoRA adapter.
+
+    Args:
+        seed: of the adapter's initialization.
+
+    Raises:
+        PreconditionError: hidden × head does not reproduce the model's own logits.
+        ModelNotFoundError, CorruptWeightsError: as :func:`load_causal_lm`.
+    """
+
+    def __init__(self, config: StudentConfig, *, device: str, deterministic: bool, seed: int) -> None:
+        self.config = config
+        loaded = load_causal_lm(config.path, dtype=TORCH_DTYPES[config.dtype], device=device)
+        self.model: Any = loaded.model
+        self.tokenizer = load_tokenizer(config.path)
+        self.vocab_size = valid_vocab_size(self.tokenizer)
+        self.initial_digest = loaded.weights_digest
+        self.model_type = loaded.model_type
+        proof = prove_head(self.model, extract_head(self.model, valid_vocab_size=self.vocab_size))
+        if not proof.ok:
+            raise PreconditionError(
+                f"the student's logits are not its hidden states times its head: {proof.reason}", field="student.path"
+            )
+        self.layout = BatchLayout.LONE if deterministic else prove_layouts(self.model).allowed[0]
+        self._adapter: Any = None
+        if config.lora is not None:
+            self._adapter = _with_lora(self.model, config.lora, seed)
+        else:
+            self.model.requires_grad_(True)
+        if config.activation_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.enable_input_require_grads()
+            self.model.train()  # transformers recomputes activations in this mode only
+            _switch_dropout_off(self.model)
+        else:
+            self.model.eval()  # no dropout: the student that learns is the student that wrote
+        # After LoRA: the adapter may have wrapped the head, whose live parameters the loss must reach.
+        self.head: LinearHead = extract_head(self.model, valid_vocab_size=self.vocab_size)
+
+    def hidden_rows(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """Per sequence [R_i, d]: the last hidden states at the given positions, with gradient where it is enabled."""
+        hidden = sequence_hidden_states(self.model, sequences, self.layout)
+        return [
+            states_Td[torch.tensor(rows, device=states_Td.device)]
+            for states_Td, rows in zip(hidden, positions, strict=True)
+        ]
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """What the optimizer moves, tied parameters once."""
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def policy_tensors(self) -> list[tuple[str, Tensor]]:
+        """The weights as a rollout server takes them: those of the plain model, adapter merged in."""
+        if self._adapter is None:
+            return list(served_tensors(self.model))
+        return _merged(self.model)
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face checkpoint, or a PEFT adapter where the student is LoRA, with the tokenizer."""
+        (self._adapter or self.model).save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+
+
+def _with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
+    import peft
+
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings)  # puts the adapter's layers into `model` itself
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _merged(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The plain model's tensors: LoRA layers folded into their base, adapter parameters left out."""
+    from peft.tuners.lora import LoraLayer
+
+    deltas: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                deltas[f"{name}.weight"] = module.get_delta_weight(adapter)
+    tensors = []
+    for name, tensor in served_tensors(model):
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        tensors.append((plain, tensor + deltas[plain] if plain in deltas else tensor))
+    return tensors

@@ -1,0 +1,416 @@
+"""The run, top-down: prepare, steps, evaluation, checkpoints, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import torch
+
+from opd_mesh import telemetry
+from opd_mesh.config.recipe import Recipe
+from opd_mesh.errors import OpdError, PreconditionError
+from opd_mesh.models.checkpoint import state_digest
+from opd_mesh.models.tokenizer import tokenizer_fingerprint
+from opd_mesh.policy import PolicyId
+from opd_mesh.torch_tensors import to_numpy
+from opd_mesh.trajectory import Trajectory
+from student_trainer.batch import Sample
+from student_trainer.checkpoint import LoadedCheckpoint, TrainerState, load_newest, save_checkpoint
+from student_trainer.data import Domain, next_prompts
+from student_trainer.evaluation import Evaluator
+from student_trainer.heads import HeadStore
+from student_trainer.objective import build_objective
+from student_trainer.optimizer import Optimizer
+from student_trainer.preflight import check_lengths, check_tokenizers, check_vocabularies
+from student_trainer.rollouts import Arrival, Rollouts, own_trajectory_id
+from student_trainer.run_state import MetricsLog, Phase, RunState
+from student_trainer.student import Student
+from student_trainer.summary import summarize, write_summary
+from student_trainer.teachers import Teachers
+from student_trainer.update import UpdateResult, update
+
+log = logging.getLogger("student_trainer")
+
+
+class Trainer:
+    """One run. :meth:`run` does all of it; the other methods are its parts, in order.
+
+    Args:
+        student: loaded already, for loading is the one thing that is slow and cannot be waited for on the loop.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, student: Student, *, device: str, resume: bool) -> None:
+        self.recipe = recipe
+        self.run_dir = run_dir
+        self.student = student
+        self.resume = resume
+        self.run_id = recipe.run.name if not run_dir.name else f"{recipe.run.name}-{run_dir.name}"
+        self.fingerprint = tokenizer_fingerprint(student.tokenizer.get_vocab())
+        self.metrics = MetricsLog(run_dir / "metrics.jsonl")
+        self.state = RunState(self.run_id, recipe.run.steps, self.metrics)
+        self.progress = TrainerState()
+        self.objective = build_objective(recipe.objective)
+        self.optimizer = Optimizer(recipe.optimizer, student.trainable(), total_steps=recipe.run.steps)
+        self.heads = HeadStore(run_dir / "heads", device)
+        self.teachers = Teachers(recipe, self.fingerprint)
+        self.rollouts = Rollouts(
+            recipe,
+            run_id=self.run_id,
+            tokenizer_fingerprint=self.fingerprint,
+            eos_token_id=student.tokenizer.eos_token_id,
+        )
+        self.domains: list[Domain] = []
+        self.evaluations = MetricsLog(run_dir / "evaluations.jsonl")
+        self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
+        self.warnings: list[str] = []
+        self.stopping = False
+        self._unacknowledged: list[str] = []
+        self._saves: list[asyncio.Future[tuple[Path, int]]] = []
+        self._saved_step = -1
+        self._started = time.monotonic()
+
+    # --- the whole ---------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        """From the first connection to the report. Raises what ended the run early, after a checkpoint."""
+        try:
+            await self.prepare()
+            self.state.set(Phase.RUNNING)
+            while self.progress.step < self.recipe.run.steps and not self.stopping:
+                await self.between_steps()
+                if not self.stopping:
+                    await self.step()
+            await self.finish()
+        except (OpdError, asyncio.CancelledError) as error:
+            await self.end_early(error)
+            raise
+        finally:
+            await self.teachers.close()
+            await self.rollouts.close()
+
+    # --- before the first step ---------------------------------------------------------------------------------
+    async def prepare(self) -> None:
+        """Connect, check, load the checkpoint, fetch heads, give the policy away, evaluate."""
+        with self.doing("connecting to teachers and rollout servers"):
+            await self.teachers.connect()
+            await self.rollouts.connect()
+        with self.doing("checking tokenizers, lengths and heads"):
+            self.warnings += await check_tokenizers(self.recipe, self.student, self.teachers)
+            check_vocabularies(self.student, self.teachers)
+            check_lengths(self.recipe, self.teachers)
+            for teacher_id, digest in self.teachers.head_digests.items():
+                if digest not in self.heads:
+                    self.heads.add(await self.teachers.get_head(teacher_id))
+        with self.doing("reading prompts"):
+            engine = self.recipe.rollout.engine
+            for name, domain in self.recipe.domains.items():
+                room = engine.max_context_tokens - (domain.max_new_tokens or self.recipe.rollout.max_new_tokens)
+                prompts = await asyncio.to_thread(
+                    Domain, name, domain, self.recipe, self.student.tokenizer, max_prompt_tokens=room
+                )
+                self.domains.append(prompts)
+        if self.resume:
+            with self.doing("loading the newest checkpoint"):
+                self.restore(await asyncio.to_thread(load_newest, self.run_dir / "checkpoints"))
+        else:
+            # A lineage is opened by every start; the first is 1.
+            self.progress.lineage = 1
+        await self.push_policy()
+        await self.evaluate()
+
+    def restore(self, checkpoint: LoadedCheckpoint) -> None:
+        """Continue from a checkpoint, in a new lineage."""
+        parameters = dict(self.student.trainable())
+        if parameters.keys() != checkpoint.student.keys():
+            raise PreconditionError(
+                f"{checkpoint.path} holds other parameters than the recipe trains; was student.lora changed?"
+            )
+        with torch.no_grad():
+            for name, tensor in checkpoint.student.items():
+                parameters[name].copy_(tensor)
+        self.optimizer.load_state_tensors(checkpoint.optimizer, checkpoint.state.step)
+        self.progress = checkpoint.state
+        self.progress.lineage += 1
+        # Lineages must rise even if the run is killed again before its next checkpoint.
+        counter = self.run_dir / "lineage"
+        if counter.exists():
+            self.progress.lineage = max(self.progress.lineage, int(counter.read_text()) + 1)
+        counter.write_text(str(self.progress.lineage))
+        self.state.step = self._saved_step = self.progress.step
+        self.metrics.resume(self.progress.step)
+        self.evaluations.resume(self.progress.step)
+        self._started = time.monotonic() - self.progress.wall_s
+        log.info("resumed from %s as lineage %d", checkpoint.path, self.progress.lineage)
+
+    async def push_policy(self) -> float:
+        """Give the present weights to every rollout server; returns the seconds that decoding stood still."""
+        with self.doing("updating the rollout policy"):
+            tensors = self.student.policy_tensors()
+            digest = await asyncio.to_thread(state_digest, tensors)
+            policy = PolicyId(self.run_id, self.progress.lineage, self.progress.step, digest)
+            arrays = [(name, to_numpy(tensor)) for name, tensor in tensors]
+            pause_s = await self.rollouts.push_policy(policy, arrays)
+        self.state.policy = policy
+        return pause_s
+
+    # --- one step ----------------------------------------------------------------------------------------------
+    async def between_steps(self) -> None:
+        """Checkpoints that are due or asked for, and pauses."""
+        every = self.recipe.checkpoint.every_steps
+        due = self.progress.step % every == 0 and self.progress.step != max(self._saved_step, 0)
+        if self._saves or due:
+            await self.save_checkpoint()
+        while not self.state.not_paused.is_set() and not self.stopping:
+            self.state.set(Phase.PAUSED)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.state.not_paused.wait(), timeout=0.2)
+            if self._saves:
+                await self.save_checkpoint()
+        if self.state.phase is Phase.PAUSED:
+            self.state.set(Phase.RUNNING)
+
+    async def step(self) -> None:
+        """Prompts → trajectories → marks → update → policy → one line of metrics."""
+        number = self.progress.step + 1
+        with telemetry.span("trainer.step", **{telemetry.RUN_ID: self.run_id, telemetry.STEP: number}):
+            clock = Clock()
+            wire_before, loads_before = self.teachers.wire_bytes, self.heads.loads
+            cursors, drawn, arrivals, samples = await self.gather_samples(number, clock)
+            external = await self.take_external(clock)
+            samples += [sample for _, sample in external]
+            with self.doing("updating the student"), clock("update"):
+                result = await asyncio.to_thread(
+                    update,
+                    samples,
+                    self.student,
+                    self.optimizer,
+                    self.objective,
+                    self.heads,
+                    self.teachers.head_digests,
+                    tokens_per_pass=self.recipe.batch.tokens_per_pass,
+                )
+            staleness = max(self._staleness(sample.trajectory) for sample in samples)
+            self.progress.step = number
+            self.progress.cursors, self.progress.drawn = cursors, drawn
+            self.progress.tokens_trained += result.tokens
+            self.progress.consumed_external += [arrival.trajectory.trajectory_id for arrival, _ in external]
+            self._unacknowledged += [arrival.entry_id for arrival in arrivals]
+            self._unacknowledged += [arrival.entry_id for arrival, _ in external]
+            with clock("policy"):
+                pause_s = await self.push_policy()
+        line = self.metrics_line(samples, result, clock, staleness=staleness, external=len(external))
+        line["wire_bytes"] = self.teachers.wire_bytes - wire_before
+        line["heads_loaded"] = self.heads.loads - loads_before
+        line["seconds/policy_swap"] = pause_s
+        self.state.step = number
+        self.metrics.write(line)
+        self.state.notify()
+        every = self.recipe.evaluation.every_steps
+        if every and number % every == 0:
+            await self.evaluate()
+
+    async def gather_samples(
+        self, number: int, clock: Clock
+    ) -> tuple[dict[str, int], dict[str, int], list[Arrival], list[Sample]]:
+        """Write the step's responses; every trajectory is marked as soon as it arrives."""
+        batch = self.recipe.batch
+        prompts, cursors, drawn = next_prompts(
+            self.domains, batch.prompts_per_step, self.progress.cursors, self.progress.drawn
+        )
+        specs = []
+        for place, prompt in enumerate(prompts):
+            for answer in range(batch.responses_per_prompt):
+                index = place * batch.responses_per_prompt + answer
+                sampling = self.rollouts.sampling(prompt.domain, "train", prompt.index, answer)
+                request_id = own_trajectory_id(self.progress.lineage, number, index)
+                specs.append(self.rollouts.spec(request_id, prompt, sampling, publish=True))
+        arrivals: list[Arrival] = []
+        async with marking_tasks() as marking:
+            with self.doing(f"writing {len(specs)} responses"), clock("rollout"):
+                async for arrival in self.rollouts.write(specs):
+                    arrivals.append(arrival)
+                    marking.append(asyncio.create_task(self.teachers.mark(arrival.trajectory)))
+            with self.doing("waiting for the teachers' marks"), clock("score"):
+                samples = list(await asyncio.gather(*marking))
+        return cursors, drawn, arrivals, samples
+
+    async def take_external(self, clock: Clock) -> list[tuple[Arrival, Sample]]:
+        """Trajectories from outside that are fresh enough, marked."""
+        taken: list[Arrival] = []
+        consumed = set(self.progress.consumed_external)
+        while self.rollouts.external and len(taken) < self.recipe.batch.max_external_per_step:
+            arrival = self.rollouts.external.popleft()
+            trajectory = arrival.trajectory
+            if trajectory.trajectory_id in consumed:
+                self.rollouts.discarded.append(arrival.entry_id)
+            elif (
+                trajectory.lineage != self.progress.lineage
+                or self._staleness(trajectory) > self.recipe.max_staleness
+            ):
+                self.rollouts.discarded.append(arrival.entry_id)
+                self.progress.dropped_external += 1
+            else:
+                consumed.add(trajectory.trajectory_id)
+                taken.append(arrival)
+        with clock("score"):
+            samples = await asyncio.gather(*(self.teachers.mark(arrival.trajectory) for arrival in taken))
+        return list(zip(taken, samples, strict=True))
+
+    def _staleness(self, trajectory: Trajectory) -> int:
+        """Our version minus the oldest among the response's tokens."""
+        return self.progress.step - min(trajectory.policy_versions, default=self.progress.step)
+
+    def metrics_line(
+        self, samples: Sequence[Sample], result: UpdateResult, clock: Clock, *, staleness: int, external: int
+    ) -> dict[str, float]:
+        """One line of metrics.jsonl (DESIGN §7)."""
+        lengths = [sample.trajectory.num_scored for sample in samples]
+        total_s = clock.total()
+        line: dict[str, float] = {
+            "step": self.progress.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens": result.tokens,
+            "tokens_per_s": result.tokens / total_s,
+            "policy_version": self.progress.step,
+            "lineage": self.progress.lineage,
+            "staleness": staleness,
+            "response_length": sum(lengths) / len(lengths),
+            "samples": len(samples),
+            "external": external,
+            "external_dropped": self.progress.dropped_external,
+            "passes": result.passes,
+            "seconds/step": total_s,
+        }
+        return line | result.metrics | {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}
+
+    async def evaluate(self) -> None:
+        """One line of evaluations.jsonl, once per step at most."""
+        step = self.progress.step
+        if not self.recipe.evaluation.prompts_per_domain or any(line["step"] == step for line in self.evaluations.lines):
+            return
+        with self.doing("evaluating on held-out prompts"):
+            line = await self.evaluator.evaluate(self.domains, lineage=self.progress.lineage, step=step)
+        if line:
+            self.evaluations.write({"step": step} | line)
+
+    # --- checkpoints and the end -------------------------------------------------------------------------------
+    async def request_save(self) -> tuple[Path, int]:
+        """A checkpoint after the step in progress."""
+        if self.state.ended:
+            raise PreconditionError(f"the run is {self.state.phase}")
+        future: asyncio.Future[tuple[Path, int]] = asyncio.get_running_loop().create_future()
+        self._saves.append(future)
+        return await future
+
+    async def save_checkpoint(self) -> Path:
+        """Durable, then the stream's entries are acknowledged, then whoever asked is told."""
+        self.progress.wall_s = time.monotonic() - self._started
+        with self.doing("writing a checkpoint"):
+            path = await asyncio.to_thread(
+                save_checkpoint,
+                self.run_dir / "checkpoints",
+                dict(self.student.trainable()),
+                self.optimizer.state_tensors(),
+                self.progress,
+                keep=self.recipe.checkpoint.keep,
+            )
+        self._saved_step = self.progress.step
+        entries, self._unacknowledged = self._unacknowledged, []
+        await self.rollouts.acknowledge(entries)
+        waiting, self._saves = self._saves, []
+        for future in waiting:
+            if not future.done():
+                future.set_result((path, self.progress.step))
+        return path
+
+    async def finish(self) -> None:
+        """Last checkpoint, last evaluation, the student, the summary."""
+        if self._saved_step != self.progress.step:
+            await self.save_checkpoint()
+        whole = self.progress.step >= self.recipe.run.steps
+        if whole:
+            await self.evaluate()
+        with self.doing("saving the student"):
+            await asyncio.to_thread(self.student.save, self.run_dir / "student")
+        self.summarize("finished" if whole else "interrupted")
+        self.state.set(Phase.FINISHED, "done")
+
+    async def end_early(self, error: BaseException) -> None:
+        """Keep what there is, and say why."""
+        text = str(error) or type(error).__name__
+        log.error("the run ends at step %d: %s", self.progress.step, text)  # noqa: TRY400 - an OpdError is no defect
+        if self.progress.step > max(self._saved_step, 0):
+            try:
+                await self.save_checkpoint()
+            except OpdError as failure:
+                # The checkpoint itself is written before anything that can fail here; the entries come again.
+                log.warning("after the checkpoint: %s", failure)
+        for future in self._saves:
+            if not future.done():
+                future.set_exception(PreconditionError(f"the run ended: {text}"))
+        if self.metrics.lines:
+            self.summarize("failed", error=text)
+        self.state.set(Phase.FAILED, "ended early", error=text)
+
+    def summarize(self, status: str, *, error: str = "") -> None:
+        """``summary.json``."""
+        summary = summarize(
+            run_id=self.run_id,
+            status=status,
+            error=error,
+            steps=self.progress.step,
+            tokens_trained=self.progress.tokens_trained,
+            wall_s=time.monotonic() - self._started,
+            domains=self.recipe.domains,
+            evaluations=self.evaluations.lines,
+            cards=self.teachers.cards,
+            warnings=self.warnings,
+        )
+        write_summary(self.run_dir, summary)
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """What the run is doing, for watchers and the log."""
+        self.state.set(activity=activity)
+        log.debug("%s", activity)
+        yield
+
+
+@asynccontextmanager
+async def marking_tasks() -> AsyncIterator[list[asyncio.Task[Sample]]]:
+    """Tasks that are given up together where the step fails."""
+    tasks: list[asyncio.Task[Sample]] = []
+    try:
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Clock:
+    """Seconds by phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Adds the time inside to ``name``."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def total(self) -> float:
+        """Since the step began."""
+        return time.monotonic() - self._started
