@@ -62,8 +62,8 @@ _SPECIFIC: dict[str, dict[str, Any]] = {
         "q_lora_rank": 20,
         "o_groups": 2,
         "o_lora_rank": 12,
-        # With few heads all of an entry's ReLU scores are exactly 0 for many queries, and top-k among equals depends on how
-        # many entries there are: what the model says of a prefix then depends on what comes after it.
+        # With few heads all of an entry's ReLU scores are exactly 0 for many queries, and top-k among equals depends
+        # on how many entries there are: what the model says of a prefix then depends on what comes after it.
         "index_n_heads": 16,
         "index_head_dim": 16,
         "index_topk": 3,
@@ -96,7 +96,7 @@ def tiny_model(
     attn_implementation: str | None = None,
     **changes: Any,
 ) -> Any:
-    """A model in eval mode, float32, the same for the same arguments; its logits' standard deviation is near logit_std."""
+    """A model in eval mode, float32, the same for the same arguments; logits' std is near logit_std."""
     config = tiny_config(arch, vocab_size=vocab_size, logit_std=logit_std, **changes)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -147,8 +147,8 @@ class CacheProof:
 def prove_layouts(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> LayoutProof:
     """Compare every layout with LONE on four random sequences of awkward lengths.
 
-    The longest exceeds every window of the architecture below ``max_probe_tokens``. Each layout runs three times: as is,
-    and with the odd or the even sequences replaced, which must not change the others.
+    The longest exceeds every window of the architecture below ``max_probe_tokens``. Each layout runs three times: as
+    is, and with the odd or the even sequences replaced, which must not change the others.
     """
     windows, unreached = _windows(model, max_probe_tokens)
     long = min(2 * max([*windows, 19]) + 3, max_probe_tokens)
@@ -198,8 +198,8 @@ def prove_layouts(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> 
 def prove_cached(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> CacheProof:
     """Prefill, then decode token by token with the cache that the model makes, against one uncached forward.
 
-    Two probes: a prefill of 3 tokens and 24 decoded ones (small windows close while decoding), and a prefill just short of
-    a multiple of the largest window with 12 decoded ones.
+    Two probes: a prefill of 3 tokens and 24 decoded ones (small windows close while decoding), and a prefill just
+    short of a multiple of the largest window with 12 decoded ones.
     """
     windows, unreached = _windows(model, max_probe_tokens)
     long = max([*windows, 19]) * 2

@@ -20,8 +20,9 @@ from opd_mesh.errors import ConfigError
 from opd_mesh.models.checkpoint import tensor_bytes
 from opd_mesh.models.forward import evaluation, input_device, last_hidden_states
 
-# By model type, because names mislead: ``logits_scaling`` divides in Granite and multiplies in HyperCLOVA X, and MPT has
-# a ``logit_scale`` that its code never reads. An architecture that is missing here fails the proof, and is not lost.
+# By model type, because names mislead: ``logits_scaling`` divides in Granite and multiplies in HyperCLOVA X, and MPT
+# has a ``logit_scale`` that its code never reads. A type that is missing here fails the proof: its teacher then offers
+# LOGITS only.
 _LOGIT_SCALES: Mapping[str, Callable[[Any], float]] = {
     **dict.fromkeys(("cohere", "cohere2", "cohere2_moe", "cohere_compass"), lambda c: c.logit_scale),
     **dict.fromkeys(
@@ -43,7 +44,7 @@ _LOGIT_SCALES: Mapping[str, Callable[[Any], float]] = {
 _SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 # In standard deviations of the logits. Ours are computed in float32 from the model's own hidden states, so the bound
-# covers the roundings of the model's side: product, scale and cap, each half a unit in the last place of the largest logit.
+# covers the roundings of the model's side: product, scale and cap, each half a unit in the last place.
 HEAD_TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 HEAD_TOLERANCES_DEFAULT = 1e-4
 

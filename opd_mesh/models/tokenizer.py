@@ -26,8 +26,8 @@ def tokenizer_fingerprint(vocab: Mapping[str, int]) -> str:
     """SHA-256 (hex) over the (token, id) pairs, sorted by token.
 
     Each pair is hashed as ``len(token) as 8 bytes ‖ token in UTF-8 ‖ id as 8 bytes``, integers unsigned little-endian.
-    The length prefix makes the encoding unambiguous. Tokens are sorted by their UTF-8 bytes, which is also Python's order
-    of strings; a lone surrogate (some byte-fallback vocabularies hold them) is encoded as WTF-8.
+    The length prefix makes the encoding unambiguous. Tokens are sorted by their UTF-8 bytes, also Python's order of
+    strings; a lone surrogate (some byte-fallback vocabularies hold them) is encoded as WTF-8.
 
     Raises:
         InvalidInputError: an id is negative.

@@ -1,0 +1,27 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before transformers is imported anywhere: no test reaches a hub, and bars of progress are noise in a failure.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.pop("OPD_REDIS_URL", None)
+# Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings() -> Iterator[None]:
+    """A server in the test's own process may change torch's global settings; the next test must not see that."""
+    import sys
+
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "set_num_threads"):
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(1)

@@ -1,0 +1,227 @@
+"""The trip through the mesh gives the numbers of a float64 computation over full logits in one process.
+
+Hidden states travel in float32 over a real socket, the head is downloaded and verified, the trainer computes loss and
+gradient. The reference never sees a hidden state: the models' own logits, log-softmax, autograd, all in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mesh import serving_teachers, teacher_config, tiny_recipe
+from tiny_models import save_tiny_checkpoint, tiny_tokenizer
+
+from opd_mesh.models.checkpoint import load_causal_lm
+from opd_mesh.models.tokenizer import tokenizer_fingerprint
+from opd_mesh.trajectory import Trajectory
+from student_trainer.batch import Mark, Sample
+from student_trainer.heads import HeadStore
+from student_trainer.objective import build_objective
+from student_trainer.server import load_student
+from student_trainer.student import Student
+from student_trainer.teachers import Teachers
+from student_trainer.update import compute_gradients
+
+ARCHITECTURES = ["llama", "qwen3", "gemma2", "cohere", "granite", "gpt2", "phi", "deepseek_v4"]
+KL_TOLERANCE = 1e-5  # relative to max(1 nat, KL)
+GRADIENT_TOLERANCE = 1e-4
+
+
+def trajectories(vocab_size: int) -> list[Trajectory]:
+    """Awkward lengths, two spans in one, both domains."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(7, [(3, 7)]), (23, [(5, 9), (14, 23)]), (31, [(30, 31)]), (12, [(1, 12)])]
+    return [
+        Trajectory(
+            trajectory_id=f"t{index}",
+            domain=f"domain_{index % 2}",
+            token_ids=tuple(torch.randint(4, vocab_size, (total,), generator=generator).tolist()),
+            scored_spans=tuple(spans),
+        )
+        for index, (total, spans) in enumerate(shapes)
+    ]
+
+
+def in_float64(model: Any) -> Any:
+    """A float64 copy."""
+    model = copy.deepcopy(model).double()
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the grouped GEMM has no float64
+    return model
+
+
+def float64_reference(
+    student: Any, teachers: dict[str, Any], samples: list[Trajectory], routing: dict[str, str]
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], float]:
+    """(per-token KL of each trajectory, gradient of their mean by parameter, largest standard deviation of logits)."""
+    student = in_float64(student)
+    kls = []
+    spread = 0.0
+    for sample in samples:
+        ids = torch.tensor([sample.token_ids])
+        rows = sample.predicting_positions
+        logits = student(input_ids=ids, use_cache=False).logits[0, rows].double()
+        with torch.no_grad():
+            theirs = teachers[routing[sample.domain]](input_ids=ids, use_cache=False).logits[0, rows].double()
+        log_p, log_q = logits.log_softmax(-1), theirs.log_softmax(-1)
+        kls.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        spread = max(spread, float(logits.detach().std()))
+    torch.cat(kls).mean().backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return [kl.detach() for kl in kls], gradients, spread
+
+
+class Case:
+    """One architecture: what the mesh computed, and what float64 says."""
+
+    def __init__(self, arch: str, folder: Path) -> None:
+        self.arch = arch
+        student = save_tiny_checkpoint(folder / "student", arch, 0)
+        self.paths = {name: save_tiny_checkpoint(folder / name, arch, seed) for seed, name in ((1, "one"), (2, "two"))}
+        self.recipe = tiny_recipe(student, self.paths, batch={"tokens_per_pass": 40})
+        self.folder = folder
+        self.student: Student
+        self.samples: list[Sample] = []
+
+    async def through_the_mesh(self) -> None:
+        """Cards, heads and marks over the wire."""
+        self.student, _ = load_student(self.recipe)
+        fingerprint = tokenizer_fingerprint(tiny_tokenizer().get_vocab())
+        async with serving_teachers(teacher_config(self.paths)) as address:
+            teachers = {name: t.replace(addresses=[address]) for name, t in self.recipe.teachers.items()}
+            client = Teachers(self.recipe.replace(teachers=teachers), fingerprint)
+            await client.connect()
+            self.heads = HeadStore(self.folder / "heads", "cpu")
+            for name in client.head_digests:
+                self.heads.add(await client.get_head(name))
+            self.head_digests = client.head_digests
+            self.samples = [await client.mark(trajectory) for trajectory in trajectories(self.student.vocab_size)]
+            await client.close()
+
+    def gradients(self, samples: list[Sample], head_digests: dict[str, str]) -> tuple[dict[str, float], Any]:
+        """(KL by domain, gradient by parameter) as the trainer computes them."""
+        self.student.model.zero_grad(set_to_none=True)
+        objective = build_objective(self.recipe.objective)
+        self.loss, means, self.passes = compute_gradients(
+            samples, self.student, objective, self.heads, head_digests, tokens_per_pass=40
+        )
+        grads = {n: p.grad for n, p in self.student.model.named_parameters() if p.grad is not None}
+        return means.means(), grads
+
+    def token_kls(self, sample: Sample) -> torch.Tensor:
+        """[R] of one sample."""
+        recorded: list[torch.Tensor] = []
+        objective = build_objective(self.recipe.objective)
+
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            divergence = objective(*args, **kwargs)
+            recorded.append(divergence.kl_T)
+            return divergence
+
+        compute_gradients([sample], self.student, recording, self.heads, self.head_digests, tokens_per_pass=40)
+        return torch.cat(recorded)
+
+
+@pytest.fixture(params=ARCHITECTURES, scope="module")
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+async def prepared(arch: str, folder: Path) -> Case:
+    case = Case(arch, folder)
+    await case.through_the_mesh()
+    return case
+
+
+def worst_kl_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return max(
+        float(((a.double() - b).abs() / b.clamp(min=1.0)).max()) for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def gradient_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == wanted.keys()
+    difference = sum(float((found[name].double() - wanted[name]).pow(2).sum()) for name in wanted)
+    size = sum(float(wanted[name].pow(2).sum()) for name in wanted)
+    return (difference / size) ** 0.5
+
+
+async def test_kl_and_gradient_equal_float64(arch: str, tmp_path: Path) -> None:
+    case = await prepared(arch, tmp_path)
+    assert all(sample.marks[0].rows.dtype == np.float32 for sample in case.samples)
+    assert not any(mark.is_logits for sample in case.samples for mark in sample.marks)
+    teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
+    routing = {"domain_0": "one", "domain_1": "two"}
+    wanted, wanted_gradient, spread = float64_reference(
+        case.student.model, teachers, [sample.trajectory for sample in case.samples], routing
+    )
+    assert spread >= 5
+    assert float(torch.cat(wanted).mean()) >= 0.5
+
+    found = [case.token_kls(sample) for sample in case.samples]
+    assert worst_kl_error(found, wanted) < KL_TOLERANCE
+    _, gradient = case.gradients(case.samples, case.head_digests)
+    assert case.passes > 1
+    assert case.loss == pytest.approx(float(torch.cat(wanted).mean()), rel=1e-5)
+    assert gradient_error(gradient, wanted_gradient) < GRADIENT_TOLERANCE
+
+    # Mutants: each is a mistake that has been made elsewhere, and each must be seen by the same comparison.
+    for name, mutant in mutants(case).items():
+        mutated = mutant()
+        if mutated is not None:
+            assert worst_kl_error(mutated, wanted) > 100 * KL_TOLERANCE, f"mutant {name!r} passes unnoticed"
+
+
+def mutants(case: Case) -> dict[str, Any]:
+    """Name → function that computes the KLs wrongly, or None where the architecture has nothing to mutate."""
+
+    def with_head(**changes: Any) -> list[torch.Tensor] | None:
+        original = case.heads.get
+        if not any(getattr(case.student.head, key) not in (value, None) for key, value in changes.items()):
+            return None
+        case.heads.get = lambda digest: replace(original(digest), **changes)  # type: ignore[method-assign]
+        try:
+            return [case.token_kls(sample) for sample in case.samples]
+        finally:
+            case.heads.get = original  # type: ignore[method-assign]
+
+    def with_marks(change: Any) -> list[torch.Tensor]:
+        return [
+            case.token_kls(Sample(sample.trajectory, tuple(change(mark) for mark in sample.marks)))
+            for sample in case.samples
+        ]
+
+    def shifted(mark: Mark) -> Mark:
+        return replace(mark, rows=np.roll(mark.rows, 1, axis=0) if len(mark.rows) > 1 else mark.rows)
+
+    def swapped(mark: Mark) -> Mark:
+        return replace(mark, teacher_id={"one": "two", "two": "one"}[mark.teacher_id])
+
+    return {
+        "no soft-cap": lambda: with_head(soft_cap=None) if case.student.head.soft_cap else None,
+        "no logit scale": lambda: with_head(logit_scale=1.0),
+        "no bias": lambda: with_head(bias=None) if case.student.head.bias is not None else None,
+        "rows shifted by one": lambda: with_marks(shifted),
+        "teachers swapped": lambda: with_marks(swapped),
+    }
+
+
+async def test_logits_signal_equals_float64(tmp_path: Path) -> None:
+    case = Case("gemma2", tmp_path)
+    case.recipe = case.recipe.replace(objective=case.recipe.objective.replace(signal="logits"))
+    await case.through_the_mesh()
+    assert all(mark.is_logits for sample in case.samples for mark in sample.marks)
+    teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
+    wanted, *_ = float64_reference(
+        case.student.model,
+        teachers,
+        [sample.trajectory for sample in case.samples],
+        {"domain_0": "one", "domain_1": "two"},
+    )
+    assert worst_kl_error([case.token_kls(sample) for sample in case.samples], wanted) < KL_TOLERANCE

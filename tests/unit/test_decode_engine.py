@@ -1,0 +1,519 @@
+"""The decode engine against the plainest loop there is: one lone uncached forward pass per token, same sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
+from opd_mesh.errors import (
+    ConfigError,
+    CorruptWeightsError,
+    DivergedError,
+    InternalError,
+    InvalidInputError,
+    OpdError,
+    RequestConflictError,
+    TooLongError,
+)
+from opd_mesh.trajectory import FinishReason, SamplingParams
+from rollout_server.cache import CacheMode, RightAlignedCache
+from rollout_server.cache_proof import CacheModeProof, prove_cache_modes
+from rollout_server.engine import DecodeEngine, GenerationRequest, TokenEvent, WrittenToken
+from rollout_server.sampling import sample_tokens
+
+VOCAB = 131
+VALID = 125  # six ids of padding, whose logits are as large as any
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices are faster on one thread, by far when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def _model(arch: str, seed: int = 0) -> Any:
+    if arch == "deepseek_v4_ties":
+        # With two indexer heads most scores are zero, and which of the equal blocks it keeps depends on how many
+        # there are: a pass over a prefix differs from one over the whole text, and so does every cache.
+        return tiny_model("deepseek_v4", seed, index_n_heads=2)
+    return tiny_model(arch, seed)
+
+
+@cache
+def _proof(arch: str) -> CacheModeProof:
+    return prove_cache_modes(_model(arch), valid_vocab_size=VALID)
+
+
+def _engine(arch: str = "llama", model: Any = None, **changes: Any) -> DecodeEngine:
+    options = {"policy_version": 0, "valid_vocab_size": VALID, "max_slots": 4, "max_context_tokens": 300} | changes
+    return DecodeEngine(model or _model(arch), cache_proof=_proof(arch), **options)
+
+
+def _fresh_model(seed: int = 0) -> Any:
+    """A llama that a test may spoil."""
+    return tiny_model("llama", seed)
+
+
+def _request(index: int, length: int = 5, new: int = 10, **changes: Any) -> GenerationRequest:
+    ids = torch.randint(VALID, (length,), generator=torch.Generator().manual_seed(index)).tolist()
+    params = {"seed": 100 + index, "max_new_tokens": new} | changes
+    return GenerationRequest(f"r{index}", tuple(ids), SamplingParams(**params))
+
+
+def _reference(model: Any, request: GenerationRequest, start: Sequence[int] = ()) -> list[int]:
+    """The whole response, ``start`` included."""
+    return list(_plain_loop(model, request, tuple(start)))
+
+
+@cache
+@torch.inference_mode()
+def _plain_loop(model: Any, request: GenerationRequest, start: tuple[int, ...]) -> tuple[int, ...]:
+    tokens, sampling = list(start), request.sampling
+    while len(tokens) < sampling.max_new_tokens and (not tokens or tokens[-1] not in sampling.stop_token_ids):
+        logits_TV = model(input_ids=torch.tensor([[*request.prompt_ids, *tokens]]), use_cache=False).logits[0]
+        tokens.append(int(sample_tokens(logits_TV[-1:], [sampling], [len(tokens)], VALID).token_ids_B[0]))
+    return tuple(tokens)
+
+
+def _drain(engine: DecodeEngine) -> list[TokenEvent]:
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    assert engine.step() == []
+    return events
+
+
+def _by_request(events: Sequence[TokenEvent]) -> dict[str, list[TokenEvent]]:
+    grouped: dict[str, list[TokenEvent]] = {}
+    for event in events:
+        grouped.setdefault(event.request_id, []).append(event)
+    return grouped
+
+
+def _tokens(events: Sequence[TokenEvent]) -> dict[str, list[int]]:
+    return {key: [event.token_id for event in own] for key, own in _by_request(events).items()}
+
+
+def _written(events: Sequence[TokenEvent]) -> tuple[WrittenToken, ...]:
+    return tuple(
+        WrittenToken(event.token_id, event.sampling_logprob, event.policy_logprob, event.policy_version)
+        for event in events
+    )
+
+
+_ORDER = list(CacheMode)  # fastest first
+
+
+# --- every architecture, every mode ----------------------------------------------------------------------------
+MODES = {
+    "llama": CacheMode.BATCHED,
+    "qwen3": CacheMode.BATCHED,
+    "gemma2": CacheMode.BATCHED,
+    "gpt2": CacheMode.BATCHED,
+    "deepseek_v4": CacheMode.PER_REQUEST,
+    "deepseek_v4_ties": CacheMode.UNCACHED,
+}
+
+
+@pytest.mark.parametrize("arch", MODES)
+def test_the_proof_finds_the_fastest_right_mode(arch: str) -> None:
+    proof = _proof(arch)
+    assert proof.fastest is MODES[arch], proof.results
+    assert proof.fastest_deterministic is (
+        CacheMode.UNCACHED if MODES[arch] is CacheMode.UNCACHED else CacheMode.PER_REQUEST
+    )
+    for mode, result in proof.results.items():
+        assert result.reason
+        assert result.allowed == (_ORDER.index(mode) >= _ORDER.index(proof.fastest))
+
+
+def test_the_proof_refuses_a_batch_that_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    unmasked = RightAlignedCache.inputs
+    monkeypatch.setattr(RightAlignedCache, "inputs", lambda self, queries: (None, unmasked(self, queries)[1]))
+    proof = prove_cache_modes(_model("llama"), valid_vocab_size=VALID)
+    assert proof.fastest is CacheMode.PER_REQUEST
+    assert "differs" in proof.results[CacheMode.BATCHED].reason
+    with pytest.raises(ConfigError, match="cache_mode"):
+        DecodeEngine(
+            _model("llama"),
+            policy_version=0,
+            valid_vocab_size=VALID,
+            max_context_tokens=9,
+            cache_mode=CacheMode.BATCHED,
+            cache_proof=proof,
+        )
+
+
+@pytest.mark.parametrize(
+    ("arch", "mode"), [(arch, mode) for arch, fastest in MODES.items() for mode in _ORDER[_ORDER.index(fastest) :]]
+)
+def test_tokens_equal_the_plain_loop(arch: str, mode: CacheMode) -> None:
+    requests = [
+        _request(0, length=3, new=12),
+        _request(1, length=11, new=4, top_p=0.9),
+        _request(2, length=1, new=14, temperature=0.7, top_k=20),
+        _request(3, length=30, new=6),  # longer than what runs when it is admitted
+        _request(4, length=2, new=9, temperature=0.0),
+    ]
+    engine = _engine(arch, cache_mode=mode, max_slots=3)
+    events = []
+    for request in requests:
+        engine.submit(request)
+        events += engine.step()
+        assert engine.running <= 3
+    events += _drain(engine)
+    for request in requests:
+        own = _by_request(events)[request.request_id]
+        assert [event.token_id for event in own] == _reference(_model(arch), request)
+        assert [event.position for event in own] == list(range(request.sampling.max_new_tokens))
+        assert [event.finish_reason for event in own] == [None] * (len(own) - 1) + [FinishReason.LENGTH]
+        assert all(event.policy_version == 0 and event.error is None for event in own)
+    assert engine.counters.tokens == sum(request.sampling.max_new_tokens for request in requests)
+
+
+def test_logprobs_are_those_of_one_pass_over_the_whole_text() -> None:
+    requests = [_request(0, length=4, new=8, temperature=0.8), _request(1, length=9, new=8)]
+    engine = _engine()
+    for request in requests:
+        engine.submit(request)
+    grouped = _by_request(_drain(engine))
+    for request in requests:
+        own = grouped[request.request_id]
+        ids = [*request.prompt_ids, *(event.token_id for event in own)]
+        with torch.inference_mode():
+            logits_RV = _model("llama")(input_ids=torch.tensor([ids])).logits[0, len(request.prompt_ids) - 1 : -1]
+        for row, event in zip(logits_RV[:, :VALID].double(), own, strict=True):
+            policy = float(row.log_softmax(-1)[event.token_id])
+            sampling = float((row / request.sampling.temperature).log_softmax(-1)[event.token_id])
+            assert event.policy_logprob == pytest.approx(policy, abs=1e-4)
+            assert event.sampling_logprob == pytest.approx(sampling, abs=1e-4)
+
+
+def test_long_answers_grow_and_slide_the_cache() -> None:
+    engine = _engine(max_slots=2)
+    requests = [_request(0, length=5, new=150), *(_request(index, length=3, new=40) for index in range(1, 5))]
+    for request in requests:
+        engine.submit(request)
+    tokens = _tokens(_drain(engine))
+    for request in requests:
+        assert tokens[request.request_id] == _reference(_model("llama"), request)
+
+
+# --- slots, budget, stopping, cancelling -----------------------------------------------------------------------
+def test_a_stop_token_ends_a_response_and_its_slot_is_filled_in_the_same_step() -> None:
+    free = _reference(_model("llama"), _request(0))
+    last = next(index for index in range(2, 10) if free[index] not in free[:index])
+    stop = free[last]
+    first, second = _request(0, stop_token_ids=(stop, 3)), _request(1)
+    engine = _engine(max_slots=1)
+    engine.submit(first)
+    engine.submit(second)
+    for _ in range(last):
+        assert [event.request_id for event in engine.step()] == ["r0"]
+        assert (engine.running, engine.waiting) == (1, 1)
+    events = engine.step()
+    assert [(event.request_id, event.token_id, event.finish_reason) for event in events] == [
+        ("r0", stop, FinishReason.STOP),
+        ("r1", _reference(_model("llama"), second)[0], None),
+    ]
+
+
+def test_the_prefill_budget_holds_back_admissions_but_never_all() -> None:
+    engine = _engine(prefill_token_budget=12)
+    for index, length in enumerate((20, 6, 6, 1)):
+        engine.submit(_request(index, length=length))
+    assert {event.request_id for event in engine.step()} == {"r0"}
+    assert {event.request_id for event in engine.step()} == {"r0", "r1", "r2"}
+    assert engine.counters.prefill_tokens == 32
+    assert {event.request_id for event in engine.step()} == {"r0", "r1", "r2", "r3"}
+
+
+def test_answers_to_one_prompt_share_its_prefill() -> None:
+    model, shapes = _fresh_model(), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    engine = _engine(model=model)
+    prompt = _request(0).prompt_ids
+    group = [GenerationRequest(f"g{i}", prompt, SamplingParams(seed=i, max_new_tokens=6)) for i in range(4)]
+    for request in group:
+        engine.submit(request)
+    tokens = _tokens(_drain(engine))
+    assert [tuple(shape) for shape in shapes] == [(1, 5)] + [(4, 1)] * 5
+    assert [tokens[request.request_id] for request in group] == [_reference(_model("llama"), r) for r in group]
+
+
+@pytest.mark.parametrize("mode", list(CacheMode))
+def test_cancel_frees_the_slot_and_leaves_the_others(mode: CacheMode) -> None:
+    engine = _engine(cache_mode=mode, max_slots=2)
+    requests = [_request(index, length=4 + 7 * index) for index in range(4)]
+    for request in requests:
+        engine.submit(request)
+    events = engine.step()
+    assert engine.cancel("r0")  # running
+    assert engine.cancel("r2")  # waiting
+    assert not engine.cancel("r2")
+    assert not engine.cancel("nobody")
+    events += _drain(engine)
+    tokens = _tokens(events)
+    assert tokens["r0"] == _reference(_model("llama"), requests[0])[:1]
+    assert "r2" not in tokens
+    for index in (1, 3):
+        assert tokens[f"r{index}"] == _reference(_model("llama"), requests[index])
+    engine.submit(requests[0])  # the id is free again
+    assert _tokens(_drain(engine))["r0"] == _reference(_model("llama"), requests[0])
+
+
+# --- a new policy in the middle --------------------------------------------------------------------------------
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_swap_in_the_middle(deterministic: bool) -> None:
+    new = tiny_model("llama", 1)
+    engine = _engine(model=_fresh_model(), deterministic=deterministic, max_slots=2)
+    requests = [_request(0, length=4), _request(1, length=9), _request(2, length=6)]
+    for request in requests:
+        engine.submit(request)
+    events = [event for _ in range(3) for event in engine.step()]
+    engine.swap_policy(new.state_dict(), 7)
+    assert (engine.policy_version, engine.running, engine.waiting) == (7, 0, 3)
+    after = _drain(engine)
+    assert [event.request_id for event in after[:2]] == ["r0", "r1"]  # those that ran go first
+    assert {event.policy_version for event in events} == {0}
+    assert {event.policy_version for event in after} == {7}
+    tokens = _tokens(events + after)
+    for request in requests:
+        old = _tokens(events).get(request.request_id, [])
+        assert old == _reference(_model("llama"), request)[: len(old)]
+        assert tokens[request.request_id] == _reference(new, request, start=old)
+        assert tokens[request.request_id] != _reference(_model("llama"), request)
+
+
+def test_a_policy_that_does_not_fit_changes_nothing() -> None:
+    model = _fresh_model()
+    engine = _engine(model=model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, name = next(iter(before)), "model.norm.weight"
+    good = torch.full_like(before[first], 0.5)
+    cases: list[tuple[dict[str, torch.Tensor], type[OpdError], str]] = [
+        ({}, InvalidInputError, "tensors"),
+        ({first: good, "no.such": torch.zeros(1)}, InvalidInputError, "no.such"),
+        ({first: good, name: torch.zeros(3)}, InvalidInputError, name),
+        ({first: good, name: torch.full_like(before[name], math.nan)}, CorruptWeightsError, name),
+    ]
+    for tensors, error, field in cases:
+        with pytest.raises(error, match=field):
+            engine.swap_policy(tensors, 1)
+    assert engine.policy_version == 0
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
+    engine.swap_policy({first: good.double()}, 1)  # a part of the weights, in another dtype
+    assert torch.equal(model.state_dict()[first], good)
+
+
+def test_tied_weights_must_agree() -> None:
+    model = _model("gemma2")
+    weight = model.lm_head.weight.detach()
+    assert weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    tensors = {"model.embed_tokens.weight": weight, "lm_head.weight": weight + 1}
+    with pytest.raises(InvalidInputError, match="tied"):
+        _engine("gemma2").check_policy(tensors)
+
+
+# --- resuming and determinism ----------------------------------------------------------------------------------
+def test_resumed_requests_go_on_without_sampling_again() -> None:
+    request = _request(0, new=12)
+    whole = _reference(_model("llama"), request)
+    for cut in (1, 5, 11):
+        written = tuple(WrittenToken(token, -1.0, -1.0, 0) for token in whole[:cut])
+        engine = _engine()
+        engine.submit(GenerationRequest("r0", request.prompt_ids, request.sampling, written))
+        events = _drain(engine)
+        assert [event.token_id for event in events] == whole[cut:]
+        assert [event.position for event in events] == list(range(cut, 12))
+        assert engine.counters.prefill_tokens == 5 + cut
+        assert engine.counters.tokens == 12 - cut
+
+
+def test_deterministic_events_do_not_depend_on_the_batch_or_on_order() -> None:
+    requests = [_request(index, length=3 + 5 * index) for index in range(4)]
+    alone = {}
+    for request in requests:
+        engine = _engine(deterministic=True)
+        engine.submit(request)
+        alone[request.request_id] = _drain(engine)
+    for order, slots in ((requests, 4), (requests[::-1], 2)):
+        engine = _engine(deterministic=True, max_slots=slots)
+        events = []
+        for request in order:
+            engine.submit(request)
+            events += engine.step()
+        assert _by_request(events + _drain(engine)) == alone  # log-probabilities to the last bit
+
+
+def test_deterministic_resume_repeats_the_calls_of_the_uninterrupted_run() -> None:
+    old, new = _model("llama"), tiny_model("llama", 1)
+
+    def run(request: GenerationRequest, swap_at: int | None) -> list[TokenEvent]:
+        """From wherever the request stands; the swap comes after ``swap_at`` tokens, unless it came before."""
+        resumed_after = swap_at is None or len(request.written) > swap_at
+        engine = _engine(model=tiny_model("llama", 1 if resumed_after else 0), deterministic=True)
+        engine._policy_version = 1 if resumed_after else 0
+        engine.submit(request)
+        events: list[TokenEvent] = []
+        while not engine.idle:
+            if not resumed_after and len(request.written) + len(events) == swap_at:
+                engine.swap_policy(new.state_dict(), 1)
+            events += engine.step()
+        return events
+
+    request = _request(3, length=6, new=12)
+    whole = run(request, swap_at=4)
+    assert [event.policy_version for event in whole] == [0] * 4 + [1] * 8
+    assert [event.token_id for event in whole[:4]] == _reference(old, request)[:4]
+    for cut in range(1, 12):
+        resumed = GenerationRequest("r3", request.prompt_ids, request.sampling, _written(whole[:cut]))
+        assert run(resumed, swap_at=4) == whole[cut:]
+
+
+# --- what fails, fails alone -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", list(CacheMode))
+def test_nan_logits_end_one_request_and_poison_nobody(mode: CacheMode) -> None:
+    model, bad = _fresh_model(), 77
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = math.nan
+    engine = _engine(model=model, cache_mode=mode, max_slots=3)
+    requests = [_request(0, length=4, new=14), _request(1, length=9, new=6), _request(2, length=25, new=8)]
+    assert all(bad not in request.prompt_ids for request in requests)
+    engine.submit(requests[0])
+    engine.submit(requests[1])
+    events = engine.step()
+    # Its keys and values are NaN and stand where those of the next request will.
+    engine.submit(GenerationRequest("bad", (*range(20), bad), SamplingParams(max_new_tokens=5)))
+    events += engine.step()
+    engine.submit(requests[2])
+    events += _drain(engine)
+    (failed,) = _by_request(events)["bad"]
+    assert isinstance(failed.error, DivergedError)
+    assert (failed.position, failed.token_id, failed.finish_reason) == (0, -1, None)
+    for request in requests:
+        assert _tokens(events)[request.request_id] == _reference(_model("llama"), request)
+
+
+def test_a_pass_that_raises_fails_only_the_guilty() -> None:
+    model, bad = _fresh_model(), 77
+    passes = []
+
+    def fail(_: Any, args: Any, kwargs: Any) -> None:
+        ids_BT = kwargs["input_ids"]
+        passes.append(ids_BT.shape)
+        if bool((ids_BT == bad).any()) and ids_BT.shape[1] > 1:
+            raise RuntimeError("no such luck")
+        if len(passes) == 8 or len(passes) == 9:
+            raise RuntimeError("now and then")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    engine = _engine(model=model)
+    requests = [_request(index, length=5) for index in range(3)]
+    for request in requests[:2]:
+        engine.submit(request)
+    engine.submit(GenerationRequest("bad", (1, bad, 2, 3, 4), SamplingParams()))
+    engine.submit(requests[2])
+    events = _drain(engine)
+    (failed,) = _by_request(events)["bad"]
+    assert isinstance(failed.error, InternalError)
+    assert "no such luck" in str(failed.error)
+    for request in requests:
+        assert _tokens(events)[request.request_id] == _reference(_model("llama"), request)
+
+
+def test_what_submit_refuses() -> None:
+    engine = _engine(max_context_tokens=20)
+    engine.submit(_request(0))
+    done = tuple(WrittenToken(5, -1.0, -1.0, 0) for _ in range(10))
+    cases: list[tuple[GenerationRequest, type[OpdError], str]] = [
+        (_request(0), RequestConflictError, "request_id"),
+        (GenerationRequest("", (1,)), InvalidInputError, "request_id"),
+        (GenerationRequest("a", ()), InvalidInputError, "prompt_ids"),
+        (GenerationRequest("a", (1, VALID), SamplingParams(max_new_tokens=1)), InvalidInputError, "prompt_ids[1]"),
+        (GenerationRequest("a", (-1,), SamplingParams(max_new_tokens=1)), InvalidInputError, "prompt_ids[0]"),
+        (_request(1, temperature=-1.0), InvalidInputError, "sampling.temperature"),
+        (_request(1, length=20), TooLongError, "prompt_ids"),
+        (_request(1, length=10, new=11), TooLongError, "sampling.max_new_tokens"),
+        (GenerationRequest("a", (1,), SamplingParams(max_new_tokens=10), done), InvalidInputError, "written"),
+        (
+            GenerationRequest("a", (1,), SamplingParams(max_new_tokens=19, stop_token_ids=(5,)), done),
+            InvalidInputError,
+            "written",
+        ),
+    ]
+    for request, error, field in cases:
+        with pytest.raises(error) as caught:
+            engine.submit(request)
+        assert caught.value.field == field
+    assert (engine.running, engine.waiting) == (0, 1)
+
+
+def test_deterministic_mode_refuses_a_shared_batch() -> None:
+    with pytest.raises(ConfigError, match="cache_mode"):
+        _engine(deterministic=True, cache_mode=CacheMode.BATCHED)
+
+
+# --- the shared cache against a naive one ----------------------------------------------------------------------
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90), st.integers(0, 100)), min_size=1, max_size=25))
+def test_right_aligned_rows_hold_what_was_written(operations: list[tuple[int, int, int]]) -> None:
+    shared = RightAlignedCache(2)
+    rows: list[list[float]] = []
+    clock = 0.0
+
+    def write(cache: RightAlignedCache, values_BT: torch.Tensor) -> None:
+        cache.inputs(values_BT.shape[1])
+        for layer in range(2):
+            states = (values_BT + 1000 * layer)[:, None, :, None]
+            keys, values = cache.update(states, -states, layer)
+            torch.testing.assert_close(keys, -values, rtol=0, atol=0, equal_nan=True)
+        cache.commit(values_BT.shape[1])
+
+    for kind, amount, choice in operations:
+        if kind == 0 and rows:
+            shared.remove_row(choice % len(rows))
+            rows[choice % len(rows)] = rows[-1]
+            rows.pop()
+        elif kind == 1 or not rows:
+            lengths = [amount, 1 + choice // 2]
+            fresh = RightAlignedCache(2)
+            fresh.open_rows(lengths)
+            values_BT = clock + torch.arange(2.0 * max(lengths)).reshape(2, -1)
+            for row, length in enumerate(lengths):
+                values_BT[row, : max(lengths) - length] = math.nan  # what padding leaves may be anything
+            write(fresh, values_BT)
+            order = [1, 0, 0] if choice % 2 else [0]
+            shared.append_rows(fresh, order)
+            rows += [values_BT[row, max(lengths) - lengths[row] :].tolist() for row in order]
+        else:
+            for _ in range(amount):
+                column = clock + torch.arange(float(len(rows)))
+                write(shared, column[:, None])
+                rows = [[*row, value] for row, value in zip(rows, column.tolist(), strict=True)]
+                clock += len(rows)
+        clock += 400
+        if not rows:
+            continue
+        mask, positions = shared.inputs(1)
+        view, end = shared._columns.view, shared._columns.end
+        keys = shared._layers[1].keys[: len(rows), 0, view:end, 0]
+        assert torch.isfinite(shared._layers[1].keys[: len(rows), 0, :end]).all()
+        assert positions.flatten().tolist() == [len(row) for row in rows]
+        for row, expected in enumerate(rows):
+            assert (keys[row, keys.shape[1] - len(expected) :] - 1000).tolist() == expected
+            if mask is not None:
+                assert mask[row].tolist() == [0] * (keys.shape[1] - len(expected)) + [1] * (len(expected) + 1)
+        assert mask is not None or len({len(row) for row in rows}) == 1
