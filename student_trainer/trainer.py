@@ -121,7 +121,8 @@ class Trainer:
             # A lineage is opened by every start; the first is 1.
             self.progress.lineage = 1
         await self.push_policy()
-        await self.evaluate()
+        if self.progress.step == 0:
+            await self.evaluate()
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
         """Continue from a checkpoint, in a new lineage."""

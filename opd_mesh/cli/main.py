@@ -107,17 +107,23 @@ def doctor() -> None:
 
 @app.command()
 def score(
-    trajectories: Annotated[Path, typer.Argument(help="JSONL, one opd.v1.Trajectory a line")],
+    trajectories: Annotated[Path, typer.Argument(help="JSONL: trajectory_id, token_ids, scored_spans on every line")],
     teacher: Annotated[str, typer.Option(help="teacher id")],
     address: Annotated[str, typer.Option(help="host:port of a teacher server")],
-    out: Annotated[Path, typer.Option(help=".safetensors (tensors by trajectory id) or .jsonl")],
+    out: Annotated[Path, typer.Option(help=".safetensors (tensors by trajectory id) or .jsonl; resumes either")],
     tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer that made the ids")] = None,
     fingerprint: Annotated[str, typer.Option(help="its fingerprint, instead of the folder")] = "",
     signal: Annotated[str, typer.Option(help="hidden_states or logits")] = "hidden_states",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the teacher's")] = None,
+    ca_file: Annotated[Path | None, typer.Option(help="PEM of the CA that signed the server: use TLS")] = None,
+    cert_file: Annotated[Path | None, typer.Option(help="PEM of our own certificate, for mutual TLS")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="PEM of its key")] = None,
 ) -> None:
-    """Have a teacher mark trajectories, from the shell."""
-    from opd_mesh.cli.score import score_file
+    """Have a teacher mark trajectories, from the shell.
+
+    Exit code 0: all are marked; 1: some could not be, each told on stderr; 2: none can be.
+    """
+    from opd_mesh.cli.score import channel_to, score_file
 
     sys.exit(
         asyncio.run(
@@ -130,6 +136,7 @@ def score(
                 fingerprint=fingerprint,
                 signal=signal,
                 dtype=dtype,
+                channel=channel_to(ca_file, cert_file, key_file),
             )
         )
     )

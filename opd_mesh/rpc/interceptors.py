@@ -36,7 +36,7 @@ class _ServerCall:
         self.context = context
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         self.span = telemetry.start_rpc_span(method, SpanKind.SERVER, telemetry.extract_context(metadata))
-        self.token = otel_context.attach(trace.set_span_in_context(self.span))
+        self.trace_context = trace.set_span_in_context(self.span)
         self.started = time.monotonic()
         self.status = "OK"
 
@@ -58,13 +58,17 @@ class _ServerCall:
         log.error("%s failed", self.method, exc_info=error)
         await _abort(self.context, InternalError(f"{type(error).__name__} in {self.method}; the server's log has the stack"))
 
+    async def inside(self, work: Awaitable[Any]) -> Any:
+        """Await ``work`` with the call's span as the current one."""
+        token = otel_context.attach(self.trace_context)
+        try:
+            return await work
+        finally:
+            otel_context.detach(token)
+
     def close(self) -> None:
         """Ends the span, whatever happened."""
         telemetry.end_rpc_span(self.span, self.method, self.status, time.monotonic() - self.started, server=True)
-        try:
-            otel_context.detach(self.token)
-        except ValueError:  # the generator was closed from another task's context; the span is ended all the same
-            log.debug("trace context of %s was left in another task", self.method)
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):
@@ -104,7 +108,7 @@ def _wrap_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callab
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
         current = _ServerCall(method, context)
         try:
-            return await behaviour(request, context)
+            return await current.inside(behaviour(request, context))
         except BaseException as error:  # noqa: BLE001 - mapped to a status, never swallowed
             await current.fail(error)
         finally:
@@ -117,7 +121,13 @@ def _wrap_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> C
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         current = _ServerCall(method, context)
         try:
-            async for response in behaviour(request, context):
+            responses = aiter(behaviour(request, context))
+            while True:
+                try:
+                    # Not around the yield: a generator may be closed from another task, whose context is another.
+                    response = await current.inside(anext(responses))
+                except StopAsyncIteration:
+                    break
                 yield response
         except GeneratorExit:
             current.status = "CANCELLED"

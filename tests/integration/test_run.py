@@ -92,10 +92,10 @@ async def test_deepseek_v4_student_and_teachers(tmp_path: Path) -> None:
 
 async def test_lora_student_trains_the_adapter_alone(tmp_path: Path) -> None:
     student, teachers = tiny_family(tmp_path)
-    recipe = tiny_recipe(student, teachers, student={"lora": {"rank": 4}}, optimizer={"lr": 1e-2})
+    recipe = tiny_recipe(student, teachers, student={"lora": {"rank": 8}}, optimizer={"lr": 1e-2}, run={"steps": 6})
     trainer = await whole_run(recipe, tmp_path)
-    lines = lines_of(tmp_path / "run")
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert sum(summary["heldout_kl_after"].values()) < sum(summary["heldout_kl_before"].values())
     assert (tmp_path / "run" / "student" / "adapter_config.json").exists()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")  # base and adapter
     ids = torch.tensor([[5, 6, 7, 8]])

@@ -1,0 +1,1 @@
+from rollout_server.sampling import sample_tokens
