@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from google.protobuf import json_format
-
 from opd.v1 import common_pb2
+
 from opd_mesh.errors import TrajectoryError
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 

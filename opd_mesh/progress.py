@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opd.v1 import trainer_service_pb2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from opd.v1 import trainer_service_pb2
 from opd_mesh.errors import OpdError
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ class ProgressView:
     def _show_step(self, step: trainer_service_pb2.StepMetrics) -> None:
         metrics = step.metrics
         kls = "  ".join(
-            f"{name.removeprefix('kl/')} {value:.3f}" for name, value in sorted(metrics.items()) if name.startswith("kl/")
+            f"{name.removeprefix('kl/')} {value:.3f}"
+            for name, value in sorted(metrics.items())
+            if name.startswith("kl/")
         )
         self._bar.update(self._task, completed=step.step)
         self._console.print(

@@ -1,1 +1,0 @@
-from rollout_server.sampling import sample_tokens

@@ -151,9 +151,13 @@ class LocalMesh:
                 return str(json.loads(child.ready_file.read_text())["address"])
             code = child.process.poll()
             if code is not None:
-                raise UnavailableError(f"the {child.name} server ended with code {code} before it was ready: {child.said_error()}")
+                raise UnavailableError(
+                    f"the {child.name} server ended with code {code} before it was ready: {child.said_error()}"
+                )
             await asyncio.sleep(0.05)
-        raise UnavailableError(f"the {child.name} server was not ready within {START_TIMEOUT_S:g} s; see {child.log_path}")
+        raise UnavailableError(
+            f"the {child.name} server was not ready within {START_TIMEOUT_S:g} s; see {child.log_path}"
+        )
 
     def ended(self) -> list[Child]:
         """Children that are gone."""
@@ -203,7 +207,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     for name, domain in recipe.domains.items():
         if domain.jsonl is not None:
             paths = {key: value.resolve() for key in ("path", "heldout") if (value := getattr(domain.jsonl, key))}
-            domain = domain.replace(jsonl=domain.jsonl.replace(**paths))  # noqa: PLW2901 - the changed copy
+            domain = domain.replace(jsonl=domain.jsonl.replace(**paths))
         domains[name] = domain
     return recipe.replace(student=student, teachers=teachers, domains=domains)
 
@@ -260,5 +264,3 @@ async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: Pr
     finally:
         waiting.cancel()
         await mesh.stop()
-
-

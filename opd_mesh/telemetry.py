@@ -25,6 +25,7 @@ RUN_ID = "opd.run_id"
 STEP = "opd.step"
 TEACHER = "opd.teacher_id"
 TOKENS = "opd.tokens"
+TRAJECTORY = "opd.trajectory_id"
 
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -91,7 +92,7 @@ def tracer() -> trace.Tracer:
 
 
 @contextmanager
-def span(name: str, **attributes: str | int | float) -> Iterator[Span]:
+def span(name: str, attributes: Mapping[str, str | int | float] | None = None) -> Iterator[Span]:
     """An internal span around a piece of work."""
     with tracer().start_as_current_span(name, attributes=attributes) as current:
         yield current
@@ -133,7 +134,5 @@ _histograms: dict[str, metrics.Histogram] = {}
 def _duration_histogram(name: str) -> metrics.Histogram:
     if name not in _histograms:
         meter = metrics.get_meter("opd_mesh")
-        _histograms[name] = meter.create_histogram(
-            name, unit="s", explicit_bucket_boundaries_advisory=_SECONDS_BUCKETS
-        )
+        _histograms[name] = meter.create_histogram(name, unit="s", explicit_bucket_boundaries_advisory=_SECONDS_BUCKETS)
     return _histograms[name]

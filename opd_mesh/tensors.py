@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import ml_dtypes
 import numpy as np
-
 from opd.v1 import common_pb2
+
 from opd_mesh.errors import TensorDecodeError
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine is supported
@@ -24,7 +24,7 @@ MAX_CHUNK_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 1 << 40
 MAX_DIMENSIONS = 8
 
-DTYPES: dict[int, np.dtype] = {
+DTYPES: dict[common_pb2.DType, np.dtype] = {
     common_pb2.D_TYPE_FLOAT32: np.dtype("<f4"),
     common_pb2.D_TYPE_BFLOAT16: np.dtype(ml_dtypes.bfloat16),
     common_pb2.D_TYPE_FLOAT16: np.dtype("<f2"),
@@ -34,19 +34,23 @@ DTYPES: dict[int, np.dtype] = {
     common_pb2.D_TYPE_UINT8: np.dtype("u1"),
     common_pb2.D_TYPE_BOOL: np.dtype("?"),
 }
-CODES: dict[np.dtype, int] = {dtype: code for code, dtype in DTYPES.items()}
+CODES: dict[np.dtype, common_pb2.DType] = {dtype: code for code, dtype in DTYPES.items()}
+
+NAMES: dict[str, common_pb2.DType] = {
+    common_pb2.DType.Name(code).removeprefix("D_TYPE_").lower(): code for code in DTYPES
+}
 
 
-def dtype_name(code: int) -> str:
+def dtype_name(code: common_pb2.DType) -> str:
     """``D_TYPE_BFLOAT16`` → ``"bfloat16"``."""
-    return common_pb2.DType.Name(code).removeprefix("D_TYPE_").lower()  # type: ignore[arg-type]
+    return common_pb2.DType.Name(code).removeprefix("D_TYPE_").lower()
 
 
-def dtype_code(name: str) -> int:
+def dtype_code(name: str) -> common_pb2.DType:
     """``"bfloat16"`` → ``D_TYPE_BFLOAT16``. Raises :class:`TensorDecodeError` for an unknown name."""
     try:
-        return common_pb2.DType.Value(f"D_TYPE_{name.upper()}")
-    except ValueError:
+        return NAMES[name]
+    except KeyError:
         known = ", ".join(dtype_name(code) for code in DTYPES)
         raise TensorDecodeError(f"unknown dtype {name!r}; known are {known}", field="dtype") from None
 
@@ -87,7 +91,7 @@ def check_header(header: common_pb2.TensorHeader, *, max_bytes: int = MAX_TENSOR
 
 def byte_view(array: np.ndarray) -> memoryview:
     """The bytes of ``array``, row-major, copied only where it is not contiguous."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def chunks_of(arrays: Sequence[np.ndarray], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[common_pb2.TensorChunk]:
@@ -124,7 +128,7 @@ class TensorAssembler:
             np.empty(tuple(header.shape), dtype=dtype) for header, dtype in zip(self._headers, dtypes, strict=True)
         ]
         self._views = [
-            memoryview(array.reshape(-1).view(np.uint8)) if array.nbytes else memoryview(b"") for array in self._arrays
+            array.reshape(-1).view(np.uint8).data if array.nbytes else memoryview(b"") for array in self._arrays
         ]
         self._filled = [0] * len(self._arrays)
         self.bytes_received = 0

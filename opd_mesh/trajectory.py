@@ -116,7 +116,9 @@ class Trajectory:
         for index, (start, end) in enumerate(self.scored_spans):
             name = f"scored_spans[{index}]"
             if start < 1:
-                raise TrajectoryError(f"starts at {start}: the first token has no prediction, so start >= 1", field=name)
+                raise TrajectoryError(
+                    f"starts at {start}: the first token has no prediction, so start >= 1", field=name
+                )
             if start >= end:
                 raise TrajectoryError(f"[{start}, {end}) is empty", field=name)
             if end > total:
@@ -126,7 +128,9 @@ class Trajectory:
             last_end = end
         scored = self.num_scored
         if scored == 0:
-            raise TrajectoryError("no scored token: the response is empty, there is nothing to mark", field="scored_spans")
+            raise TrajectoryError(
+                "no scored token: the response is empty, there is nothing to mark", field="scored_spans"
+            )
         for name in ("sampling_logprobs", "policy_logprobs", "policy_versions"):
             rows = len(getattr(self, name))
             if rows not in (0, scored):

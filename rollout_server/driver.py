@@ -81,7 +81,7 @@ class EngineDriver:
                 events = self.engine.step()
                 if events:
                     self._loop.call_soon_threadsafe(self._on_events, events)
-        except BaseException as error:  # noqa: BLE001 - handed to the service, which fails every request with it
+        except BaseException as error:
             log.exception("the decode loop failed")
             self._loop.call_soon_threadsafe(self._on_failure, error)
         finally:

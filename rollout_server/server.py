@@ -7,6 +7,7 @@ import logging
 import os
 
 from opd.v1 import rollout_service_pb2_grpc
+
 from opd_mesh.config.services import RolloutServerConfig
 from opd_mesh.models.checkpoint import load_causal_lm
 from opd_mesh.models.runtime import configure_torch

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
 import numpy as np
-
 from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
+
 from opd_mesh import telemetry
 from opd_mesh.config.services import RolloutServerConfig
 from opd_mesh.convert import sampling_from_proto, trajectory_to_proto

@@ -209,8 +209,8 @@ class Domain:
         token_ids = render(self._tokenizer, messages, self.config.system_prompt)
         if not 1 <= len(token_ids) <= self._max_prompt_tokens:
             raise ConfigError(
-                f"prompt {index} renders to {len(token_ids)} tokens; between 1 and {self._max_prompt_tokens} fit beside "
-                "the response (rollout.engine.max_context_tokens)",
+                f"prompt {index} renders to {len(token_ids)} tokens; between 1 and {self._max_prompt_tokens} fit "
+                "beside the response (rollout.engine.max_context_tokens)",
                 field=f"domains.{self.name}",
             )
         return Prompt(self.name, index, token_ids)
@@ -226,9 +226,7 @@ def allot(shares: Mapping[str, float], count: int, already: Mapping[str, int]) -
     drawn = sum(already.get(name, 0) for name in shares)
     for number in range(count):
         so_far = drawn + number + 1
-        behind = {
-            name: shares[name] / total * so_far - already.get(name, 0) - given[name] for name in shares
-        }
+        behind = {name: shares[name] / total * so_far - already.get(name, 0) - given[name] for name in shares}
         given[max(behind, key=lambda name: behind[name])] += 1
     return given
 

@@ -228,16 +228,12 @@ class Evaluator:
             if step == 0:
                 await self._make_sets(domain, fresh)
             sets = {name: self._sets.get(domain.name, name) for name in SET_NAMES}
-            measured = {
-                name: await asyncio.to_thread(self._kl, samples) for name, samples in sets.items() if samples
-            }
+            measured = {name: await asyncio.to_thread(self._kl, samples) for name, samples in sets.items() if samples}
             for name, found in measured.items():
                 line[f"heldout_kl/{domain.name}/{name}"] = found.kl
             tokens = sum(found.tokens for found in measured.values())
             if tokens:
-                line[f"heldout_kl/{domain.name}"] = (
-                    sum(found.kl * found.tokens for found in measured.values()) / tokens
-                )
+                line[f"heldout_kl/{domain.name}"] = sum(found.kl * found.tokens for found in measured.values()) / tokens
             on_policy = await asyncio.to_thread(self._kl, fresh)
             line[f"on_policy_kl/{domain.name}"] = on_policy.kl
             line[f"response_length/{domain.name}"] = mean_response_length([sample.trajectory for sample in fresh])

@@ -81,7 +81,9 @@ class Optimizer:
             try:
                 moments = {moment: state[f"{moment}.{name}"].clone() for moment in _MOMENTS}
             except KeyError as error:
-                raise CorruptWeightsError(f"the optimizer state has no {error}; it belongs to another student") from error
+                raise CorruptWeightsError(
+                    f"the optimizer state has no {error}; it belongs to another student"
+                ) from error
             if moments["exp_avg"].shape != parameter.shape:
                 raise CorruptWeightsError(f"optimizer state of {name} has shape {tuple(moments['exp_avg'].shape)}")
             self._adamw.state[parameter] = {

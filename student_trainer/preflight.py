@@ -28,7 +28,7 @@ async def check_tokenizers(recipe: Recipe, student: Student, teachers: Teachers)
     vocabulary = student.tokenizer.get_vocab()
     fingerprint = tokenizer_fingerprint(vocabulary)
     roles = tokenizer_roles(student.tokenizer)
-    notes = []
+    notes: list[str] = []
     for teacher_id, card in teachers.cards.items():
         if card.tokenizer_fingerprint != fingerprint:
             theirs = await teachers.get_vocabulary(teacher_id)

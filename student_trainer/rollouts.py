@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
-
 from opd.v1 import common_pb2
+
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.convert import trajectory_from_proto, trajectory_to_proto
@@ -228,9 +228,9 @@ class Rollouts:
             raise TrajectoryError("this form is kept for the run's own trajectories", field="trajectory_id")
         payload = trajectory_to_proto(trajectory).SerializeToString(deterministic=True)
         await self.stream.publish(trajectory.trajectory_id, payload)
-        known = trajectory.trajectory_id in self._submitted
+        is_new = trajectory.trajectory_id not in self._submitted
         self._submitted.add(trajectory.trajectory_id)
-        return not known
+        return is_new
 
     async def acknowledge(self, entry_ids: Iterable[str]) -> None:
         """A durable checkpoint holds these, and what was discarded is of no use to anyone."""

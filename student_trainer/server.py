@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 from opd.v1 import trainer_service_pb2_grpc
+
 from opd_mesh.config.base import dump_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError, OpdError

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import grpc
-
 from opd.v1 import common_pb2, trainer_service_pb2, trainer_service_pb2_grpc
+
 from opd_mesh.convert import trajectory_from_proto
 from opd_mesh.errors import DeadlineError, OpdError, PreconditionError
 from opd_mesh.rpc.server import with_idle_timeout
@@ -18,9 +18,12 @@ from opd_mesh.trajectory import Trajectory
 from student_trainer.run_state import Phase, RunState
 
 SAVE_TIMEOUT_S = 600.0
-_PHASES = {
-    phase: trainer_service_pb2.RunState.Value(f"RUN_STATE_{phase.name}")  # type: ignore[attr-defined]
-    for phase in Phase
+_PHASES: dict[Phase, trainer_service_pb2.RunState] = {
+    Phase.STARTING: trainer_service_pb2.RUN_STATE_STARTING,
+    Phase.RUNNING: trainer_service_pb2.RUN_STATE_RUNNING,
+    Phase.PAUSED: trainer_service_pb2.RUN_STATE_PAUSED,
+    Phase.FINISHED: trainer_service_pb2.RUN_STATE_FINISHED,
+    Phase.FAILED: trainer_service_pb2.RUN_STATE_FAILED,
 }
 
 

@@ -59,9 +59,7 @@ class Student:
         # After LoRA: the adapter may have wrapped the head, whose live parameters the loss must reach.
         self.head: LinearHead = extract_head(self.model, valid_vocab_size=self.vocab_size)
 
-    def hidden_rows(
-        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
-    ) -> list[Tensor]:
+    def hidden_rows(self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         """Per sequence [R_i, d]: the last hidden states at the given positions, with gradient where it is enabled."""
         hidden = sequence_hidden_states(self.model, sequences, self.layout)
         return [
@@ -93,7 +91,6 @@ def _with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
         target_modules=config.target_modules,
         task_type="CAUSAL_LM",
     )
@@ -111,13 +108,13 @@ def _switch_dropout_off(model: nn.Module) -> None:
 
 def _merged(model: nn.Module) -> list[tuple[str, Tensor]]:
     """The plain model's tensors: LoRA layers folded into their base, adapter parameters left out."""
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer  # its subclasses have get_delta_weight
 
     deltas: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             for adapter in module.active_adapters:
-                deltas[f"{name}.weight"] = module.get_delta_weight(adapter)
+                deltas[f"{name}.weight"] = module.get_delta_weight(adapter)  # type: ignore[attr-defined]
     tensors = []
     for name, tensor in served_tensors(model):
         if ".lora_" in name:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import transformers
-
 from opd.v1 import teacher_service_pb2
+
 from opd_mesh import __version__
 from opd_mesh.tensors import dtype_name
 

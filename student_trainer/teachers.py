@@ -6,8 +6,8 @@ import asyncio
 import logging
 
 import numpy as np
-
 from opd.v1 import teacher_service_pb2
+
 from opd_mesh import telemetry
 from opd_mesh.clients.teacher import HeadData, ScoreRequest, TeacherClient
 from opd_mesh.config.recipe import Recipe
@@ -39,7 +39,7 @@ class Teachers:
         self._by_addresses: dict[tuple[str, ...], TeacherClient] = {}
         self._clients: dict[str, TeacherClient] = {}
         self.cards: dict[str, teacher_service_pb2.TeacherCard] = {}
-        self.signals: dict[str, int] = {}
+        self.signals: dict[str, teacher_service_pb2.Signal] = {}
 
     async def connect(self) -> None:
         """Wait for every server, read the cards, choose the signals.
@@ -67,7 +67,7 @@ class Teachers:
             self.cards[teacher_id] = card
             self.signals[teacher_id] = self._choose_signal(teacher_id, card)
 
-    def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> int:
+    def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> teacher_service_pb2.Signal:
         wanted = self._recipe.objective.signal
         order = {"auto": [HIDDEN, LOGITS], "hidden_states": [HIDDEN], "logits": [LOGITS]}[wanted]
         for signal in order:
@@ -112,7 +112,7 @@ class Teachers:
 
     async def mark(self, trajectory: Trajectory) -> Sample:
         """Ask every teacher of the trajectory's domain. Raises as :meth:`rows`."""
-        with telemetry.span("trainer.score", trajectory_id=trajectory.trajectory_id):
+        with telemetry.span("trainer.score", {telemetry.TRAJECTORY: trajectory.trajectory_id}):
             weights = self.weights_for(trajectory.domain)
             rows = await asyncio.gather(*(self.rows(trajectory, teacher_id) for teacher_id in weights))
         marks = tuple(

@@ -178,7 +178,7 @@ class Trainer:
     async def step(self) -> None:
         """Prompts → trajectories → marks → update → policy → one line of metrics."""
         number = self.progress.step + 1
-        with telemetry.span("trainer.step", **{telemetry.RUN_ID: self.run_id, telemetry.STEP: number}):
+        with telemetry.span("trainer.step", {telemetry.RUN_ID: self.run_id, telemetry.STEP: number}):
             clock = Clock()
             wire_before, loads_before = self.teachers.wire_bytes, self.heads.loads
             cursors, drawn, arrivals, samples = await self.gather_samples(number, clock)
@@ -249,10 +249,7 @@ class Trainer:
             trajectory = arrival.trajectory
             if trajectory.trajectory_id in consumed:
                 self.rollouts.discarded.append(arrival.entry_id)
-            elif (
-                trajectory.lineage != self.progress.lineage
-                or self._staleness(trajectory) > self.recipe.max_staleness
-            ):
+            elif trajectory.lineage != self.progress.lineage or self._staleness(trajectory) > self.recipe.max_staleness:
                 self.rollouts.discarded.append(arrival.entry_id)
                 self.progress.dropped_external += 1
             else:
@@ -294,7 +291,9 @@ class Trainer:
     async def evaluate(self) -> None:
         """One line of evaluations.jsonl, once per step at most."""
         step = self.progress.step
-        if not self.recipe.evaluation.prompts_per_domain or any(line["step"] == step for line in self.evaluations.lines):
+        if not self.recipe.evaluation.prompts_per_domain or any(
+            line["step"] == step for line in self.evaluations.lines
+        ):
             return
         with self.doing("evaluating on held-out prompts"):
             line = await self.evaluator.evaluate(self.domains, lineage=self.progress.lineage, step=step)
@@ -346,7 +345,7 @@ class Trainer:
     async def end_early(self, error: BaseException) -> None:
         """Keep what there is, and say why."""
         text = str(error) or type(error).__name__
-        log.error("the run ends at step %d: %s", self.progress.step, text)  # noqa: TRY400 - an OpdError is no defect
+        log.error("the run ends at step %d: %s", self.progress.step, text)
         if self.progress.step > max(self._saved_step, 0):
             try:
                 await self.save_checkpoint()

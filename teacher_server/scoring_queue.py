@@ -96,10 +96,10 @@ class ScoringQueue:
             answers: list[dict[str, np.ndarray] | OpdError]
             try:
                 with telemetry.span(
-                    "teacher.forward", **{telemetry.TEACHER: batch[0].teacher_id, telemetry.TOKENS: tokens}
+                    "teacher.forward", {telemetry.TEACHER: batch[0].teacher_id, telemetry.TOKENS: tokens}
                 ):
                     answers = await loop.run_in_executor(self._thread, engine.score, [entry.job for entry in batch])
-            except Exception as error:  # noqa: BLE001 - every waiting caller is told; the queue lives on
+            except Exception as error:
                 log.exception("the engine of teacher %r failed on %d items", batch[0].teacher_id, len(batch))
                 failure = InternalError(f"the engine failed: {type(error).__name__}; the server's log has the stack")
                 answers = [failure] * len(batch)

@@ -6,8 +6,8 @@ import asyncio
 import logging
 
 import torch
-
 from opd.v1 import teacher_service_pb2_grpc
+
 from opd_mesh.config.services import TeacherServerConfig
 from opd_mesh.models.runtime import configure_torch
 from opd_mesh.process import ServiceArguments
@@ -59,4 +59,6 @@ async def serve(arguments: ServiceArguments[TeacherServerConfig]) -> None:
     arguments.announce(address)
     await server.run_until_signal()
     await queue.close()
-    log.info("served %d tokens in %d batches; peak torch threads %d", queue.tokens, queue.batches, torch.get_num_threads())
+    log.info(
+        "served %d tokens in %d batches; peak torch threads %d", queue.tokens, queue.batches, torch.get_num_threads()
+    )

@@ -6,11 +6,12 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import numpy as np
-
 from opd.v1 import common_pb2, teacher_service_pb2, teacher_service_pb2_grpc
+
 from opd_mesh.config.services import TeacherServerConfig
 from opd_mesh.errors import (
     CancelledByCallerError,
@@ -34,8 +35,11 @@ from teacher_server.engine import EngineFacts, ScoreJob, Signal, TeacherEngine
 from teacher_server.scoring_queue import ScoringQueue
 
 Response = teacher_service_pb2.ScoreTrajectoriesResponse
-SIGNALS: dict[Signal, int] = {
-    signal: teacher_service_pb2.Signal.Value(f"SIGNAL_{signal.name}") for signal in Signal
+SIGNALS: dict[Signal, teacher_service_pb2.Signal] = {
+    Signal.HIDDEN_STATES: teacher_service_pb2.SIGNAL_HIDDEN_STATES,
+    Signal.LOGITS: teacher_service_pb2.SIGNAL_LOGITS,
+    Signal.TOP_K_LOGPROBS: teacher_service_pb2.SIGNAL_TOP_K_LOGPROBS,
+    Signal.TOKEN_LOGPROBS: teacher_service_pb2.SIGNAL_TOKEN_LOGPROBS,
 }
 SIGNALS_BACK = {code: signal for signal, code in SIGNALS.items()}
 # Of messages (about 1 MiB each) computed but not yet taken by gRPC, per stream.
@@ -148,7 +152,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                 crowded = len(running) >= credits
                 task = asyncio.create_task(self._answer_item(item, outbox, closing, crowded=crowded))
                 running[item.item_id] = task
-                task.add_done_callback(lambda _, item_id=item.item_id: running.pop(item_id, None))
+                task.add_done_callback(partial(_forget, running, item.item_id))
             await asyncio.gather(*running.values(), return_exceptions=True)
 
         async def receive_then_end() -> None:
@@ -193,7 +197,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                 teacher_id=item.teacher_id,
                 teacher_digest=facts.teacher_digest,
                 head_digest=facts.head_digest,
-                signal=SIGNALS[job.signal],  # type: ignore[arg-type]
+                signal=SIGNALS[job.signal],
                 rows=len(job.predicting_positions),
                 tensors=[header_of(name, array) for name, array in tensors.items()],
             )
@@ -230,7 +234,8 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         ):
             if expected and expected != served:
                 raise HeadMismatchError(
-                    f"{name} digest {served[:16]}… is served, {expected[:16]}… was expected", field=f"expected_{name}_digest"
+                    f"{name} digest {served[:16]}… is served, {expected[:16]}… was expected",
+                    field=f"expected_{name}_digest",
                 )
         trajectory = Trajectory(
             trajectory_id=item.item_id,
@@ -283,11 +288,11 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
             model_type=facts.model_type,
             vocab_size=facts.vocab_size,
             hidden_size=facts.hidden_size,
-            dtype=dtype_code(facts.dtype),  # type: ignore[arg-type]
+            dtype=dtype_code(facts.dtype),
             tokenizer_fingerprint=facts.tokenizer_fingerprint,
             teacher_digest=facts.teacher_digest,
             head=head.form if head else None,
-            signals=[SIGNALS[signal] for signal in facts.signals],  # type: ignore[misc]
+            signals=[SIGNALS[signal] for signal in facts.signals],
             note=facts.note,
             limits=teacher_service_pb2.TeacherLimits(
                 max_tokens_per_item=config.max_tokens_per_item,
@@ -306,6 +311,10 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         )
 
 
+def _forget(running: dict[str, asyncio.Task[None]], item_id: str, _: asyncio.Task[None]) -> None:
+    running.pop(item_id, None)
+
+
 def _served_head(facts: EngineFacts) -> ServedHead | None:
     head = facts.head
     if head is None:
@@ -318,7 +327,7 @@ def _served_head(facts: EngineFacts) -> ServedHead | None:
         padded_vocab_size=head.weight.shape[0],
         vocab_size=head.vocab_size,
         hidden_size=head.weight.shape[1],
-        dtype=dtype_code(facts.dtype),  # type: ignore[arg-type]
+        dtype=dtype_code(facts.dtype),
         has_bias=head.bias is not None,
         logit_scale=head.logit_scale,
         soft_cap=head.soft_cap,

@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from opd.v1 import rollout_service_pb2_grpc, teacher_service_pb2_grpc
 from tiny_models import save_tiny_checkpoint
 
-from opd.v1 import rollout_service_pb2_grpc, teacher_service_pb2_grpc
 from opd_mesh.config.base import parse_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import RolloutServerConfig, ServerConfig, TeacherServerConfig

@@ -19,10 +19,10 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import numpy as np
+from opd.v1 import teacher_service_pb2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from opd.v1 import teacher_service_pb2
 from opd_mesh.cli.score_output import SAFETENSORS_DTYPES, AnswerStore, Item, Source
 from opd_mesh.clients.teacher import ScoreRequest, TeacherClient
 from opd_mesh.config.services import ChannelConfig, ClientTlsConfig
@@ -103,8 +103,9 @@ async def score_file(
         await scoring.run(trajectories)
     if out.suffix == ".safetensors":
         await asyncio.to_thread(store.write_safetensors, scoring.wanted, keep=bool(scoring.failed))
-    parts = [f"{scoring.scored} marked", f"{scoring.skipped} there already", f"{scoring.failed} failed"]
-    print(f"{', '.join(part for part in parts if not part.startswith('0 t'))}: {out}", file=sys.stderr)
+    counts = {"marked": scoring.scored, "there already": scoring.skipped, "failed": scoring.failed}
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "marked")
+    print(f"{told}: {out}", file=sys.stderr)
     return 1 if scoring.failed else 0
 
 

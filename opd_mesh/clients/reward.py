@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from opd.v1 import generative_reward_service_pb2 as pb
 from opd.v1 import generative_reward_service_pb2_grpc as pb_grpc
+
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors
 

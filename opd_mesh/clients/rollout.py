@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
+
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import sampling_to_proto, trajectory_from_proto
 from opd_mesh.errors import RolloutUnavailableError, UnavailableError

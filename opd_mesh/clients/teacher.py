@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import grpc
 import numpy as np
 from google.protobuf import duration_pb2
-
 from opd.v1 import common_pb2, teacher_service_pb2, teacher_service_pb2_grpc
+
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.errors import (
     DeadlineError,
@@ -41,7 +41,7 @@ class ScoreRequest:
     token_ids: Sequence[int]
     scored_spans: Sequence[tuple[int, int]]
     tokenizer_fingerprint: str
-    signal: int = teacher_service_pb2.SIGNAL_HIDDEN_STATES
+    signal: teacher_service_pb2.Signal = teacher_service_pb2.SIGNAL_HIDDEN_STATES
     dtype: str | None = None  # None: the teacher's own
     timeout_s: float = 120.0
     expected_teacher_digest: str = ""
@@ -110,7 +110,9 @@ class ScoringStream:
 
         Raises:
             OpdError: as the server says of this item; :class:`DeadlineError` after ``timeout_s`` (and a slack for
-                the transfer); :class:`UnavailableError` where the stream broke. Cancelling gives the item up there, too.
+                the transfer); :class:`UnavailableError` where the stream broke.
+
+        Cancelling this coroutine gives the item up on the server, too.
         """
         item_id = f"i{next(self._ids)}"
         item = teacher_service_pb2.ScoreItem(
@@ -118,11 +120,9 @@ class ScoringStream:
             teacher_id=request.teacher_id,
             token_ids=request.token_ids,
             scored_spans=[common_pb2.Span(start=start, end=end) for start, end in request.scored_spans],
-            signal=request.signal,  # type: ignore[arg-type]
-            dtype=dtype_code(request.dtype) if request.dtype else 0,  # type: ignore[arg-type]
-            timeout=duration_pb2.Duration(
-                seconds=int(request.timeout_s), nanos=int((request.timeout_s % 1) * 1e9)
-            ),
+            signal=request.signal,
+            dtype=dtype_code(request.dtype) if request.dtype else common_pb2.D_TYPE_UNSPECIFIED,
+            timeout=duration_pb2.Duration(seconds=int(request.timeout_s), nanos=int((request.timeout_s % 1) * 1e9)),
             tokenizer_fingerprint=request.tokenizer_fingerprint,
             expected_teacher_digest=request.expected_teacher_digest,
             expected_head_digest=request.expected_head_digest,
@@ -252,9 +252,7 @@ class TeacherClient:
     def __post_init__(self) -> None:
         self.target = targets_text(self.addresses)
         self.wire = WireCount()
-        self._channel = open_channel(
-            self.addresses, SERVICE, self.config, health_checked=len(self.addresses) > 1
-        )
+        self._channel = open_channel(self.addresses, SERVICE, self.config, health_checked=len(self.addresses) > 1)
         self._stub = teacher_service_pb2_grpc.TeacherServiceStub(self._channel)
         self._stream: ScoringStream | None = None
 
@@ -317,7 +315,7 @@ class TeacherClient:
                     if response.WhichOneof("payload") == "manifest":
                         if manifest is None:
                             manifest = response.manifest
-                            buffer = memoryview(np.empty(_checked_head_bytes(manifest), dtype=np.uint8))
+                            buffer = np.empty(_checked_head_bytes(manifest), dtype=np.uint8).data
                             digest = digest or manifest.form.digest
                         continue
                     data = response.chunk.data

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from google.protobuf import duration_pb2
-
 from opd.v1 import trainer_service_pb2, trainer_service_pb2_grpc
+
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import trajectory_to_proto
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors, wait_until_serving
@@ -45,9 +45,7 @@ class TrainerClient:
     async def get_run(self) -> trainer_service_pb2.Run:
         """Where the run stands."""
         async with rpc_errors(self.address):
-            response = await self._stub.GetRun(
-                trainer_service_pb2.GetRunRequest(), timeout=self.config.timeout_s
-            )
+            response = await self._stub.GetRun(trainer_service_pb2.GetRunRequest(), timeout=self.config.timeout_s)
         return response.run
 
     async def watch_run(self, from_step: int = 0) -> AsyncIterator[trainer_service_pb2.WatchRunResponse]:
@@ -78,9 +76,7 @@ class TrainerClient:
     async def resume_run(self) -> trainer_service_pb2.Run:
         """Go on."""
         async with rpc_errors(self.address):
-            response = await self._stub.ResumeRun(
-                trainer_service_pb2.ResumeRunRequest(), timeout=self.config.timeout_s
-            )
+            response = await self._stub.ResumeRun(trainer_service_pb2.ResumeRunRequest(), timeout=self.config.timeout_s)
         return response.run
 
     async def save_checkpoint(self, *, timeout_s: float = 600.0) -> trainer_service_pb2.SaveCheckpointResponse:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from opd_mesh.errors import ConfigError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def _problem(place: tuple[int | str, ...], message: str, value: Any) -> InitErrorDetails:
+    error = PydanticCustomError("invalid_config", "{message}", {"message": message})
+    return InitErrorDetails(type=error, loc=place, input=value)
 
 
 class Strict(BaseModel):
@@ -19,17 +26,23 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _refuse_unknown_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            known = list(cls.model_fields)
-            for key in value:
-                if key not in known:
-                    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-                    hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
-                    raise ValueError(f"unknown key {key!r}; {hint}")
-        return value
+    def _refuse_unknown_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        known = list(cls.model_fields)
+        unknown = [key for key in value if key not in known] if isinstance(value, dict) else []
+        if not unknown:
+            return handler(value)
+        problems = []
+        for key in unknown:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(sorted(known))}"
+            problems.append(_problem((str(key),), f"unknown key {key!r}; {hint}", value[key]))
+        try:  # the known keys may be wrong, too: a reader wants to see all problems at once
+            handler({key: part for key, part in value.items() if key in known})
+        except ValidationError as error:
+            problems += [_problem(item["loc"], item["msg"], item["input"]) for item in error.errors()]
+        raise ValidationError.from_exception_data(cls.__name__, problems)
 
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
@@ -42,7 +55,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<`: keys beside it take precedence, that is its use
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a scalar", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
             seen.add(key)
@@ -74,8 +91,10 @@ def load_config(model: type[ConfigT], path: Path | str) -> ConfigT:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", field="path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}", field="path") from error
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(value, dict):

@@ -35,8 +35,8 @@ class LoraConfig(Strict):
     """Train a PEFT LoRA adapter instead of all weights."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: Literal[0.0] = 0.0  # the student that writes must be the student that learns
+    alpha: int = Field(32, ge=1)
+    # No dropout: the student that writes must be the student that learns.
     target_modules: str | list[str] = "all-linear"
 
 

@@ -95,7 +95,6 @@ def build_report(run_dir: Path) -> Path:
     cast = _cast(run)
     heldout = figures.heldout_series(run)
     rows = _domain_rows(run, cast, heldout)
-    heldout = _with_summary(run, heldout, rows)
     status, tone = _status(run)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -121,7 +120,7 @@ def build_report(run_dir: Path) -> Path:
         show_on_policy=any(row.on_policy.known for row in rows),
         show_length=any(row.length.known for row in rows),
         heldout_keys=figures.heldout_keys(heldout),
-        heldout_figures=figures.heldout_figures(heldout, cast),
+        heldout_figures=figures.heldout_figures(run, heldout, cast),
         figures=figures.step_figures(run, cast),
         settings=[(section, _flat(value)) for section, value in _sections(run.recipe)],
         environment=_flat(mapping(run.summary.get("environment"))),
@@ -141,7 +140,7 @@ def _cast(run: RunData) -> Any:
         for name, domain in mapping(run.recipe.get("domains")).items()
     }
     named = [*mapping(run.recipe.get("teachers")), *mapping(run.summary.get("teachers"))]
-    named += [teacher for prefix in ("kl/", "overlap/", "entropy/") for teacher in run.keys_under(prefix)]
+    named += [teacher for prefix in ("kl/", "overlap/", "entropy/") for teacher in run.metrics.keys_under(prefix)]
     return Cast([teacher for teacher in dict.fromkeys(named) if teacher != "student"], domains)
 
 
@@ -174,30 +173,42 @@ def _teachers(run: RunData, cast: Any) -> list[dict[str, Any]]:
 # --- what came of it ---------------------------------------------------------------------------------------------
 def _domain_rows(run: RunData, cast: Any, heldout: dict[str, dict[str, Any]]) -> list[DomainRow]:
     """Before and after by domain; while there is no summary, the first and the latest evaluation."""
-    from opd_mesh.report.figures import set_label
+    from opd_mesh.report.figures import SET_LABELS, set_label
 
     before, after = mapping(run.summary.get("heldout_kl_before")), mapping(run.summary.get("heldout_kl_after"))
     sets_of, on_policy = mapping(run.summary.get("heldout")), mapping(run.summary.get("on_policy_kl"))
     lengths = mapping(run.summary.get("response_length"))
+
+    def change(told: Any, key: str) -> Change:
+        series = run.evaluations.series(key)
+        measured = Change(series.values[0], series.values[-1] if len(series.values) > 1 else None) if series else None
+        return Change.of(told) if Change.of(told).known or measured is None else measured
+
     rows = []
     for name in dict.fromkeys([*cast.domains, *before, *after, *sets_of, *heldout, *on_policy, *lengths]):
-        sets = [(set_label(key), Change.of(value)) for key, value in mapping(sets_of.get(name)).items()]
-        headline = Change(number(before.get(name)), number(after.get(name)))
-        if headline.known and all(change != headline for _, change in sets):
+        told = mapping(sets_of.get(name))
+        of_sets = {
+            key: change(told.get(key), f"heldout_kl/{name}/{key}") for key in dict.fromkeys([*told, *SET_LABELS])
+        }
+        sets = [(set_label(key), value) for key, value in of_sets.items() if value.known]
+        headline = change({"before": before.get(name), "after": after.get(name)}, f"heldout_kl/{name}")
+        if headline.known and all(value != headline for _, value in sets):
             sets.insert(0, (HEADLINE if sets else "fixed answers", headline))
-        if not any(change.known for _, change in sets):
-            sets = [
-                (set_label(key), Change(series.values[0], series.values[-1] if len(series.values) > 1 else None))
-                for key, series in heldout.get(name, {}).items()
-            ]
         weights = cast.domains.get(name, {})
         teachers = [
             (cast.key(teacher), f" × {weight:g}" if len(weights) > 1 or weight != 1 else "")
             for teacher, weight in weights.items()
             if teacher in cast.teachers
         ]
-        sets = sets or [("not measured", Change(None, None))]
-        rows.append(DomainRow(name, teachers, sets, Change.of(on_policy.get(name)), Change.of(lengths.get(name))))
+        rows.append(
+            DomainRow(
+                name,
+                teachers,
+                sets or [("not measured", Change(None, None))],
+                change(on_policy.get(name), f"on_policy_kl/{name}"),
+                change(lengths.get(name), f"response_length/{name}"),
+            )
+        )
     return rows
 
 
@@ -232,10 +243,10 @@ def _spread(changes: dict[str, Change]) -> str:
 
 
 def _on_policy_verdict(run: RunData) -> str:
-    teachers = run.keys_under("kl/")
+    teachers = run.metrics.keys_under("kl/")
     first_last = []
     for teacher in teachers:
-        values = run.series(f"kl/{teacher}").values
+        values = run.metrics.series(f"kl/{teacher}").values
         if len(values) >= 2:
             share = max(1, len(values) // 10)
             first_last.append((sum(values[:share]) / share, sum(values[-share:]) / share))
@@ -248,24 +259,6 @@ def _on_policy_verdict(run: RunData) -> str:
     )
 
 
-def _with_summary(run: RunData, heldout: dict[str, dict[str, Any]], rows: list[DomainRow]) -> dict[str, dict[str, Any]]:
-    """Where the metrics hold no before and after, two points per set from the summary."""
-    from opd_mesh.report.data import Series
-
-    if not run.summary or any(len(series.steps) > 1 for sets in heldout.values() for series in sets.values()):
-        return heldout
-    last = max(run.last_step, 1)
-    drawn: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        # The headline row sums up the others; in a plot it would only be in their way.
-        shown = [item for item in row.sets if item[0] != HEADLINE] or row.sets
-        for label, change in shown:
-            points = [(step, v) for step, v in ((0, change.before), (last, change.after)) if v is not None]
-            if points:
-                drawn.setdefault(row.name, {})[label] = Series([p[0] for p in points], [p[1] for p in points])
-    return drawn or heldout
-
-
 def _status(run: RunData) -> tuple[str, str]:
     if not run.summary:
         return "in progress, or interrupted", "busy"
@@ -276,10 +269,10 @@ def _status(run: RunData) -> tuple[str, str]:
 
 def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     """(what, figure, remark)"""
-    tokens = number(run.summary.get("tokens_trained")) or sum(run.series("tokens").values) or None
-    wall_s, rate = number(run.summary.get("wall_s")), median(run.series("tokens_per_s").values)
+    tokens = number(run.summary.get("tokens_trained")) or sum(run.metrics.series("tokens").values) or None
+    wall_s, rate = number(run.summary.get("wall_s")), median(run.metrics.series("tokens_per_s").values)
     planned = number(mapping(run.recipe.get("run")).get("steps"))
-    staleness, wire = run.series("staleness").values, sum(run.series("wire_bytes").values)
+    staleness, wire = run.metrics.series("staleness").values, sum(run.metrics.series("wire_bytes").values)
     steps = number(run.summary.get("steps"))
     tiles = [
         ("Steps", format_count(steps if steps is not None else run.last_step), f"of {planned:,.0f}" if planned else ""),

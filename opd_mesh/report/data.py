@@ -29,22 +29,11 @@ class Series:
         return bool(self.steps)
 
 
-@dataclass(slots=True)
-class RunData:
-    """The files of a run, parsed.
+@dataclass(frozen=True, slots=True)
+class Log:
+    """Lines of numbers, merged by step, ascending; a resumed run's rewound steps are replaced."""
 
-    Attributes:
-        recipe: as resolved; empty when the file is absent.
-        records: lines of metrics.jsonl merged by step, ascending; a resumed run's rewound steps are replaced.
-        summary: empty while the run goes on.
-        notes: what was wrong with the files, for the reader of the report.
-    """
-
-    run_dir: Path
-    recipe: dict[str, Any] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
-    summary: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     def series(self, key: str) -> Series:
         """The finite values of one metric; empty when it was never written."""
@@ -68,20 +57,45 @@ class RunData:
         return self.records[-1]["step"] if self.records else 0
 
 
+@dataclass(slots=True)
+class RunData:
+    """The files of a run, parsed.
+
+    Attributes:
+        metrics: metrics.jsonl, a line per optimizer step.
+        evaluations: evaluations.jsonl, a line per evaluation on held-out prompts; the first is of step 0.
+        recipe: as resolved; empty when the file is absent.
+        summary: empty while the run goes on.
+        notes: what was wrong with the files, for the reader of the report.
+    """
+
+    run_dir: Path
+    metrics: Log = field(default_factory=Log)
+    evaluations: Log = field(default_factory=Log)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int:
+        return max(self.metrics.last_step, self.evaluations.last_step)
+
+
 def load_run(run_dir: Path) -> RunData:
-    """Read ``recipe.yaml``, ``metrics.jsonl`` and ``summary.json``.
+    """Read ``recipe.yaml``, ``metrics.jsonl``, ``evaluations.jsonl`` and ``summary.json``.
 
     Raises:
-        NotFoundError: no such folder, or nothing in it to show (no readable line of metrics).
+        NotFoundError: no such folder, or nothing in it to show (no readable line of metrics or evaluations).
     """
     if not run_dir.is_dir():
         raise NotFoundError(f"there is no run directory {run_dir}", field="run_dir")
     run = RunData(run_dir)
-    _read_metrics(run, run_dir / "metrics.jsonl")
-    if not run.records:
+    run.metrics = _read_log(run_dir / "metrics.jsonl", run.notes)
+    run.evaluations = _read_log(run_dir / "evaluations.jsonl", run.notes)
+    if not run.metrics.records and not run.evaluations.records:
         raise NotFoundError(
-            f"{run_dir} holds no metrics to report on: metrics.jsonl is absent or has no complete line "
-            "(the run writes one per optimizer step)",
+            f"{run_dir} holds no metrics to report on: metrics.jsonl (a line per optimizer step) and evaluations.jsonl "
+            "(a line per evaluation) are absent or have no complete line",
             field="run_dir",
         )
     run.recipe = _read_mapping(run, run_dir / "recipe.yaml", yaml.safe_load)
@@ -114,9 +128,9 @@ def median(values: Iterable[float]) -> float | None:
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def _read_metrics(run: RunData, path: Path) -> None:
+def _read_log(path: Path, notes: list[str]) -> Log:
     if not path.is_file():
-        return
+        return Log()
     by_step: dict[int, dict[str, Any]] = {}
     last = -1
     unreadable: list[int] = []
@@ -144,11 +158,11 @@ def _read_metrics(run: RunData, path: Path) -> None:
         for key, value in by_step[step].items():
             if isinstance(value, float) and not math.isfinite(value):
                 not_finite.setdefault(key, []).append(step)
-    run.records = [by_step[step] for step in sorted(by_step)]
     if unreadable:
-        run.notes.append(f"metrics.jsonl: {_some('line', unreadable)} cannot be read and was left out.")
+        notes.append(f"{path.name}: {_some('line', unreadable)} cannot be read and was left out.")
     for key, steps in not_finite.items():
-        run.notes.append(f"{key} was not a finite number at {_some('step', steps)}; the plots show a gap there.")
+        notes.append(f"{key} was not a finite number at {_some('step', steps)}; the plots show a gap there.")
+    return Log([by_step[step] for step in sorted(by_step)])
 
 
 def _read_mapping(run: RunData, path: Path, parse: Any, *, expected: bool = True) -> dict[str, Any]:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from opd_mesh.report.data import RunData, Series
+from opd_mesh.report.data import Log, RunData, Series
 from opd_mesh.report.plots import PALETTE_SIZE, Line, Panel, draw, drawable, line_style
 
-# Sums of the other phases, where a run writes them too.
-SUM_PHASES = frozenset({"total", "step", "wall"})
+# Not layers of a step: the whole of it, and the part of `policy` in which decoding stands still.
+NOT_STACKED = frozenset({"step", "policy_swap"})
 SET_LABELS = {
     "student_responses": "the first student's answers",
     "teacher_responses": "the teacher's answers",
 }
+WHOLE = "fixed answers"
+FRESH = "the present student's own answers"
+DASHES = ("-", "--", ":", "-.")
+STYLES = {"student_responses": "-", WHOLE: "-", "teacher_responses": "--", FRESH: ":"}
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One entry of a legend: a CSS colour and whether the line is dashed."""
+    """One entry of a legend: a CSS colour, and the line's style as matplotlib's."""
 
     label: str
     colour: str
-    dashed: bool = False
+    style: str = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Cast:
 
     def key(self, teacher: str) -> Key:
         index = self.index(teacher)
-        return Key(teacher, css_colour(index), dashed=index >= PALETTE_SIZE)
+        return Key(teacher, css_colour(index), line_style(index))
 
 
 def css_colour(index: int | None) -> str:
@@ -68,49 +71,50 @@ def set_label(name: str) -> str:
 
 
 def heldout_series(run: RunData) -> dict[str, dict[str, Series]]:
-    """domain → fixed set → KL over steps, from the metrics ``heldout_kl/<domain>/<set>``."""
+    """domain → set of answers → KL over evaluations: by fixed set (or over both), and on fresh answers."""
     found: dict[str, dict[str, Series]] = {}
-    for name in run.keys_under("heldout_kl/"):
+    log = run.evaluations
+    for name in log.keys_under("heldout_kl/"):
         domain, _, set_name = name.rpartition("/")
-        series = run.series(f"heldout_kl/{name}")
-        if series and domain:
-            found.setdefault(domain, {})[set_name] = series
-        elif series:
-            found.setdefault(set_name, {})["fixed answers"] = series
-    return found
+        if domain and set_name in SET_LABELS:
+            found.setdefault(domain, {})[set_name] = log.series(f"heldout_kl/{name}")
+    for domain in log.keys_under("heldout_kl/"):
+        if domain.rpartition("/")[2] not in SET_LABELS and domain not in found:
+            found[domain] = {WHOLE: log.series(f"heldout_kl/{domain}")}
+    for domain in log.keys_under("on_policy_kl/"):
+        found.setdefault(domain, {})[FRESH] = log.series(f"on_policy_kl/{domain}")
+    kept = {domain: {name: series for name, series in sets.items() if series} for domain, sets in found.items()}
+    return {domain: sets for domain, sets in kept.items() if sets}
 
 
 def heldout_keys(series_by_domain: dict[str, dict[str, Series]]) -> list[Key]:
-    """The legend that all held-out figures share: the dash tells the fixed sets apart, the colour the teachers."""
-    return [
-        Key(set_label(name), css_colour(None), dashed=position > 0)
-        for position, name in enumerate(_set_names(series_by_domain))
-    ]
+    """The legend that all figures by domain share: the dash tells the sets apart, the colour the teachers."""
+    names = dict.fromkeys(name for sets in series_by_domain.values() for name in sets)
+    return [Key(set_label(name), css_colour(None), STYLES[name]) for name in sorted(names, key=list(STYLES).index)]
 
 
-def _set_names(series_by_domain: dict[str, dict[str, Series]]) -> list[str]:
-    return list(dict.fromkeys(name for sets in series_by_domain.values() for name in sets))
-
-
-def heldout_figures(series_by_domain: dict[str, dict[str, Series]], cast: Cast) -> list[FigureCard]:
-    """One small figure per domain, all to one scale."""
+def heldout_figures(run: RunData, series_by_domain: dict[str, dict[str, Series]], cast: Cast) -> list[FigureCard]:
+    """One small figure per domain: KL, all to one scale, and under it the length of the student's answers."""
     everything = [value for sets in series_by_domain.values() for series in sets.values() for value in series.values]
-    styles = dict(zip(_set_names(series_by_domain), itertools.cycle(("-", "--", ":", "-.")), strict=False))
     cards = []
     for number, (domain, sets) in enumerate(series_by_domain.items()):
         colour = cast.domain_colour(domain)
-        lines = [Line(name, series, colour, styles[name]) for name, series in sets.items()]
-        panel = Panel(lines, "nats per token", top=max(everything) * 1.06, exact=True)
-        if drawable([panel]):
-            description = f"Held-out reverse KL of the domain {domain} over optimizer steps"
-            svg = Markup(draw(f"heldout{number}", [panel], description, small=True))
-            cards.append(FigureCard(domain, "", svg))
+        lines = [Line(name, series, colour, STYLES[name]) for name, series in sets.items()]
+        length = Line("length", run.evaluations.series(f"response_length/{domain}"), colour)
+        panels = [
+            Panel(lines, "nats per token", top=max(everything) * 1.06, exact=True),
+            Panel([length], "tokens per answer", exact=True),
+        ]
+        description = f"Held-out reverse KL and response length of the domain {domain} over optimizer steps"
+        svg = draw(f"heldout{number}", [panel for panel in panels if drawable([panel])], description, small=True)
+        cards.append(FigureCard(domain, "", Markup(svg)))
     return cards
 
 
 def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
     """What is measured at every optimizer step; figures without any point are left out."""
     cards: list[FigureCard] = []
+    log = run.metrics
 
     def add(name: str, title: str, meaning: str, panels: Sequence[Panel], keys: list[Key] | None = None) -> None:
         shown = [panel for panel in panels if drawable([panel])]
@@ -123,14 +127,14 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
         lines = []
         for teacher in cast.teachers:
             index = cast.index(teacher)
-            lines.append(Line(teacher, run.series(prefix + teacher), index, line_style(index)))
+            lines.append(Line(teacher, log.series(prefix + teacher), index, line_style(index)))
         return [line for line in lines if line.series]
 
     def keys_of(lines: Sequence[Line]) -> list[Key]:
         return [cast.key(line.label) for line in lines]
 
     def single(key: str) -> list[Line]:
-        return [Line(key, run.series(key))]
+        return [Line(key, log.series(key))]
 
     kl = per_teacher("kl/")
     add(
@@ -141,7 +145,18 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
         [Panel(kl, "nats per token")],
         keys_of(kl),
     )
-    gaps = _entropy_gaps(run, per_teacher("entropy/"))
+    by_domain = _by_domain(log, cast)
+    # With one teacher of its own for every domain this would be the figure above once more.
+    if any(len(cast.domains.get(line.label, {})) != 1 for line in by_domain) or len(by_domain) > len(kl):
+        add(
+            "kl_domain",
+            "On-policy KL by domain",
+            "The same distance, by the kind of prompt: a teacher of several domains may be easy to follow in one and hard "
+            "in another.",
+            [Panel(by_domain, "nats per token")],
+            [Key(line.label, css_colour(line.colour), line.style) for line in by_domain],
+        )
+    gaps = _entropy_gaps(log, per_teacher("entropy/"))
     add(
         "entropy",
         "Entropy gap",
@@ -153,10 +168,13 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
     overlap = per_teacher("overlap/")
     add(
         "overlap",
-        "Overlap ratio",
-        "The share of the student's likeliest next tokens that are also among the teacher's: 1 means that both "
-        "consider the same words.",
-        [Panel(overlap, "share of the likeliest tokens", top=1.0)],
+        "Overlap",
+        "The share of the student's likeliest next tokens that are also among the teacher's (1 means that both consider "
+        "the same words), and the probability that the student gives to those they share.",
+        [
+            Panel(overlap, "share of the likeliest tokens", top=1.0),
+            Panel(per_teacher("overlap_mass/"), "student's probability on them", top=1.0),
+        ],
         keys_of(overlap),
     )
     add(
@@ -185,8 +203,8 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
         "Trained tokens divided by the time of the whole step.",
         [Panel(single("tokens_per_s"), "tokens / s")],
     )
-    phases = [phase for phase in run.keys_under("seconds/") if phase not in SUM_PHASES]
-    stack = [Line(phase, run.series(f"seconds/{phase}"), index) for index, phase in enumerate(phases)]
+    phases = [phase for phase in log.keys_under("seconds/") if phase not in NOT_STACKED]
+    stack = [Line(phase, log.series(f"seconds/{phase}"), index) for index, phase in enumerate(phases)]
     add(
         "seconds",
         "Where the time goes",
@@ -197,8 +215,18 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
     return cards
 
 
-def _entropy_gaps(run: RunData, teachers: Sequence[Line]) -> list[Line]:
-    student = run.series("entropy/student")
+def _by_domain(log: Log, cast: Cast) -> list[Line]:
+    """Domains in their teacher's colour; the dash tells those of one colour apart."""
+    lines: list[Line] = []
+    for domain in log.keys_under("kl_domain/"):
+        colour = cast.domain_colour(domain)
+        before = sum(line.colour == colour for line in lines)
+        lines.append(Line(domain, log.series(f"kl_domain/{domain}"), colour, DASHES[before % len(DASHES)]))
+    return [line for line in lines if line.series]
+
+
+def _entropy_gaps(log: Log, teachers: Sequence[Line]) -> list[Line]:
+    student = log.series("entropy/student")
     entropy_at = dict(zip(student.steps, student.values, strict=True))
     lines = []
     for line in teachers:

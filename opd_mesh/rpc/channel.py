@@ -84,7 +84,10 @@ def open_channel(
         ("grpc.enable_retries", 1),
         # Above the default of 256 KiB the retry policy silently does not apply to larger requests.
         ("grpc.per_rpc_retry_buffer_size", config.max_message_bytes),
-        ("grpc.service_config", service_config(service, max_attempts=config.max_attempts, health_checked=health_checked)),
+        (
+            "grpc.service_config",
+            service_config(service, max_attempts=config.max_attempts, health_checked=health_checked),
+        ),
     ]
     if config.tls is None:
         # No proxy between processes of one machine, whatever the environment says.

@@ -22,9 +22,7 @@ log = logging.getLogger("opd_mesh.rpc")
 
 async def _abort(context: grpc.aio.ServicerContext, error: OpdError) -> NoReturn:
     status = status_of(error)
-    await context.abort(
-        GRPC_CODES[error.code], status.message, ((STATUS_DETAILS_KEY, status.SerializeToString()),)
-    )
+    await context.abort(GRPC_CODES[error.code], status.message, ((STATUS_DETAILS_KEY, status.SerializeToString()),))
     raise AssertionError("abort always raises")
 
 
@@ -56,7 +54,9 @@ class _ServerCall:
         self.status = "INTERNAL"
         self.span.record_exception(error)
         log.error("%s failed", self.method, exc_info=error)
-        await _abort(self.context, InternalError(f"{type(error).__name__} in {self.method}; the server's log has the stack"))
+        await _abort(
+            self.context, InternalError(f"{type(error).__name__} in {self.method}; the server's log has the stack")
+        )
 
     async def inside(self, work: Awaitable[Any]) -> Any:
         """Await ``work`` with the call's span as the current one."""

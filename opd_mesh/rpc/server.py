@@ -33,7 +33,10 @@ def read_pem(path: Path, field: str) -> bytes:
 def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     if config.tls is None:
         return None
-    pair = (read_pem(config.tls.key_file, "server.tls.key_file"), read_pem(config.tls.cert_file, "server.tls.cert_file"))
+    pair = (
+        read_pem(config.tls.key_file, "server.tls.key_file"),
+        read_pem(config.tls.cert_file, "server.tls.cert_file"),
+    )
     client_ca = config.tls.client_ca_file
     roots = read_pem(client_ca, "server.tls.client_ca_file") if client_ca else None
     return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
@@ -82,7 +85,7 @@ class MeshServer:
             AddressInUseError: another process has the port.
         """
         require_secure(listen, tls=self.config.tls is not None, insecure=self.insecure)
-        host, port = split_address(listen)
+        host, _ = split_address(listen)
         credentials = _credentials(self.config)
         try:
             if credentials is None:

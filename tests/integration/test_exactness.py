@@ -140,9 +140,7 @@ async def prepared(arch: str, folder: Path) -> Case:
 
 
 def worst_kl_error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
-    return max(
-        float(((a.double() - b).abs() / b.clamp(min=1.0)).max()) for a, b in zip(found, wanted, strict=True)
-    )
+    return max(float(((a.double() - b).abs() / b.clamp(min=1.0)).max()) for a, b in zip(found, wanted, strict=True))
 
 
 def gradient_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from mesh import mesh, new_trainer, running_valkey, tiny_family, tiny_recipe
+from opd.v1 import trainer_service_pb2, trainer_service_pb2_grpc
 from tiny_models import save_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from opd.v1 import trainer_service_pb2, trainer_service_pb2_grpc
 from opd_mesh.clients.trainer import TrainerClient
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import ServerConfig
@@ -182,7 +182,9 @@ async def test_the_run_is_seen_and_steered_from_outside(tmp_path: Path) -> None:
             async def submit(trajectory: Trajectory) -> bool:
                 return await trainer.rollouts.submit(trajectory, vocab_size=131, max_tokens=480)
 
-            server = MeshServer(ServerConfig(drain_propagation_s=0, drain_grace_s=2), services=["opd.v1.TrainerService"])
+            server = MeshServer(
+                ServerConfig(drain_propagation_s=0, drain_grace_s=2), services=["opd.v1.TrainerService"]
+            )
             servicer = TrainerServicer(trainer.state, submit=submit, save=trainer.request_save, idle_timeout_s=5)
             trainer_service_pb2_grpc.add_TrainerServiceServicer_to_server(servicer, server.grpc)
             address = await server.start("127.0.0.1:0")
@@ -203,7 +205,10 @@ async def test_the_run_is_seen_and_steered_from_outside(tmp_path: Path) -> None:
                 empty = Trajectory("outside-4", "domain_0", (1, 5, 6, 7), (), policy_versions=(), lineage=1)
                 answer = await client.submit_trajectories([good, stale, bad, good, empty])
                 assert (answer.accepted, answer.duplicates) == (2, 1)
-                assert [(item.index, item.trajectory_id) for item in answer.refused] == [(2, "outside-3"), (4, "outside-4")]
+                assert [(item.index, item.trajectory_id) for item in answer.refused] == [
+                    (2, "outside-3"),
+                    (4, "outside-4"),
+                ]
                 assert "nowhere" in answer.refused[0].status.message
 
                 await client.resume_run()

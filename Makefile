@@ -1,0 +1,70 @@
+# One verb per task; CI uses the same ones. Every verb sets itself up in .venv from Python and make alone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODELS := .cache/smollm2
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-models test lint format protos protos-check protos-accept bench clean
+
+help:
+	@echo "make demo          two teachers teach a real student through real services (minutes, two cores)"
+	@echo "make test          unit and integration tests"
+	@echo "make lint          ruff and mypy"
+	@echo "make bench         benchmarks, JSON out"
+	@echo "make protos        generate the protobuf modules;  protos-check: drift, lint, compatibility"
+	@echo "make setup         everything for development, in $(VENV)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "OPD Mesh needs Python 3.11 or newer; say make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing what the demo needs into $(VENV) (torch is large; this is done once)"
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "installing what development needs into $(VENV) (torch is large; this is done once)"
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+setup: $(VENV)/.dev
+
+demo-models: $(VENV)/.demo
+	$(BIN)/python recipes/prepare_smollm2.py --out $(MODELS)
+
+demo: demo-models
+	$(BIN)/opd run recipes/smollm2.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(VENV)/.dev
+	$(BIN)/python protos/generate.py generate
+
+protos-check: $(VENV)/.dev
+	$(BIN)/python protos/generate.py check
+
+# After a release: what clients may now rely on.
+protos-accept: $(VENV)/.dev
+	$(BIN)/python protos/generate.py accept
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/wire.py
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

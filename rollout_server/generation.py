@@ -1,0 +1,124 @@
+"""What goes into the decode engine and what comes out: requests, token events, and the rules about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from opd_mesh.errors import InvalidInputError, OpdError, TooLongError
+from opd_mesh.trajectory import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenToken:
+    """A response token that exists already: from the log, or from before a swap."""
+
+    token_id: int
+    sampling_logprob: float
+    policy_logprob: float
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One response to write. ``written`` tokens are kept as they are; writing goes on behind them."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    written: tuple[WrittenToken, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of one request, or the error that ended it.
+
+    Attributes:
+        position: index of the token in its response. With an error: the index of the token that could not be written.
+        token_id: −1 with an error.
+        finish_reason: set on the last token.
+        error: why the request failed; it is gone from the engine, and its neighbours never noticed.
+    """
+
+    request_id: str
+    position: int
+    token_id: int
+    sampling_logprob: float
+    policy_logprob: float
+    policy_version: int
+    finish_reason: FinishReason | None = None
+    error: OpdError | None = None
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """Totals since the engine was made. ``prefill_tokens`` counts context tokens, again after every swap."""
+
+    steps: int = 0
+    tokens: int = 0
+    prefill_tokens: int = 0
+    replayed_tokens: int = 0
+    decode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    swap_seconds: float = 0.0
+
+
+class SequenceState:
+    """A request in progress. ``tokens`` are all response tokens, ``versions`` the policy that wrote each."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.tokens = [token.token_id for token in request.written]
+        self.versions = [token.policy_version for token in request.written]
+
+    @property
+    def context(self) -> list[int]:
+        return [*self.request.prompt_ids, *self.tokens]
+
+    def written_under(self, policy_version: int) -> int:
+        """How many of the newest tokens this version wrote."""
+        count = 0
+        while count < len(self.versions) and self.versions[-1 - count] == policy_version:
+            count += 1
+        return count
+
+
+def validate_request(request: GenerationRequest, *, valid_vocab_size: int, max_context_tokens: int) -> None:
+    """Check a request against the limits of an engine.
+
+    Raises:
+        InvalidInputError: naming the field.
+        TooLongError: prompt and ``max_new_tokens`` exceed ``max_context_tokens``.
+    """
+    sampling = request.sampling
+    if not request.request_id:
+        raise InvalidInputError("must not be empty", field="request_id")
+    sampling.validate()
+    if not request.prompt_ids:
+        raise InvalidInputError("must hold at least one token", field="prompt_ids")
+    written_ids = [token.token_id for token in request.written]
+    for name, ids in (("prompt_ids", request.prompt_ids), ("written", written_ids)):
+        for index, token in enumerate(ids):
+            if not 0 <= token < valid_vocab_size:
+                raise InvalidInputError(
+                    f"{token} is outside the vocabulary of {valid_vocab_size}", field=f"{name}[{index}]"
+                )
+    prompt_length = len(request.prompt_ids)
+    if prompt_length + sampling.max_new_tokens > max_context_tokens:
+        raise TooLongError(
+            f"{prompt_length} prompt tokens and {sampling.max_new_tokens} new ones, "
+            f"but a context holds {max_context_tokens}",
+            field="prompt_ids" if prompt_length >= max_context_tokens else "sampling.max_new_tokens",
+        )
+    if finish_reason_after(sampling, written_ids):
+        raise InvalidInputError("the response is finished: there is nothing to resume", field="written")
+
+
+def finish_reason_after(sampling: SamplingParams, tokens: Sequence[int]) -> FinishReason | None:
+    """Why a response with these tokens is over, or None."""
+    if not tokens:
+        return None
+    if tokens[-1] in sampling.stop_token_ids:
+        return FinishReason.STOP
+    return FinishReason.LENGTH if len(tokens) >= sampling.max_new_tokens else None

@@ -1,0 +1,47 @@
+"""New weights into a live model: everything is checked before anything is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from opd_mesh.errors import CorruptWeightsError, InvalidInputError
+
+
+def check_policy_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that :func:`copy_policy_tensors` could not copy, or should not.
+
+    Args:
+        model: names and shapes come from its ``state_dict``.
+        tensors: by those names; any float dtype. Names left out keep their weights.
+
+    Raises:
+        InvalidInputError: no tensors, an unknown name, a wrong shape, or two values for one tied weight.
+        CorruptWeightsError: NaN or infinity.
+    """
+    if not tensors:
+        raise InvalidInputError("must hold at least one tensor", field="tensors")
+    own = model.state_dict()
+    given_at: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        field = f"tensors[{name}]"
+        if name not in own:
+            raise InvalidInputError("the model has no weight of that name", field=field)
+        if tensor.shape != own[name].shape:
+            raise InvalidInputError(f"shape {list(tensor.shape)}, the model has {list(own[name].shape)}", field=field)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CorruptWeightsError("holds NaN or infinity", field=field)
+        # A tied head has two names for one storage; the later copy would silently win.
+        twin = given_at.setdefault(own[name].data_ptr(), name) if own[name].numel() else name
+        if twin != name and not torch.equal(tensor, tensors[twin]):
+            raise InvalidInputError(f"is tied to {twin}, but the values differ", field=field)
+
+
+@torch.no_grad()
+def copy_policy_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy checked tensors into the model's own storage, in its own dtype and on its device."""
+    own = model.state_dict()
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
