@@ -142,12 +142,6 @@ class StalePolicyError(PreconditionError):
     reason = "STALE_POLICY"
 
 
-class PausedError(PreconditionError):
-    """Generation or the run is paused."""
-
-    reason = "PAUSED"
-
-
 class CorruptWeightsError(OpdError):
     """Weights are truncated, wrongly hashed, or hold NaN or infinity."""
 
@@ -226,13 +220,13 @@ class InternalError(OpdError):
     """A defect of ours; the server's log has the stack."""
 
 
-def _tree(cls: type[OpdError]) -> list[type[OpdError]]:
-    return [cls] + [leaf for sub in cls.__subclasses__() for leaf in _tree(sub)]
+def _below(cls: type[OpdError]) -> list[type[OpdError]]:
+    return [leaf for sub in cls.__subclasses__() for leaf in (sub, *_below(sub))]
 
 
 def error_classes_by_reason() -> dict[str, type[OpdError]]:
-    """``reason`` → class, for the client side of the wire."""
+    """``reason`` → class, for the client side of the wire. The base itself is not among them: it is never raised."""
     classes: dict[str, type[OpdError]] = {}
-    for cls in _tree(OpdError):
+    for cls in _below(OpdError):
         classes.setdefault(cls.reason, cls)
     return classes

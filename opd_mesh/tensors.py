@@ -84,6 +84,9 @@ def check_header(header: common_pb2.TensorHeader, *, max_bytes: int = MAX_TENSOR
             f"but byte_size says {header.byte_size}",
             field=field,
         )
+    if math.prod(max(1, size) for size in header.shape) * dtype.itemsize > MAX_TENSOR_BYTES:
+        # A dimension of 0 makes no bytes, but numpy still multiplies the others.
+        raise TensorDecodeError(f"shape {list(header.shape)} is too large", field=field)
     if expected > max_bytes:
         raise TensorDecodeError(f"{expected} bytes, at most {max_bytes} are accepted", field=field)
     return dtype

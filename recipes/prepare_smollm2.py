@@ -261,6 +261,7 @@ def main() -> None:
     args = parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that is read is on this disk
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads that spin cost dear on a shared machine
 
     import torch
     from transformers.utils import logging

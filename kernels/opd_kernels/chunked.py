@@ -28,7 +28,9 @@ from opd_kernels.divergence import Divergence, DivergenceInputs
 from opd_kernels.head import LinearHead
 
 CHUNK_BYTES = 64 << 20  # one [C, V] float32 buffer; fewer rows make the head's gradient GEMM wait for memory
-BLOCK_BYTES = 4 << 20  # elementwise work goes through a chunk by blocks that stay in the cache between operations
+# Elementwise work goes through a chunk by blocks, so that its two scratch tensors are of this size. Not smaller: each
+# operation on a block is a barrier of all threads, and on a busy machine barriers cost more than cache misses.
+BLOCK_BYTES = 32 << 20
 TOP_K_GROUP = 64
 
 

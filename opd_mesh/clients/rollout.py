@@ -11,7 +11,7 @@ from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
 
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import sampling_to_proto, trajectory_from_proto
-from opd_mesh.errors import RolloutUnavailableError, UnavailableError
+from opd_mesh.errors import RolloutUnavailableError, StreamUnavailableError, UnavailableError
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors, wait_until_serving
 from opd_mesh.tensors import chunks_of, header_of
 from opd_mesh.trajectory import SamplingParams, Trajectory
@@ -97,24 +97,36 @@ class RolloutClient:
         """Write one response to its end, attaching again where the stream breaks.
 
         Raises:
-            RolloutUnavailableError: not finished within ``timeout_s`` seconds.
+            RolloutUnavailableError: not finished within ``timeout_s`` seconds, or the server was not to be reached
+                for the channel's ``connect_timeout_s``.
             OpdError: as the server says.
         """
         seen = 0
         last: Exception | None = None
+        loop = asyncio.get_running_loop()
+        heard_at = loop.time()
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
                         async for response in self.stream(spec, from_index=seen):
+                            heard_at = loop.time()
                             kind = response.WhichOneof("payload")
                             if kind == "tokens":
                                 seen = response.tokens.first_index + len(response.tokens.token_ids)
                             elif kind == "finished":
                                 return trajectory_from_proto(response.finished.trajectory)
                         last = UnavailableError("the stream ended before the response did")
+                    except StreamUnavailableError:
+                        raise  # Redis, not the server: it has waited for that already
                     except UnavailableError as error:
                         last = error
+                    if loop.time() - heard_at > self.config.connect_timeout_s:
+                        raise RolloutUnavailableError(
+                            f"rollout server {self.address} was not to be reached for "
+                            f"{self.config.connect_timeout_s:g} s (last: {last})",
+                            metadata={"target": self.address},
+                        )
                     await asyncio.sleep(REATTACH_DELAY_S)
         except TimeoutError:
             raise RolloutUnavailableError(

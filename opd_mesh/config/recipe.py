@@ -15,6 +15,7 @@ from opd_mesh.config.services import (
     RolloutEngineConfig,
     ServerConfig,
     TeacherConfig,
+    require_addresses,
 )
 
 
@@ -98,6 +99,7 @@ class TeacherRef(TeacherConfig):
     def _path_or_addresses(self) -> TeacherRef:
         if self.path is None and not self.addresses:
             raise ValueError("give `path` (a checkpoint folder) or `addresses` (servers that have this teacher)")
+        require_addresses(self.addresses)
         return self
 
 

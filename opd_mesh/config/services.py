@@ -8,6 +8,17 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from opd_mesh.config.base import Strict
+from opd_mesh.errors import ConfigError
+from opd_mesh.rpc.address import split_address
+
+def require_addresses(addresses: list[str]) -> None:
+    """Raises :class:`ValueError`, as a pydantic validator should, for what is not host:port."""
+    for address in addresses:
+        try:
+            split_address(address)
+        except ConfigError as error:
+            raise ValueError(f"{address!r} is not host:port") from error
+
 
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -29,6 +40,12 @@ class ClientTlsConfig(Strict):
     key_file: Path | None = None
     # Where the certificate bears another name than the address.
     server_name: str | None = None
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> ClientTlsConfig:
+        if (self.cert_file is None) != (self.key_file is None):  # gRPC's core would abort the process
+            raise ValueError("cert_file and key_file go together: give both for mutual TLS, or neither")
+        return self
 
 
 class ServerConfig(Strict):
@@ -132,8 +149,5 @@ class PeerConfig(Strict):
 
     @model_validator(mode="after")
     def _addresses_have_ports(self) -> PeerConfig:
-        for address in self.addresses:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdigit():
-                raise ValueError(f"address {address!r} is not host:port")
+        require_addresses(self.addresses)
         return self

@@ -144,7 +144,7 @@ def _read_log(path: Path, notes: list[str]) -> Log:
             record = json.loads(raw)
             step = record["step"]
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-                raise ValueError("step")  # noqa: TRY301
+                raise ValueError("step")
         except (ValueError, KeyError, TypeError, RecursionError):
             # The last line without a line end is being written right now; that is no defect.
             if line_number < len(lines):

@@ -151,8 +151,8 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
         add(
             "kl_domain",
             "On-policy KL by domain",
-            "The same distance, by the kind of prompt: a teacher of several domains may be easy to follow in one and hard "
-            "in another.",
+            "The same distance, by the kind of prompt: a teacher of several domains may be easy to follow in one and "
+            "hard in another.",
             [Panel(by_domain, "nats per token")],
             [Key(line.label, css_colour(line.colour), line.style) for line in by_domain],
         )
@@ -169,8 +169,8 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
     add(
         "overlap",
         "Overlap",
-        "The share of the student's likeliest next tokens that are also among the teacher's (1 means that both consider "
-        "the same words), and the probability that the student gives to those they share.",
+        "The share of the student's likeliest next tokens that are also among the teacher's (1 means that both "
+        "consider the same words), and the probability that the student gives to those they share.",
         [
             Panel(overlap, "share of the likeliest tokens", top=1.0),
             Panel(per_teacher("overlap_mass/"), "student's probability on them", top=1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from opd_mesh import errors
@@ -11,7 +12,10 @@ from opd_mesh.errors import OpdError
 
 ERROR_DOMAIN = "opd.v1"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
-MAX_MESSAGE_CHARS = 2000  # trailers are headers: proxies bound them, commonly at 8 KiB
+# Trailers are headers, and gRPC and proxies refuse more than 8 KiB of them: the error would be lost. The message
+# travels twice, percent-encoded (three bytes for one) in `grpc-message` and plainly in the details.
+MAX_MESSAGE_BYTES = 1200
+MAX_METADATA_BYTES = 1200
 
 _CLASSES = errors.error_classes_by_reason()
 # A status without ErrorInfo comes from gRPC itself or from a proxy.
@@ -30,9 +34,14 @@ _BY_CODE: dict[str, type[OpdError]] = {
 }
 
 
+def _cut(text: str, max_bytes: int) -> str:
+    raw = text.encode("utf-8", "replace")
+    return text if len(raw) <= max_bytes else raw[: max_bytes - 3].decode("utf-8", "ignore") + "…"
+
+
 def status_of(error: OpdError) -> status_pb2.Status:
     """``google.rpc.Status`` with ErrorInfo, and BadRequest or RetryInfo where they apply."""
-    message = error.message[:MAX_MESSAGE_CHARS]
+    message = _cut(error.message, MAX_MESSAGE_BYTES)
     details: list[any_pb2.Any] = []
 
     def add(detail: object) -> None:
@@ -40,13 +49,17 @@ def status_of(error: OpdError) -> status_pb2.Status:
         packed.Pack(detail)  # type: ignore[arg-type]
         details.append(packed)
 
-    add(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=error.metadata))
+    room = MAX_METADATA_BYTES // max(1, len(error.metadata))
+    metadata = {key: _cut(value, room) for key, value in error.metadata.items()}
+    add(error_details_pb2.ErrorInfo(reason=error.reason, domain=ERROR_DOMAIN, metadata=metadata))
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=error.field, description=_cut(message, MAX_MESSAGE_BYTES // 4)
+        )
         add(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_delay_s is not None:
         delay = duration_pb2.Duration()
-        delay.FromNanoseconds(int(error.retry_delay_s * 1e9))
+        delay.FromNanoseconds(round(error.retry_delay_s * 1e9))
         add(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message, details=details)
 
@@ -61,7 +74,8 @@ def error_of(status: status_pb2.Status) -> OpdError:
     for detail in status.details:
         for target in (info, bad_request, retry):
             detail.Unpack(target)  # type: ignore[arg-type]
-    name = code_pb2.Code.Name(status.code)
+    known = status.code in code_pb2.Code.values()
+    name = code_pb2.Code.Name(status.code) if known else f"code {status.code}"  # type: ignore[arg-type]
     cls = _CLASSES.get(info.reason) if info.domain == ERROR_DOMAIN else None
     cls = cls or _BY_CODE.get(name, errors.InternalError)
     violations = bad_request.field_violations
@@ -78,9 +92,14 @@ def error_of_rpc(error: grpc.aio.AioRpcError, *, target: str) -> OpdError:
     """What a failed call means; ``target`` (address) is put into messages that gRPC itself made."""
     for key, value in error.trailing_metadata() or ():
         if key == STATUS_DETAILS_KEY:
-            return error_of(status_pb2.Status.FromString(value))  # type: ignore[arg-type]
+            try:
+                return error_of(status_pb2.Status.FromString(value))  # type: ignore[arg-type]
+            except DecodeError:
+                break  # not ours to read: the code and the words remain
     name = error.code().name
     cls = _BY_CODE.get(name, errors.InternalError)
+    if cls is errors.OverloadedError and "larger than max" in (error.details() or ""):
+        cls = errors.TooLongError  # gRPC's own limit on messages: sending it again later never helps
     return cls(f"{target}: {name}: {error.details()}", metadata={"target": target})
 
 

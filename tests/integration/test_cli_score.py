@@ -24,6 +24,8 @@ from tiny_models import logits_of, save_tiny_checkpoint, tiny_model, tiny_tokeni
 
 from opd_mesh.cli import score as score_module
 from opd_mesh.cli.main import main
+from opd_mesh.clients.teacher import ScoreRequest, ScoreResult, TeacherClient
+from opd_mesh.errors import OverloadedError, UnavailableError
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,7 +168,10 @@ def test_lines_of_json_resume(served: Served, opd_score: Any, tmp_path: Path) ->
 BAD_LINES: list[tuple[Any, str]] = [
     ("{not json", "is not JSON"),
     ("[1, 2]", "must be a JSON object, found list"),
-    ({"trajectory_id": "x", "token_ids": [1, 131, 3], "scored_spans": [[1, 3]]}, "token id 131 at position 1 is outside"),
+    (
+        {"trajectory_id": "x", "token_ids": [1, 131, 3], "scored_spans": [[1, 3]]},
+        "token id 131 at position 1 is outside",
+    ),
     ({"trajectory_id": "x", "token_ids": [1, -1, 3], "scored_spans": [[1, 3]]}, "token id -1 is negative"),
     ({"trajectory_id": "x", "token_ids": [1, 2, 3], "scored_spans": [[0, 3]]}, "starts at 0"),
     ({"trajectory_id": "x", "token_ids": [1, 2, 3], "scored_spans": [[1, 4]]}, "ends at 4, beyond the 3"),
@@ -239,3 +244,32 @@ def test_a_file_that_is_no_answer_is_left_alone(opd_score: Any, tmp_path: Path) 
     assert code == 2
     assert "line 1, is no answer of opd score" in said
     assert out.read_text() == "my notes\n"
+
+
+def test_overload_is_waited_for_and_a_lost_server_ends_the_rest(
+    opd_score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "in.jsonl", *map(line_of, ITEMS))
+    out = tmp_path / "out.safetensors"
+    asked: list[int] = []
+    really_score = TeacherClient.score
+
+    async def score(self: TeacherClient, request: ScoreRequest) -> ScoreResult:
+        asked.append(len(request.token_ids))
+        if len(request.token_ids) == 2:  # "one/token"
+            raise UnavailableError("the stream is broken")
+        if len(asked) == 1:
+            raise OverloadedError("too much", retry_delay_s=0.01)
+        return await really_score(self, request)
+
+    monkeypatch.setattr(TeacherClient, "score", score)
+    code, said = opd_score(path, out)
+    assert code == 2
+    assert f"the same command continues from {out}.partial.jsonl error: the stream is broken" in said
+    assert asked.count(2) == score_module.MAX_ATTEMPTS
+    assert not out.exists()
+    monkeypatch.setattr(TeacherClient, "score", really_score)
+    code, said = opd_score(path, out)
+    assert code == 0
+    assert "there already" in said
+    assert set(load_file(out)) == set(ITEMS)
