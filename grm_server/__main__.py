@@ -7,8 +7,8 @@ path of every other service, and health says NOT_SERVING.
 from collections.abc import AsyncIterator
 
 import grpc
-
 from opd.v1 import generative_reward_service_pb2, generative_reward_service_pb2_grpc
+
 from opd_mesh.config.services import GrmServerConfig
 from opd_mesh.errors import UnimplementedError
 from opd_mesh.process import ServiceArguments, parse_arguments, run

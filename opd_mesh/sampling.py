@@ -1,5 +1,209 @@
-"""The one sampler that rollout server and trainer share."""
+"""Drawing the next token: counter-based randomness, truncation, inverse CDF, and both log-probabilities.
 
-from rollout_server.sampling import sample_tokens
+Letters: B rows, V vocabulary rows of the head (padding included).
 
-__all__ = ["sample_tokens"]
+A draw depends on (logits of the row, sampling parameters, position) and on nothing else: not on the batch around it,
+not on torch's or numpy's global generators, not on what was drawn before. The randomness is Philox4x32-10 (Salmon et
+al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with the seed as key and the position as counter; it is part
+of the protocol, so known-answer tests pin it for ever.
+
+The work runs in numpy, row by row: a row of 49k fp32 logits stays in the second-level cache, numpy's loops are
+vectorised, and one thread on one row cannot depend on its neighbours. Torch's kernels would wait for their thread
+team at every one of a dozen small operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from opd_mesh.errors import DivergedError, InvalidInputError, OpdError
+from opd_mesh.trajectory import SamplingParams
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+UInt64Array = npt.NDArray[np.uint64]
+
+_MASK32 = np.uint64(0xFFFFFFFF)
+_SHIFT32 = np.uint64(32)
+_PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_PHILOX_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_PHILOX_ROUNDS = 10
+# The CDF is walked in two levels: sums over blocks of this many ids, then the ids of one block.
+_CDF_BLOCK = 256
+
+
+def philox4x32(counter: Sequence[UInt64Array], key: Sequence[UInt64Array]) -> tuple[UInt64Array, ...]:
+    """Philox4x32-10: four 32-bit words of counter and two of key (in uint64 arrays) → four 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_PHILOX_ROUNDS):
+        product0 = c0 * _PHILOX_MULTIPLIERS[0]
+        product1 = c2 * _PHILOX_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> _SHIFT32) ^ c1 ^ k0,
+            product1 & _MASK32,
+            (product0 >> _SHIFT32) ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+        k0 = (k0 + _PHILOX_KEY_STEPS[0]) & _MASK32
+        k1 = (k1 + _PHILOX_KEY_STEPS[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> Float64Array:
+    """[B] seeds and [B] positions (unsigned 64-bit) → [B] float64 in [0, 1), multiples of 2⁻⁵³.
+
+    Key = (low, high) word of the seed, counter = (low, high) word of the position, 0, 0; the result is the top 53
+    bits of output words 1 and 0.
+    """
+    key = np.asarray(seeds, dtype=np.uint64)
+    counter = np.asarray(positions, dtype=np.uint64)
+    zero = np.zeros_like(counter)
+    low, high, _, _ = philox4x32((counter & _MASK32, counter >> _SHIFT32, zero, zero), (key & _MASK32, key >> _SHIFT32))
+    bits = ((high << _SHIFT32) | low) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def uniform(seed: int, position: int) -> float:
+    """The uniform number of (seed, position), in [0, 1)."""
+    return float(uniforms([seed], [position])[0])
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """One drawn token per row.
+
+    Attributes:
+        token_ids_B: int64 [B]; −1 where the row failed.
+        sampling_logprobs_B: fp32 [B], nats, under the distribution drawn from (temperature, top-k, top-p applied);
+            0 when greedy; NaN where the row failed.
+        policy_logprobs_B: fp32 [B], nats, log-softmax of the raw logits over the valid vocabulary; NaN where failed.
+        errors: per row None, or why nothing could be drawn.
+    """
+
+    token_ids_B: Tensor
+    sampling_logprobs_B: Tensor
+    policy_logprobs_B: Tensor
+    errors: tuple[OpdError | None, ...]
+
+
+def sample_tokens(
+    logits_BV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], valid_vocab_size: int
+) -> SampledTokens:
+    """Draw one token per row.
+
+    Temperature first, then top-k, then top-p over what top-k left; ties at a cut are kept from the lowest id upwards,
+    and the nucleus always keeps a token. The draw inverts the CDF in order of id, summed in float64, so that a
+    last-bit change of a logit moves the boundaries by some 1e-7 and seldom changes the token. Temperature 0 takes the
+    largest logit, the lowest id among equals.
+
+    Args:
+        logits_BV: [B, V] raw logits, any float dtype and device; ids ≥ ``valid_vocab_size`` are never read.
+        params: per row.
+        positions: per row, index of the token in its response.
+        valid_vocab_size: ids at or above it are padding.
+
+    Raises:
+        InvalidInputError: the arguments do not fit each other. A row whose logits are not finite (NaN, +inf, or all
+            −inf) raises nothing: it gets an error of its own in the result.
+    """
+    rows, width = logits_BV.shape
+    if not 1 <= valid_vocab_size <= width:
+        raise InvalidInputError(f"must be from 1 to {width}, got {valid_vocab_size}", field="valid_vocab_size")
+    if len(params) != rows or len(positions) != rows:
+        raise InvalidInputError(f"{rows} rows, {len(params)} params, {len(positions)} positions", field="params")
+    logits: Float32Array = logits_BV[:, :valid_vocab_size].detach().to("cpu", torch.float32).numpy()
+    draws_B = uniforms([row.seed for row in params], positions)
+    token_ids, sampling, policy = np.full(rows, -1, np.int64), np.full(rows, np.nan), np.full(rows, np.nan)
+    errors: list[OpdError | None] = [None] * rows
+    # exp underflows to 0 for hopeless tokens, and a tiny temperature overflows to −inf before it: both are meant.
+    with np.errstate(over="ignore", under="ignore"):
+        for row in range(rows):
+            # NaN and +inf reach the maximum, so one pass over the row finds every bad one.
+            largest = logits[row].max()
+            if not np.isfinite(largest):
+                errors[row] = DivergedError(
+                    f"the logits for response token {positions[row]} are not finite (largest is {largest})"
+                )
+                continue
+            token_ids[row], sampling[row], policy[row] = _draw(logits[row], largest, params[row], float(draws_B[row]))
+    return SampledTokens(
+        token_ids_B=torch.from_numpy(token_ids),
+        sampling_logprobs_B=torch.from_numpy(sampling).float(),
+        policy_logprobs_B=torch.from_numpy(policy).float(),
+        errors=tuple(errors),
+    )
+
+
+def _draw(logits_V: Float32Array, largest: np.float32, params: SamplingParams, draw: float) -> tuple[int, float, float]:
+    """One row → (token id, sampling log-probability, policy log-probability)."""
+    shifted_V = logits_V - largest
+    mass_V = np.exp(shifted_V)
+    cdf = _BlockedCdf(mass_V)
+    log_normalizer = float(np.log(cdf.total))
+    if params.temperature == 0:
+        token = int(logits_V.argmax())
+        return token, 0.0, float(shifted_V[token]) - log_normalizer
+
+    scaled_V = shifted_V
+    truncated = 0 < params.top_k < logits_V.size or params.top_p < 1
+    if params.temperature != 1 or truncated:
+        if params.temperature != 1:
+            # In float64 before rounding: a temperature of 1e-40 is 0 in fp32 and would give 0 / 0.
+            scaled_V = (shifted_V / np.float64(params.temperature)).astype(np.float32)
+            mass_V = np.exp(scaled_V)
+        if truncated:
+            mass_V = np.where(_kept(shifted_V, params), mass_V, np.float32(0))
+        cdf = _BlockedCdf(mass_V)
+    token = cdf.invert(draw)
+    return token, float(scaled_V[token]) - float(np.log(cdf.total)), float(shifted_V[token]) - log_normalizer
+
+
+def _kept(shifted_V: Float32Array, params: SamplingParams) -> npt.NDArray[np.bool_]:
+    """The ids that survive top-k, then top-p. ``shifted_V`` holds logits minus their maximum, before temperature.
+
+    Values alone are sorted, not ids: the cut is a value and a count, and ids are needed only among ties at the cut.
+    """
+    descending_V = np.sort(shifted_V)[::-1]
+    keep = min(params.top_k, shifted_V.size) if params.top_k else shifted_V.size
+    if params.top_p < 1:
+        cumulative = np.cumsum(np.exp(descending_V[:keep] / np.float64(params.temperature)))
+        # The smallest number of tokens whose mass reaches top_p.
+        keep = min(int(np.searchsorted(cumulative, params.top_p * cumulative[-1], side="left")) + 1, keep)
+    cut = descending_V[keep - 1]
+    kept = shifted_V > cut
+    ties = np.flatnonzero(shifted_V == cut)
+    kept[ties[: keep - int(kept.sum())]] = True
+    return kept
+
+
+class _BlockedCdf:
+    """Cumulative mass in order of id, in float64, kept per block of ids until a draw says which block matters."""
+
+    def __init__(self, mass_V: Float32Array) -> None:
+        self._mass_V = mass_V
+        whole = mass_V.size // _CDF_BLOCK * _CDF_BLOCK
+        sums = mass_V[:whole].reshape(-1, _CDF_BLOCK).sum(axis=1, dtype=np.float64)
+        if whole < mass_V.size:
+            sums = np.append(sums, mass_V[whole:].sum(dtype=np.float64))
+        self._cumulative = np.cumsum(sums)
+        self.total = self._cumulative[-1]
+
+    def invert(self, draw: float) -> int:
+        """The first id whose cumulative mass exceeds ``draw`` × total; its own mass is above zero."""
+        target = draw * self.total
+        block = int(np.searchsorted(self._cumulative, target, side="right"))
+        before = self._cumulative[block - 1] if block else 0.0
+        ids_mass = self._mass_V[block * _CDF_BLOCK : (block + 1) * _CDF_BLOCK]
+        inside = np.cumsum(ids_mass, dtype=np.float64)
+        offset = int(np.searchsorted(inside, target - before, side="right"))
+        if offset == ids_mass.size:
+            # The block's sum was added up in another order and is a last bit larger than its running sum.
+            offset = int(np.flatnonzero(ids_mass)[-1])
+        return block * _CDF_BLOCK + offset

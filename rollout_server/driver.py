@@ -8,14 +8,14 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from opd_mesh.errors import UnavailableError
 from rollout_server.engine import DecodeEngine, TokenEvent
 
 log = logging.getLogger("rollout_server")
 ResultT = TypeVar("ResultT")
-Command = Callable[[], None]
+Command = tuple[Future[Any], Callable[[], Any]]
 
 
 class EngineDriver:
@@ -57,17 +57,10 @@ class EngineDriver:
 
     async def call(self, function: Callable[[], ResultT]) -> ResultT:
         """Run ``function`` in the engine's thread, between two steps, and wait for its result."""
-        if self._ended:
-            raise UnavailableError("the decode loop has ended; restart the server")
         future: Future[ResultT] = Future()
-
-        def command() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:  # noqa: BLE001 - handed to the caller
-                future.set_exception(error)
-
-        self._commands.put(command)
+        self._commands.put((future, function))
+        if self._ended:  # nobody takes from the queue any more
+            self._refuse_queued()
         return await asyncio.wrap_future(future)
 
     def _run(self) -> None:
@@ -77,7 +70,13 @@ class EngineDriver:
                     command = self._commands.get()
                     if command is None:
                         return
-                    command()
+                    future, function = command
+                    if not future.set_running_or_notify_cancel():
+                        continue
+                    try:
+                        future.set_result(function())
+                    except BaseException as error:  # noqa: BLE001 - handed to the caller
+                        future.set_exception(error)
                 events = self.engine.step()
                 if events:
                     self._loop.call_soon_threadsafe(self._on_events, events)
@@ -86,6 +85,16 @@ class EngineDriver:
             self._loop.call_soon_threadsafe(self._on_failure, error)
         finally:
             self._ended = True
+            self._refuse_queued()
+
+    def _refuse_queued(self) -> None:
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None and command[0].set_running_or_notify_cancel():
+                command[0].set_exception(UnavailableError("the decode loop has ended; restart the server"))
 
     async def close(self) -> None:
         """End the thread between two steps."""

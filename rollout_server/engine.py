@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_mesh.errors import ConfigError, InternalError, OpdError, RequestConflictError
+from opd_mesh.sampling import sample_tokens
 from rollout_server.backends import Backend, make_backend
 from rollout_server.cache import CacheMode
 from rollout_server.cache_proof import CacheModeProof, prove_cache_modes
@@ -35,7 +36,6 @@ from rollout_server.generation import (
     validate_request,
 )
 from rollout_server.policy import check_policy_tensors, copy_policy_tensors
-from rollout_server.sampling import sample_tokens
 
 __all__ = ["DecodeEngine", "EngineCounters", "GenerationRequest", "TokenEvent", "WrittenToken"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -25,7 +26,7 @@ from opd_mesh.errors import (
     TokenizerMismatchError,
     UnavailableError,
 )
-from opd_mesh.models.checkpoint import state_digest
+from opd_mesh.models.checkpoint import served_tensors, state_digest
 from opd_mesh.policy import PolicyId, is_new_policy
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.stream import TrajectoryStream
@@ -37,6 +38,7 @@ from rollout_server.engine import DecodeEngine, GenerationRequest, TokenEvent
 from rollout_server.requests import RequestParams, RequestState, RequestTable
 
 log = logging.getLogger("rollout_server")
+ResultT = TypeVar("ResultT")
 
 
 class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
@@ -59,10 +61,11 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         self._on_serving = on_serving
         self._table = RequestTable(finished_kept=config.engine.finished_kept)
         self._streams: dict[str, TrajectoryStream] = {}
-        self._deliveries: set[asyncio.Task[None]] = set()
+        self._deliveries: set[asyncio.Task[Any]] = set()
         self._installed: EngineDriver | None = None
         self._fingerprint = ""
         self._vocab_size = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._policy: PolicyId | None = None
         self._update_lock = asyncio.Lock()
 
@@ -70,6 +73,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         """Begin to accept policies."""
         self._fingerprint = tokenizer_fingerprint
         self._vocab_size = vocab_size
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in served_tensors(engine._model)}
         self._installed = EngineDriver(engine, self._on_events, self._on_engine_failure)
 
     @property
@@ -124,6 +128,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 async for _ in messages:  # take what was sent, so that the client is not cut off in its stream
                     pass
                 return rollout_service_pb2.UpdatePolicyResponse(policy=_policy_proto(offered), swapped=False)
+            _check_manifest(manifest.tensors, self._shapes)
             try:
                 assembler = TensorAssembler(manifest.tensors)
                 async for message in messages:
@@ -142,11 +147,16 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 engine.swap_policy(tensors, offered.version, checked=True)
                 return time.perf_counter() - started, running
 
-            with telemetry.span("rollout.swap_policy"):
-                pause_s, prefilled_again = await driver.call(swap)
-            self._policy = offered
-        log.info("serving policy %s; decoding paused %.3f s", offered, pause_s)
-        await self._on_serving(True)
+            async def install() -> tuple[float, int]:
+                with telemetry.span("rollout.swap_policy"):
+                    pause_s, prefilled_again = await driver.call(swap)
+                self._policy = offered
+                log.info("serving policy %s; decoding paused %.3f s", offered, pause_s)
+                await self._on_serving(True)
+                return pause_s, prefilled_again
+
+            # A client that goes away now must not leave new weights under the old policy's name.
+            pause_s, prefilled_again = await self._to_the_end(install())
         return rollout_service_pb2.UpdatePolicyResponse(
             policy=_policy_proto(offered), swapped=True, pause_s=pause_s, prefilled_again=prefilled_again
         )
@@ -251,17 +261,34 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
 
     async def _begin(self, params: RequestParams, policy: PolicyId) -> RequestState:
         driver = self._driver
-        if driver.engine.waiting >= self._config.engine.max_waiting:
-            raise OverloadedError(f"{driver.engine.waiting} requests are waiting already", retry_delay_s=2.0)
         state = RequestState(params, lineage=policy.lineage)
         self._table.add(state)  # before the engine sees it: its first token may come at once
         request = GenerationRequest(params.request_id, params.prompt_ids, params.sampling)
-        try:
-            await driver.call(lambda: driver.engine.submit(request))
-        except BaseException:
-            self._table.forget(params.request_id)
-            raise
+
+        def admit() -> None:  # in the engine's thread, where the count cannot change meanwhile
+            if driver.engine.waiting >= self._config.engine.max_waiting:
+                raise OverloadedError(f"{driver.engine.waiting} requests are waiting already", retry_delay_s=2.0)
+            driver.engine.submit(request)
+
+        async def submit() -> None:
+            try:
+                await driver.call(admit)
+            except OpdError as error:
+                self._table.forget(params.request_id)
+                state.error = error  # for whoever has attached meanwhile
+                state.notify()
+                raise
+
+        # A client that goes away now must leave the whole request behind, or nothing of it.
+        await self._to_the_end(submit())
         return state
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Wait for ``work``, which goes on where the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._deliveries.add(task)
+        task.add_done_callback(self._deliveries.discard)
+        return await asyncio.shield(task)
 
     async def _try_again(self, state: RequestState) -> None:
         """A finished response that could not be published is published now; what failed otherwise stays failed."""
@@ -348,6 +375,25 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         await asyncio.gather(*self._deliveries, return_exceptions=True)
         for stream in self._streams.values():
             await stream.close()
+
+
+def _check_manifest(headers: Sequence[common_pb2.TensorHeader], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every parameter of the model, once, in its own shape: told before a byte is taken or memory is set aside."""
+    given = {header.name for header in headers}
+    missing = sorted(shapes.keys() - given)
+    if missing:
+        raise InvalidInputError(
+            f"{missing[0]} is missing ({len(missing)} of {len(shapes)} in all); a policy holds every parameter",
+            field="manifest.tensors",
+        )
+    for header in headers:
+        field = f"tensors[{header.name}]"
+        if header.name not in shapes:
+            raise InvalidInputError("the model has no weight of that name", field=field)
+        if tuple(header.shape) != shapes[header.name]:
+            raise InvalidInputError(
+                f"shape {list(header.shape)}, the model has {list(shapes[header.name])}", field=field
+            )
 
 
 def _verify(arrays: dict[str, np.ndarray], offered: PolicyId) -> None:

@@ -24,6 +24,8 @@ from opd_mesh.errors import CorruptWeightsError, NotFoundError
 log = logging.getLogger("student_trainer")
 STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
 FORMAT = 1
+# How a checkpoint that is not what was written shows itself.
+DAMAGE = (CorruptWeightsError, OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass
@@ -61,8 +63,14 @@ def save_checkpoint(
     """Write one checkpoint durably and remove all but the newest ``keep``. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
-    if final.exists():  # of the same step: the same state, for steps are exact
-        return final
+    if final.exists():
+        try:
+            _load(final)
+        except DAMAGE as error:  # a run that passed over it has come to its step again
+            log.warning("checkpoint %s is damaged and is written anew: %s", final, error)
+            shutil.rmtree(final)
+        else:  # of the same step: the same state, for steps are exact
+            return final
     partial = folder / f".partial-{state.step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -77,7 +85,8 @@ def save_checkpoint(
     _sync(partial)
     partial.replace(final)
     _sync(folder)
-    for old in complete_checkpoints(folder)[:-keep]:
+    # Later ones are none of ours: this run passed over them because they are damaged.
+    for old in [path for path in complete_checkpoints(folder) if _step_of(path) <= state.step][:-keep]:
         shutil.rmtree(old)
     log.info("checkpoint %s", final)
     return final
@@ -85,7 +94,12 @@ def save_checkpoint(
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE).exists())
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal() and (path / STATE).exists()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,7 @@ def load_newest(folder: Path) -> LoadedCheckpoint:
     for path in reversed(candidates):
         try:
             return _load(path)
-        except (CorruptWeightsError, OSError, ValueError, KeyError, TypeError) as error:
+        except DAMAGE as error:
             log.warning("checkpoint %s cannot be used: %s", path, error)
             damage.append(f"{path.name}: {error}")
     raise CorruptWeightsError("every checkpoint is damaged: " + "; ".join(damage))
@@ -122,8 +136,8 @@ def _load(path: Path) -> LoadedCheckpoint:
     body: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if body["format"] != FORMAT:
         raise CorruptWeightsError(f"format {body['format']}, this release reads {FORMAT}")
-    for name, expected in body["sha256"].items():
-        found = _sha256(path / name)
+    for name in (STUDENT, OPTIMIZER):
+        expected, found = body["sha256"][name], _sha256(path / name)
         if found != expected:
             raise CorruptWeightsError(f"{name} hashes to {found[:16]}…, {expected[:16]}… was written")
     return LoadedCheckpoint(

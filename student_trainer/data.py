@@ -113,7 +113,7 @@ def read_conversations(path: Path, field: str) -> list[Messages]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}", field=field) from error
     conversations = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would cut at U+2028 inside a text
         if line.strip():
             conversations.append(_conversation(line, f"{path}, line {number}", field))
     if not conversations:

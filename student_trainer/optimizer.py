@@ -73,19 +73,32 @@ class Optimizer:
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor], steps_done: int) -> None:
-        """The inverse of :meth:`state_tensors`. Raises :class:`CorruptWeightsError` where a moment is missing."""
+        """The inverse of :meth:`state_tensors`.
+
+        A parameter without any moment had no gradient so far (an expert that no token was routed to).
+
+        Raises:
+            CorruptWeightsError: a moment is missing, is of another shape, or belongs to no parameter.
+        """
         self.steps_done = steps_done
         if steps_done == 0:
             return
+        if self._named and not state:
+            raise CorruptWeightsError(f"the optimizer state is empty after {steps_done} steps")
+        strangers = state.keys() - {f"{moment}.{name}" for name, _ in self._named for moment in _MOMENTS}
+        if strangers:
+            raise CorruptWeightsError(f"the optimizer state has {min(strangers)}; it belongs to another student")
         for name, parameter in self._named:
-            try:
-                moments = {moment: state[f"{moment}.{name}"].clone() for moment in _MOMENTS}
-            except KeyError as error:
-                raise CorruptWeightsError(
-                    f"the optimizer state has no {error}; it belongs to another student"
-                ) from error
-            if moments["exp_avg"].shape != parameter.shape:
-                raise CorruptWeightsError(f"optimizer state of {name} has shape {tuple(moments['exp_avg'].shape)}")
+            moments = {moment: state[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in state}
+            missing = [moment for moment in _MOMENTS if moment not in moments]
+            if len(missing) == len(_MOMENTS):
+                continue
+            if missing:
+                raise CorruptWeightsError(f"the optimizer state has no {missing[0]}.{name}; it is not whole")
+            for moment, value in moments.items():
+                if value.shape != (parameter.shape if moment != "step" else ()):
+                    raise CorruptWeightsError(f"optimizer state {moment}.{name} has shape {tuple(value.shape)}")
             self._adamw.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                key: value.clone() if key == "step" else value.clone().to(parameter.device)
+                for key, value in moments.items()
             }

@@ -47,7 +47,7 @@ class MetricsLog:
 
     def write(self, line: dict[str, float]) -> None:
         """Append one line and hand it to the operating system."""
-        finite = {key: value for key, value in line.items() if not math.isnan(value)}
+        finite = {key: value for key, value in line.items() if math.isfinite(value)}  # JSON has no others
         self.lines.append(finite)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
@@ -102,8 +102,8 @@ class RunState:
     async def watch(self) -> AsyncIterator[None]:
         """Yields at once, then at every change, until the run has ended."""
         while True:
-            changed = self._changed
+            changed, ended = self._changed, self.ended
             yield
-            if self.ended:
+            if ended:  # as of before the yield: what changed while the watcher was busy, it has not seen
                 return
             await changed.wait()

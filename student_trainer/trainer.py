@@ -50,7 +50,8 @@ class Trainer:
         self.run_dir = run_dir
         self.student = student
         self.resume = resume
-        self.run_id = recipe.run.name if not run_dir.name else f"{recipe.run.name}-{run_dir.name}"
+# The folder's name alone could meet another run's on a shared Redis.
+        self.run_id = f"{recipe.run.name}.{run_dir.name}"
         self.fingerprint = tokenizer_fingerprint(student.tokenizer.get_vocab())
         self.metrics = MetricsLog(run_dir / "metrics.jsonl")
         self.state = RunState(self.run_id, recipe.run.steps, self.metrics)

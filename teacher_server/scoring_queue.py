@@ -46,6 +46,7 @@ class ScoringQueue:
         self._max_items = max_items
         self._max_batch_items = max_batch_items
         self._entries: list[_Entry] = []
+        self._in_engine: list[_Entry] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._runner: asyncio.Task[None] | None = None
@@ -91,6 +92,7 @@ class ScoringQueue:
             batch = [self._entries[index] for index in chosen]
             for entry in batch:
                 self._entries.remove(entry)
+            self._in_engine = batch
             engine = self._engines[batch[0].teacher_id]
             tokens = sum(entry.job.num_tokens for entry in batch)
             answers: list[dict[str, np.ndarray] | OpdError]
@@ -103,6 +105,7 @@ class ScoringQueue:
                 log.exception("the engine of teacher %r failed on %d items", batch[0].teacher_id, len(batch))
                 failure = InternalError(f"the engine failed: {type(error).__name__}; the server's log has the stack")
                 answers = [failure] * len(batch)
+            self._in_engine = []
             self.batches += 1
             self.tokens += tokens
             for entry, answer in zip(batch, answers, strict=True):
@@ -114,14 +117,14 @@ class ScoringQueue:
                     entry.future.set_result(answer)
 
     async def close(self) -> None:
-        """Refuse new items, fail those that wait, end the thread after the pass in progress."""
+        """Refuse new items, fail those that are not answered yet, end the thread after the pass in progress."""
         self._closed = True
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-        for entry in self._entries:
+        for entry in [*self._in_engine, *self._entries]:
             if not entry.future.done():
                 entry.future.set_exception(UnavailableError("the teacher server is stopping"))
-        self._thread.shutdown(wait=True)
+        await asyncio.to_thread(self._thread.shutdown)
         for engine in self._engines.values():
             engine.close()

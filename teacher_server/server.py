@@ -9,6 +9,7 @@ import torch
 from opd.v1 import teacher_service_pb2_grpc
 
 from opd_mesh.config.services import TeacherServerConfig
+from opd_mesh.errors import OpdError
 from opd_mesh.models.runtime import configure_torch
 from opd_mesh.process import ServiceArguments
 from opd_mesh.rpc.server import MeshServer
@@ -22,12 +23,16 @@ SERVICE = "opd.v1.TeacherService"
 
 
 def load_engines(config: TeacherServerConfig) -> dict[str, TeacherEngine]:
-    """Load and prove every teacher. Raises the errors of its engine, naming the teacher in ``field``."""
+    """Load and prove every teacher. Raises the errors of its engine, naming the teacher."""
     device = configure_torch(config.device, threads=config.threads, deterministic=config.deterministic)
     engines: dict[str, TeacherEngine] = {}
     for teacher_id, teacher in config.teachers.items():
         log.info("loading teacher %s from %s", teacher_id, teacher.path)
-        engine = TransformersEngine(teacher_id, teacher, device=device, deterministic=config.deterministic)
+        try:
+            engine = TransformersEngine(teacher_id, teacher, device=device, deterministic=config.deterministic)
+        except OpdError as error:
+            error.message = f"teacher {teacher_id!r}: {error.message}"
+            raise
         facts = engine.facts
         log.info(
             "teacher %s: %s, V=%d, d=%d, %s, batching %s, head error %.1e, digest %s",
@@ -57,7 +62,7 @@ async def serve(arguments: ServiceArguments[TeacherServerConfig]) -> None:
     servicer.install(engines, queue)
     await server.set_serving(True)
     arguments.announce(address)
-    await server.run_until_signal()
+    await server.run_until_signal(on_drain=servicer.drain)
     await queue.close()
     log.info(
         "served %d tokens in %d batches; peak torch threads %d", queue.tokens, queue.batches, torch.get_num_threads()

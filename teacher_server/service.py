@@ -22,7 +22,6 @@ from opd_mesh.errors import (
     OverloadedError,
     SignalNotOfferedError,
     TokenizerMismatchError,
-    TrajectoryError,
     UnavailableError,
     UnknownTeacherError,
 )
@@ -63,6 +62,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         self._heads: dict[str, ServedHead | None] = {}
         self._cards: dict[str, teacher_service_pb2.TeacherCard] = {}
         self._loaded_queue: ScoringQueue | None = None
+        self._draining = asyncio.Event()
 
     def install(self, engines: Mapping[str, TeacherEngine], queue: ScoringQueue) -> None:
         """Begin to serve ``engines``."""
@@ -76,6 +76,10 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         if self._loaded_queue is None:
             raise UnavailableError("the teachers are still being loaded", retry_delay_s=2.0)
         return self._loaded_queue
+
+    async def drain(self) -> None:
+        """Standing streams end once what they accepted is answered; without this they would last for ever."""
+        self._draining.set()
 
     # --- cards and heads ---------------------------------------------------------------------------------------
     async def ListTeachers(
@@ -135,30 +139,46 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         yield Response(credits=credits)
         outbox: asyncio.Queue[Response | None] = asyncio.Queue(maxsize=OUTBOX_MESSAGES)
         running: dict[str, asyncio.Task[None]] = {}
+        given_up: dict[str, OpdError] = {}
         closing = asyncio.Event()
+
+        def give_up(item_id: str, why: OpdError) -> None:
+            if item_id in running:
+                given_up.setdefault(item_id, why)
+                running[item_id].cancel()
 
         async def receive() -> None:
             idle_s = self._config.server.stream_idle_timeout_s
             async for request in with_idle_timeout(request_iterator, idle_s, "ScoreTrajectories"):
                 if request.WhichOneof("payload") == "cancel_item_id":
-                    task = running.get(request.cancel_item_id)
-                    if task is not None:
-                        task.cancel()
+                    give_up(request.cancel_item_id, CancelledByCallerError("given up by the client"))
                     continue
                 item = request.item
                 if item.item_id in running:
-                    # No status for it: the first item of that id still owns its answers.
-                    raise InvalidInputError(f"item_id {item.item_id!r} is in flight already", field="item_id")
+                    # An answer could not be told from the first one's, so one status ends both; others go on.
+                    why = f"{item.item_id!r} is in flight already; both items of that id are given up"
+                    give_up(item.item_id, InvalidInputError(why, field="item_id"))
+                    continue
+                given_up.pop(item.item_id, None)
                 crowded = len(running) >= credits
-                task = asyncio.create_task(self._answer_item(item, outbox, closing, crowded=crowded))
+                task = asyncio.create_task(self._answer_item(item, outbox, closing, given_up, crowded=crowded))
                 running[item.item_id] = task
                 task.add_done_callback(partial(_forget, running, item.item_id))
-            await asyncio.gather(*running.values(), return_exceptions=True)
 
         async def receive_then_end() -> None:
+            receiving = asyncio.create_task(receive())
+            draining = asyncio.create_task(self._draining.wait())
             try:
-                await receive()
+                await asyncio.wait({receiving, draining}, return_when=asyncio.FIRST_COMPLETED)
+                stopped = not receiving.done()
+                if not stopped:
+                    await receiving
+                await asyncio.gather(*running.values(), return_exceptions=True)
+                if stopped:
+                    raise UnavailableError("the teacher server is stopping")
             finally:
+                receiving.cancel()
+                draining.cancel()
                 await outbox.put(None)
 
         receiver = asyncio.create_task(receive_then_end())
@@ -177,10 +197,15 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         item: teacher_service_pb2.ScoreItem,
         outbox: asyncio.Queue[Response | None],
         closing: asyncio.Event,
+        given_up: Mapping[str, OpdError],
         *,
         crowded: bool,
     ) -> None:
-        """From arrival to the item's last message; never raises for what is wrong with the item."""
+        """From arrival to the item's last message; never raises for what is wrong with the item.
+
+        Args:
+            given_up: why an item's task was cancelled, by item id.
+        """
         timeout_s = item.timeout.ToNanoseconds() / 1e9 or self._config.default_item_timeout_s
         try:
             if crowded:
@@ -211,12 +236,21 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         except asyncio.CancelledError:
             if closing.is_set():  # the stream is gone: nobody takes from the outbox any more
                 raise
-            status = status_of(CancelledByCallerError("given up by the client"))
-            end = Response(item_id=item.item_id, status=status)
-        await outbox.put(end)
+            end = Response(item_id=item.item_id, status=status_of(given_up[item.item_id]))
+        while True:
+            try:
+                await outbox.put(end)
+            except asyncio.CancelledError:
+                # Given up when all but this was sent: too late, for an item without its last message never ends.
+                if closing.is_set():
+                    raise
+            else:
+                return
 
     def _checked_job(self, item: teacher_service_pb2.ScoreItem) -> tuple[EngineFacts, ScoreJob]:
         facts = self._facts(item.teacher_id)
+        if not item.item_id:
+            raise InvalidInputError("must not be empty", field="item_id")
         if not item.tokenizer_fingerprint:
             raise InvalidInputError(
                 "required: SHA-256 over the sorted (token, id) pairs of the tokenizer that made token_ids",
@@ -259,7 +293,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
             common_pb2.D_TYPE_BFLOAT16,
             common_pb2.D_TYPE_FLOAT16,
         ):
-            raise TrajectoryError("must be float32, bfloat16 or float16", field="dtype")
+            raise InvalidInputError("must be float32, bfloat16 or float16", field="dtype")
         job = ScoreJob(
             token_ids=trajectory.token_ids,
             predicting_positions=tuple(trajectory.predicting_positions),

@@ -10,10 +10,10 @@ import torch
 from opd_kernels import LinearHead
 
 from opd_mesh.config.services import TeacherConfig
-from opd_mesh.errors import DivergedError, OpdError
+from opd_mesh.errors import ConfigError, DivergedError, OpdError
 from opd_mesh.models.checkpoint import load_causal_lm
 from opd_mesh.models.forward import BatchLayout, prove_layouts, sequence_hidden_states
-from opd_mesh.models.heads import extract_head, head_digest, prove_head
+from opd_mesh.models.heads import HEAD_TOLERANCES, HEAD_TOLERANCES_DEFAULT, extract_head, head_digest, prove_head
 from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_roles, valid_vocab_size
 from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
 from teacher_server.engine import EngineFacts, ScoreJob, Signal
@@ -28,7 +28,7 @@ class TransformersEngine:
         deterministic: one sequence at a time, whatever the architecture would allow.
 
     Raises:
-        ModelNotFoundError, CorruptWeightsError: from the constructor.
+        ModelNotFoundError, CorruptWeightsError, ConfigError: from the constructor.
     """
 
     def __init__(self, teacher_id: str, config: TeacherConfig, *, device: str, deterministic: bool) -> None:
@@ -44,6 +44,12 @@ class TransformersEngine:
         self._device = torch.device(device)
         tokenizer = load_tokenizer(config.path)
         vocab_size = valid_vocab_size(tokenizer)
+        rows = self._model.get_input_embeddings().weight.shape[0]
+        if vocab_size > rows:
+            raise ConfigError(
+                f"{config.path}: the tokenizer has {vocab_size} ids, the model embeds only {rows}; take the tokenizer "
+                "that the model was trained with, or resize its embedding"
+            )
         self._vocab_size = vocab_size
         head, digest, error, note = self._prove_head(vocab_size)
         self._head = head
@@ -75,10 +81,13 @@ class TransformersEngine:
             proof = prove_head(self._model, head)
         except OpdError as error:
             return None, "", float("nan"), f"hidden states are not offered: {error}"
+        tolerance = HEAD_TOLERANCES.get(self._model.dtype, HEAD_TOLERANCES_DEFAULT)
+        # The card tells the error in standard deviations of the logits, as the tolerance is told.
+        in_stds = tolerance * proof.max_abs_error / proof.tolerance if proof.tolerance else float("nan")
         if not proof.ok:
             log.warning("teacher %s offers logits only: %s", self.teacher_id, proof.reason)
-            return None, "", proof.max_abs_error, f"hidden states are not offered: {proof.reason}"
-        return head, head_digest(head), proof.max_abs_error, ""
+            return None, "", in_stds, f"hidden states are not offered: {proof.reason}"
+        return head, head_digest(head), in_stds, ""
 
     @torch.inference_mode()
     def score(self, jobs: Sequence[ScoreJob]) -> list[dict[str, np.ndarray] | OpdError]:

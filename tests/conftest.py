@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 # Before transformers is imported anywhere: no test reaches a hub, and bars of progress are noise in a failure.
@@ -13,6 +14,9 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("OPD_REDIS_URL", None)
 # Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
+# No example is wrong for being slow: machines are shared.
+hypothesis.settings.register_profile("opd", deadline=None)
+hypothesis.settings.load_profile("opd")
 
 
 @pytest.fixture(autouse=True)

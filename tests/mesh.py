@@ -52,7 +52,7 @@ async def serving_teachers(config: TeacherServerConfig, listen: str = "127.0.0.1
     try:
         yield address
     finally:
-        await server.drain()
+        await server.drain(servicer.drain)
         await queue.close()
 
 

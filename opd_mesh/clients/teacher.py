@@ -299,13 +299,14 @@ class TeacherClient:
 
         Raises:
             HeadMismatchError: the head served is not the one of ``digest``.
-            TeacherUnavailableError: no progress within ``timeout_s``.
+            TeacherUnavailableError: not here, whole, within ``timeout_s``.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         manifest: teacher_service_pb2.HeadManifest | None = None
         buffer = memoryview(b"")
         offset = 0
+        last: OpdError | None = None
         while True:
             try:
                 request = teacher_service_pb2.GetHeadRequest(teacher_id=teacher_id, digest=digest, offset=offset)
@@ -326,9 +327,13 @@ class TeacherClient:
                 if manifest is not None and offset == len(buffer):
                     return HeadData(manifest.form, _split_head(manifest, buffer))
                 raise TensorDecodeError(f"truncated: {offset} of {len(buffer)} bytes", field="head")
-            except UnavailableError as error:
-                if loop.time() >= deadline:
-                    raise TeacherUnavailableError(f"head of teacher {teacher_id!r}: {error}") from error
+            except (UnavailableError, DeadlineError) as error:
+                # The last attempt may die of the deadline itself; what kept it from succeeding is the better message.
+                last = error if isinstance(error, UnavailableError) or last is None else last
+                if loop.time() >= deadline or isinstance(error, DeadlineError):
+                    raise TeacherUnavailableError(
+                        f"the head of teacher {teacher_id!r} did not arrive within {timeout_s:g} s: {last}"
+                    ) from error
                 await asyncio.sleep(min(1.0, max(0.0, deadline - loop.time())))
 
     async def score(self, request: ScoreRequest) -> ScoreResult:

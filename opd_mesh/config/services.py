@@ -11,6 +11,7 @@ from opd_mesh.config.base import Strict
 from opd_mesh.errors import ConfigError
 from opd_mesh.rpc.address import split_address
 
+
 def require_addresses(addresses: list[str]) -> None:
     """Raises :class:`ValueError`, as a pydantic validator should, for what is not host:port."""
     for address in addresses:

@@ -23,11 +23,11 @@ from opd_mesh.errors import (
     RequestConflictError,
     TooLongError,
 )
+from opd_mesh.sampling import sample_tokens
 from opd_mesh.trajectory import FinishReason, SamplingParams
 from rollout_server.cache import CacheMode, RightAlignedCache
 from rollout_server.cache_proof import CacheModeProof, prove_cache_modes
 from rollout_server.engine import DecodeEngine, GenerationRequest, TokenEvent, WrittenToken
-from rollout_server.sampling import sample_tokens
 
 VOCAB = 131
 VALID = 125  # six ids of padding, whose logits are as large as any
@@ -240,16 +240,36 @@ def test_the_prefill_budget_holds_back_admissions_but_never_all() -> None:
     assert {event.request_id for event in engine.step()} == {"r0", "r1", "r2", "r3"}
 
 
+def _record_shapes(model: Any) -> list[tuple[int, int]]:
+    shapes: list[tuple[int, int]] = []
+
+    def record(_: Any, args: Any, kwargs: Any) -> None:
+        shapes.append(tuple(kwargs["input_ids"].shape))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    return shapes
+
+
+def test_contexts_of_like_length_are_prefilled_together() -> None:
+    model = _fresh_model()
+    shapes, engine = _record_shapes(model), _engine(model=model)
+    requests = [_request(index, length=length, new=1) for index, length in enumerate((9, 40, 8, 10))]
+    for request in requests:
+        engine.submit(request)
+    tokens = _tokens(engine.step())
+    assert shapes == [(3, 10), (1, 40)]
+    assert [tokens[request.request_id] for request in requests] == [_reference(_model("llama"), r) for r in requests]
+
+
 def test_answers_to_one_prompt_share_its_prefill() -> None:
-    model, shapes = _fresh_model(), []
-    model.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
-    engine = _engine(model=model)
+    model = _fresh_model()
+    shapes, engine = _record_shapes(model), _engine(model=model)
     prompt = _request(0).prompt_ids
     group = [GenerationRequest(f"g{i}", prompt, SamplingParams(seed=i, max_new_tokens=6)) for i in range(4)]
     for request in group:
         engine.submit(request)
     tokens = _tokens(_drain(engine))
-    assert [tuple(shape) for shape in shapes] == [(1, 5)] + [(4, 1)] * 5
+    assert shapes == [(1, 5)] + [(4, 1)] * 5
     assert [tokens[request.request_id] for request in group] == [_reference(_model("llama"), r) for r in group]
 
 
@@ -434,6 +454,29 @@ def test_a_pass_that_raises_fails_only_the_guilty() -> None:
         assert _tokens(events)[request.request_id] == _reference(_model("llama"), request)
 
 
+def test_a_cache_left_half_moved_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out between two layers."""
+    move, failures = RightAlignedCache._move_view, []
+
+    def fail_once(self: RightAlignedCache, to_end: int) -> None:
+        if self.num_rows and not failures:
+            self._layers[0].keys.fill_(7.0)
+            failures.append(to_end)
+            raise RuntimeError("out of memory")
+        move(self, to_end)
+
+    monkeypatch.setattr(RightAlignedCache, "_move_view", fail_once)
+    engine, events = _engine(), []
+    requests = [_request(0, length=4), _request(1, length=12)]
+    for request in requests:
+        engine.submit(request)
+        events += engine.step()
+    grouped = _by_request(events + _drain(engine))
+    assert failures
+    assert [event.token_id for event in grouped["r0"]] == _reference(_model("llama"), requests[0])
+    assert [str(event.error).endswith("out of memory") for event in grouped["r1"]] == [True]
+
+
 def test_what_submit_refuses() -> None:
     engine = _engine(max_context_tokens=20)
     engine.submit(_request(0))
@@ -492,6 +535,8 @@ def test_right_aligned_rows_hold_what_was_written(operations: list[tuple[int, in
             fresh = RightAlignedCache(2)
             fresh.open_rows(lengths)
             values_BT = clock + torch.arange(2.0 * max(lengths)).reshape(2, -1)
+            if choice % 3 == 0:
+                values_BT[0] = math.nan  # a request whose numbers went wrong, not yet removed
             for row, length in enumerate(lengths):
                 values_BT[row, : max(lengths) - length] = math.nan  # what padding leaves may be anything
             write(fresh, values_BT)
@@ -509,11 +554,17 @@ def test_right_aligned_rows_hold_what_was_written(operations: list[tuple[int, in
             continue
         mask, positions = shared.inputs(1)
         view, end = shared._columns.view, shared._columns.end
-        keys = shared._layers[1].keys[: len(rows), 0, view:end, 0]
-        assert torch.isfinite(shared._layers[1].keys[: len(rows), 0, :end]).all()
+        assert view == end - max(len(row) for row in rows)
         assert positions.flatten().tolist() == [len(row) for row in rows]
-        for row, expected in enumerate(rows):
-            assert (keys[row, keys.shape[1] - len(expected) :] - 1000).tolist() == expected
-            if mask is not None:
-                assert mask[row].tolist() == [0] * (keys.shape[1] - len(expected)) + [1] * (len(expected) + 1)
         assert mask is not None or len({len(row) for row in rows}) == 1
+        for layer_index, layer in enumerate(shared._layers):
+            for row, expected in enumerate(rows):
+                start = end - len(expected)
+                held = layer.keys[row, 0, start:end, 0] - 1000 * layer_index
+                torch.testing.assert_close(held, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+                assert torch.isfinite(layer.keys[row, 0, :start]).all()
+                if mask is not None:
+                    assert mask[row].tolist() == [0] * (start - view) + [1] * (len(expected) + 1)
+            # Nobody reads what is not in use.
+            layer.keys[len(rows) :] = math.nan
+            layer.keys[:, :, end:] = math.nan

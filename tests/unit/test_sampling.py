@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd_mesh.errors import DivergedError, InvalidInputError
+from opd_mesh.sampling import SampledTokens, _BlockedCdf, philox4x32, sample_tokens, uniform, uniforms
 from opd_mesh.trajectory import UINT64_MAX, SamplingParams
-from rollout_server.sampling import SampledTokens, philox4x32, sample_tokens, uniform, uniforms
 
 
 def _words(*values: int) -> list[np.ndarray]:
@@ -127,6 +127,18 @@ def test_the_draw_inverts_the_cdf_across_blocks(seed: int, valid: int) -> None:
         draw = uniform(seed, position)
         before = float(cumulative[token - 1]) if token else 0.0
         assert before - 1e-6 <= draw <= float(cumulative[token]) + 1e-6
+
+
+@pytest.mark.parametrize("offset", [0, 255, 256, 300])
+def test_a_draw_on_a_boundary_takes_the_next_id_with_mass(offset: int) -> None:
+    mass_V = np.zeros(700, np.float32)
+    mass_V[[offset + 2, offset + 4, offset + 260]] = 1
+    cdf = _BlockedCdf(mass_V)
+    draws = [0.0, np.nextafter(1 / 3, 0), np.nextafter(1 / 3, 1), np.nextafter(1, 0)]
+    assert [cdf.invert(float(draw)) - offset for draw in draws] == [2, 2, 4, 260]
+    mass_V[offset + 260] = 0
+    cdf = _BlockedCdf(mass_V)
+    assert [cdf.invert(draw) - offset for draw in (0.0, 0.25, 0.5, 0.75)] == [2, 2, 4, 4]
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
