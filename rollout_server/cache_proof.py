@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class CacheModeProof:
     """Result of :func:`prove_cache_modes`.
 
     Attributes:
-        results: one entry per mode.
+        results: one entry per mode that was tried.
         num_cache_layers: layers of the model's own cache (0 where it makes none).
         seconds: what the proof took.
     """
@@ -53,7 +53,7 @@ class CacheModeProof:
 
     def allowed(self, mode: CacheMode) -> bool:
         """Whether the mode was proved."""
-        return self.results[mode].allowed
+        return mode in self.results and self.results[mode].allowed
 
     @property
     def fastest(self) -> CacheMode:
@@ -67,7 +67,13 @@ class CacheModeProof:
 
 
 @torch.inference_mode()
-def prove_cache_modes(model: nn.Module, *, valid_vocab_size: int, max_probe_tokens: int = 64) -> CacheModeProof:
+def prove_cache_modes(
+    model: nn.Module,
+    *,
+    valid_vocab_size: int,
+    max_probe_tokens: int = 64,
+    first_of: Sequence[CacheMode] = (),
+) -> CacheModeProof:
     """Run the play in every mode against full uncached forward passes.
 
     Args:
@@ -75,6 +81,8 @@ def prove_cache_modes(model: nn.Module, *, valid_vocab_size: int, max_probe_toke
         valid_vocab_size: probes are drawn from the ids below it.
         max_probe_tokens: length of the longest probe. It is raised to cross a sliding window of up to 256 tokens; a
             longer window is crossed by the same index arithmetic, but is not probed.
+        first_of: try these in order and stop at the first that passes; empty: try all. On a large model every mode
+            costs seconds.
     """
     started = time.perf_counter()
     longest = max(max_probe_tokens, _window_to_cross(model) + 16)
@@ -86,7 +94,9 @@ def prove_cache_modes(model: nn.Module, *, valid_vocab_size: int, max_probe_toke
 
     num_layers, obstacle = _own_cache(model, probes["short"])
     results: dict[CacheMode, ModeResult] = {}
-    for mode in CacheMode:
+    for mode in first_of or CacheMode:
+        if first_of and any(result.allowed for result in results.values()):
+            break
         if mode is CacheMode.BATCHED and obstacle:
             results[mode] = ModeResult(False, obstacle, float("inf"), tolerance)
             continue

@@ -90,7 +90,13 @@ class DecodeEngine:
         self._max_context_tokens = max_context_tokens
         self._deterministic = deterministic
         self._prefill_token_budget = prefill_token_budget
-        self.cache_proof = cache_proof or prove_cache_modes(self._model, valid_vocab_size=valid_vocab_size)
+        if cache_mode is not None:
+            candidates = [cache_mode]
+        else:
+            candidates = [mode for mode in CacheMode if not (deterministic and mode is CacheMode.BATCHED)]
+        self.cache_proof = cache_proof or prove_cache_modes(
+            self._model, valid_vocab_size=valid_vocab_size, first_of=candidates
+        )
         if cache_mode is None:
             cache_mode = self.cache_proof.fastest_deterministic if deterministic else self.cache_proof.fastest
         elif not self.cache_proof.allowed(cache_mode):

@@ -15,7 +15,7 @@ from opd_mesh.config.services import ChannelConfig
 from opd_mesh.errors import ConfigError, UnavailableError
 from opd_mesh.rpc.address import is_loopback, split_address
 from opd_mesh.rpc.interceptors import client_interceptors
-from opd_mesh.rpc.server import read_pem
+from opd_mesh.rpc.server import check_pem, read_pem
 from opd_mesh.rpc.status import error_of_rpc
 
 ItemT = TypeVar("ItemT")
@@ -100,6 +100,7 @@ def open_channel(
         private_key=read_pem(tls.key_file, "tls.key_file") if tls.key_file else None,
         certificate_chain=read_pem(tls.cert_file, "tls.cert_file") if tls.cert_file else None,
     )
+    check_pem(tls.cert_file, tls.key_file, tls.ca_file, "tls")
     if tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return grpc.aio.secure_channel(target, credentials, options=options, interceptors=client_interceptors())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -14,10 +15,11 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
 from opd_mesh import telemetry
-from opd_mesh.errors import InternalError, OpdError
+from opd_mesh.errors import InternalError, OpdError, OverloadedError, UnimplementedError
 from opd_mesh.rpc.status import GRPC_CODES, STATUS_DETAILS_KEY, status_of
 
 log = logging.getLogger("opd_mesh.rpc")
+RETRY_DELAY_S = 1.0
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: OpdError) -> NoReturn:
@@ -47,7 +49,11 @@ class _ServerCall:
         if isinstance(error, asyncio.CancelledError):
             self.status = "CANCELLED"
             raise error
-        if isinstance(error, grpc.aio.AbortError | grpc.RpcError):
+        if isinstance(error, NotImplementedError) and self.context.code() == grpc.StatusCode.UNIMPLEMENTED:
+            # What the generated base class says for a method that a servicer leaves out.
+            self.status = "UNIMPLEMENTED"
+            await _abort(self.context, UnimplementedError(f"{self.method} is not served here"))
+        if isinstance(error, grpc.aio.AbortError):  # not an RpcError: that is a call of our own that failed in here
             code = self.context.code()
             self.status = getattr(code, "name", "UNKNOWN")
             raise error
@@ -71,8 +77,32 @@ class _ServerCall:
         telemetry.end_rpc_span(self.span, self.method, self.status, time.monotonic() - self.started, server=True)
 
 
+class _Admission:
+    """Calls at once, over all connections. Ours and not gRPC's own, which counts health checks and gives no delay."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.running = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Raises :class:`OverloadedError` where there is none."""
+        if self.running >= self.limit:
+            raise OverloadedError(
+                f"{self.running} calls run already, no more are admitted", retry_delay_s=RETRY_DELAY_S
+            )
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+
 class ServerInterceptor(grpc.aio.ServerInterceptor):
     """Installed on every server of the mesh."""
+
+    def __init__(self, max_concurrent_rpcs: int) -> None:
+        self._admission = _Admission(max_concurrent_rpcs)
 
     async def intercept_service(
         self,
@@ -92,7 +122,7 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            wrapped: Any = _wrap_stream(behaviour, method)
+            wrapped: Any = _wrap_stream(behaviour, method, self._admission)
         else:
             behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
             factory = (
@@ -100,15 +130,18 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
-            wrapped = _wrap_unary(behaviour, method)
+            wrapped = _wrap_unary(behaviour, method, self._admission)
         return factory(wrapped, handler.request_deserializer, handler.response_serializer)
 
 
-def _wrap_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+def _wrap_unary(
+    behaviour: Callable[..., Awaitable[Any]], method: str, admission: _Admission
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
         current = _ServerCall(method, context)
         try:
-            return await current.inside(behaviour(request, context))
+            with admission.place():
+                return await current.inside(behaviour(request, context))
         except BaseException as error:  # noqa: BLE001 - mapped to a status, never swallowed
             await current.fail(error)
         finally:
@@ -117,18 +150,21 @@ def _wrap_unary(behaviour: Callable[..., Awaitable[Any]], method: str) -> Callab
     return call
 
 
-def _wrap_stream(behaviour: Callable[..., AsyncIterator[Any]], method: str) -> Callable[..., AsyncIterator[Any]]:
+def _wrap_stream(
+    behaviour: Callable[..., AsyncIterator[Any]], method: str, admission: _Admission
+) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         current = _ServerCall(method, context)
         try:
-            responses = aiter(behaviour(request, context))
-            while True:
-                try:
-                    # Not around the yield: a generator may be closed from another task, whose context is another.
-                    response = await current.inside(anext(responses))
-                except StopAsyncIteration:
-                    break
-                yield response
+            with admission.place():
+                responses = aiter(behaviour(request, context))
+                while True:
+                    try:
+                        # Not around the yield: a generator may be closed from another task, whose context is another.
+                        response = await current.inside(anext(responses))
+                    except StopAsyncIteration:
+                        break
+                    yield response
         except GeneratorExit:
             current.status = "CANCELLED"
             raise
@@ -151,6 +187,17 @@ def _with_context(details: grpc.aio.ClientCallDetails) -> grpc.aio.ClientCallDet
     )
 
 
+def _code_of(finished: Any) -> str:
+    """Status of a call that is done: its ``code()`` is a coroutine, which then ends without waiting."""
+    coroutine = finished.code()
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value.name
+    coroutine.close()
+    return "UNKNOWN"
+
+
 class _ClientSpan:
     """A client span that ends when the call does, and is the parent of the server's."""
 
@@ -169,10 +216,7 @@ class _ClientSpan:
             otel_context.detach(token)
 
         def ended(finished: Any) -> None:
-            code = finished._code() if hasattr(finished, "_code") else None
-            telemetry.end_rpc_span(
-                current, method, getattr(code, "name", "OK"), time.monotonic() - started, server=False
-            )
+            telemetry.end_rpc_span(current, method, _code_of(finished), time.monotonic() - started, server=False)
 
         call.add_done_callback(ended)
         return call

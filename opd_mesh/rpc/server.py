@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,24 @@ def read_pem(path: Path, field: str) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}", field=field) from error
 
 
+def check_pem(cert_file: Path | None, key_file: Path | None, ca_file: Path | None, field: str) -> None:
+    """Raises :class:`ConfigError` naming files that are no PEM, or a key of another certificate.
+
+    gRPC itself says of such files only that it cannot bind, or that the peer is unavailable.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        if cert_file is not None:
+            context.load_cert_chain(cert_file, key_file, password="")  # never asks on the terminal
+    except ssl.SSLError as error:
+        raise ConfigError(f"{cert_file} and {key_file} are no certificate and its key: {error}", field=field) from error
+    try:
+        if ca_file is not None:
+            context.load_verify_locations(ca_file)
+    except ssl.SSLError as error:
+        raise ConfigError(f"{ca_file} holds no certificate of an authority: {error}", field=field) from error
+
+
 def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     if config.tls is None:
         return None
@@ -39,6 +58,7 @@ def _credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     )
     client_ca = config.tls.client_ca_file
     roots = read_pem(client_ca, "server.tls.client_ca_file") if client_ca else None
+    check_pem(config.tls.cert_file, config.tls.key_file, client_ca, "server.tls")
     return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
 
 
@@ -49,7 +69,7 @@ class MeshServer:
         server = MeshServer(config, services=["opd.v1.TeacherService"])
         add_TeacherServiceServicer_to_server(servicer, server.grpc)
         address = await server.start("127.0.0.1:0")
-        server.set_serving(True)
+        await server.set_serving(True)
         await server.run_until_signal(on_drain=servicer.drain)
     """
 
@@ -66,11 +86,11 @@ class MeshServer:
             # Allow our own clients' keepalive (60 s), which gRPC would answer with too_many_pings.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.max_concurrent_streams", config.max_concurrent_rpcs),
+            # Per connection, and more than are admitted: calls beyond it wait in the client until their deadline,
+            # where those between the two are told at once that the server is busy.
+            ("grpc.max_concurrent_streams", 2 * config.max_concurrent_rpcs),
         ]
-        self.grpc = grpc.aio.server(
-            interceptors=[ServerInterceptor()], options=options, maximum_concurrent_rpcs=config.max_concurrent_rpcs
-        )
+        self.grpc = grpc.aio.server(interceptors=[ServerInterceptor(config.max_concurrent_rpcs)], options=options)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         names = [*self.services, health.SERVICE_NAME, reflection.SERVICE_NAME]
@@ -85,13 +105,15 @@ class MeshServer:
             AddressInUseError: another process has the port.
         """
         require_secure(listen, tls=self.config.tls is not None, insecure=self.insecure)
-        host, _ = split_address(listen)
+        host, port = split_address(listen)
         credentials = _credentials(self.config)
+        # `localhost` is two addresses, and gRPC is content with one of them: the port in use would go unnoticed.
+        target = f"127.0.0.1:{port}" if host == "localhost" else listen
         try:
             if credentials is None:
-                bound = self.grpc.add_insecure_port(listen)
+                bound = self.grpc.add_insecure_port(target)
             else:
-                bound = self.grpc.add_secure_port(listen, credentials)
+                bound = self.grpc.add_secure_port(target, credentials)
         except RuntimeError as error:
             raise AddressInUseError(
                 f"cannot listen on {listen}: {error}. Another process may have the port; "

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 from google.protobuf.descriptor import ServiceDescriptor
-
 from opd.v1 import generative_reward_service_pb2, rollout_service_pb2, teacher_service_pb2, trainer_service_pb2
+
 from opd_mesh.clients import reward, rollout, teacher, trainer
 from opd_mesh.rpc.channel import IDEMPOTENT, service_config
 
@@ -63,11 +63,7 @@ SHORTER = {
 def descriptors() -> dict[str, ServiceDescriptor]:
     """Every service of the generated modules, by full name."""
     modules = (generative_reward_service_pb2, rollout_service_pb2, teacher_service_pb2, trainer_service_pb2)
-    return {
-        service.full_name: service
-        for module in modules
-        for service in module.DESCRIPTOR.services_by_name.values()
-    }
+    return {service.full_name: service for module in modules for service in module.DESCRIPTOR.services_by_name.values()}
 
 
 RPCS = [(service, name) for service, rpcs in CONTRACT.items() for name, _, _ in sorted(rpcs)]
@@ -169,7 +165,7 @@ def test_dependencies_point_downwards(package: str) -> None:
 
 def test_the_scan_sees_imports_inside_functions(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
-    path.write_text("def f():\n    from opd_mesh.sampling import g\n    import torch.nn as nn\nfrom . import h\n")
+    path.write_text("def f():\n    from rollout_server.engine import g\n    import torch.nn as nn\nfrom . import h\n")
     assert imported_by(path) == {"rollout_server", "torch"}
 
 

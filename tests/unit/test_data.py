@@ -92,7 +92,11 @@ def test_a_heldout_file_is_used_and_leaves_all_lines_for_training(tmp_path: Path
     source = JsonlSource(path=prompts_file(tmp_path, 3), heldout=prompts_file(tmp_path, 2, "h.jsonl", start=50))
     jsonl = Jsonl(source, 0, "f", 99)
     assert {text_of(jsonl.train(index)) for index in range(3)} == {"question 0", "question 1", "question 2"}
-    assert [text_of(jsonl.heldout(0)), text_of(jsonl.heldout(1)), jsonl.heldout(2)] == ["question 50", "question 51", None]
+    assert [text_of(jsonl.heldout(0)), text_of(jsonl.heldout(1)), jsonl.heldout(2)] == [
+        "question 50",
+        "question 51",
+        None,
+    ]
 
 
 def test_too_few_lines_to_hold_any_out(tmp_path: Path) -> None:

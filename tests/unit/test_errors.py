@@ -52,9 +52,7 @@ def test_what_is_absent_stays_absent() -> None:
     delay=st.none() | st.floats(0, 1e6),
     metadata=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3),
 )
-def test_any_text_survives(
-    message: str, field: str | None, delay: float | None, metadata: dict[str, str]
-) -> None:
+def test_any_text_survives(message: str, field: str | None, delay: float | None, metadata: dict[str, str]) -> None:
     error = InvalidInputError(message, field=field, retry_delay_s=delay, metadata=metadata)
     back = error_of(status_pb2.Status.FromString(status_of(error).SerializeToString()))
     assert (back.message, back.field, back.metadata) == (message, field, metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -49,8 +50,8 @@ def test_the_rate_rises_to_its_peak_and_never_rises_again(
     warm, rest = rates[:warmup_steps], rates[warmup_steps:]
     assert warm == pytest.approx([2e-3 * (step + 1) / warmup_steps for step in range(warmup_steps)])
     assert rest[0] == pytest.approx(2e-3)
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(rest, rest[1:], strict=False))
-    assert all(0 < rate or final == 0 for rate in rates)
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(rest))
+    assert all(rate > 0 or final == 0 for rate in rates)
     floor = 2e-3 * (1.0 if schedule == "constant" else final)
     if warmup_steps < total_steps:
         assert rates[total_steps] == pytest.approx(floor, abs=1e-18)

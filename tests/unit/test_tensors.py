@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from opd.v1 import common_pb2
+
 from opd_mesh.errors import TensorDecodeError
 from opd_mesh.tensors import (
     CHUNK_BYTES,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from opd.v1 import common_pb2
+
 from opd_mesh.convert import (
     sampling_from_proto,
     sampling_to_proto,
@@ -23,7 +23,6 @@ from opd_mesh.seeds import derive_seed
 from opd_mesh.trajectory import UINT64_MAX, FinishReason, SamplingParams, Trajectory
 
 PLAIN = Trajectory("t-1", "sums", token_ids=(5, 6, 7, 8, 9, 10), scored_spans=((2, 4), (5, 6)))
-
 
 
 FLOATS = st.floats(-1e4, 0, width=32)
