@@ -226,7 +226,7 @@ def allot(shares: Mapping[str, float], count: int, already: Mapping[str, int]) -
     drawn = sum(already.get(name, 0) for name in shares)
     for number in range(count):
         so_far = drawn + number + 1
-        behind = {name: shares[name] / total * so_far - already.get(name, 0) - given[name] for name in shares}
+        behind = {name: shares[name] / total * so_far - (already.get(name, 0) + given[name]) for name in shares}
         given[max(behind, key=lambda name: behind[name])] += 1
     return given
 

@@ -55,8 +55,17 @@ def is_own_id(trajectory_id: str) -> bool:
 class Rollouts:
     """All rollout servers of a run, and its stream."""
 
-    def __init__(self, recipe: Recipe, *, run_id: str, tokenizer_fingerprint: str, eos_token_id: int | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        run_id: str,
+        tokenizer_fingerprint: str,
+        eos_token_id: int | None,
+        vocab_size: int,
+    ) -> None:
         self._recipe = recipe
+        self._vocab_size = vocab_size
         self._run_id = run_id
         self._fingerprint = tokenizer_fingerprint
         stop = list(recipe.rollout.stop_token_ids)
@@ -197,9 +206,11 @@ class Rollouts:
             try:
                 trajectory = trajectory_from_proto(common_pb2.Trajectory.FromString(entry.payload))
                 trajectory.validate()
+                if not is_own_id(trajectory.trajectory_id):
+                    self._check_external(trajectory)
             except (DecodeError, OpdError) as error:
-                await self.stream.dead_letter(entry.entry_id, f"unreadable: {error}")
-                log.warning("stream entry %s is unreadable and went to the dead letters: %s", entry.entry_id, error)
+                await self.stream.dead_letter(entry.entry_id, f"unusable: {error}")
+                log.warning("stream entry %s is unusable and went to the dead letters: %s", entry.entry_id, error)
                 continue
             arrivals.append(Arrival(trajectory, entry.entry_id))
         return arrivals
@@ -211,19 +222,24 @@ class Rollouts:
         else:
             self.external.append(arrival)
 
-    async def submit(self, trajectory: Trajectory, *, vocab_size: int, max_tokens: int) -> bool:
+    def _check_external(self, trajectory: Trajectory) -> None:
+        trajectory.validate(
+            vocab_size=self._vocab_size, max_tokens=self._recipe.rollout.engine.max_context_tokens
+        )
+        if trajectory.domain not in self._recipe.domains:
+            known = ", ".join(self._recipe.domains)
+            raise TrajectoryError(f"no teacher is routed to {trajectory.domain!r}; known are {known}", field="domain")
+        if not trajectory.policy_versions:
+            raise TrajectoryError("required from outside: without it staleness is unknown", field="policy_versions")
+
+    async def submit(self, trajectory: Trajectory) -> bool:
         """Take a trajectory from outside into the stream; False if it was taken before.
 
         Raises:
             TrajectoryError, TooLongError: naming the field.
             RequestConflictError: the id waits already with other contents.
         """
-        trajectory.validate(vocab_size=vocab_size, max_tokens=max_tokens)
-        if trajectory.domain not in self._recipe.domains:
-            known = ", ".join(self._recipe.domains)
-            raise TrajectoryError(f"no teacher is routed to {trajectory.domain!r}; known are {known}", field="domain")
-        if not trajectory.policy_versions:
-            raise TrajectoryError("required from outside: without it staleness is unknown", field="policy_versions")
+        self._check_external(trajectory)
         if is_own_id(trajectory.trajectory_id):
             raise TrajectoryError("this form is kept for the run's own trajectories", field="trajectory_id")
         payload = trajectory_to_proto(trajectory).SerializeToString(deterministic=True)

@@ -59,11 +59,7 @@ async def serve(arguments: ServiceArguments[Recipe]) -> int:
     async def submit(trajectory: Trajectory) -> bool:
         if trajectory.trajectory_id in trainer.progress.consumed_external:
             return False
-        return await trainer.rollouts.submit(
-            trajectory,
-            vocab_size=trainer.student.vocab_size,
-            max_tokens=recipe.rollout.engine.max_context_tokens,
-        )
+        return await trainer.rollouts.submit(trajectory)
 
     servicer = TrainerServicer(
         trainer.state,
@@ -85,6 +81,9 @@ async def serve(arguments: ServiceArguments[Recipe]) -> int:
     except OpdError as error:
         log.error("%s", error)  # noqa: TRY400 - the message is for people; an OpdError needs no stack
         code = EXIT_USER_ERROR
+    except Exception:
+        log.exception("the trainer failed")
+        code = 1
     finally:
         if trainer.metrics.lines:
             with contextlib.suppress(OpdError):

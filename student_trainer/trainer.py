@@ -14,7 +14,7 @@ import torch
 
 from opd_mesh import telemetry
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import OpdError, PreconditionError
+from opd_mesh.errors import NotFoundError, OpdError, PreconditionError
 from opd_mesh.models.checkpoint import state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy import PolicyId
@@ -65,6 +65,7 @@ class Trainer:
             run_id=self.run_id,
             tokenizer_fingerprint=self.fingerprint,
             eos_token_id=student.tokenizer.eos_token_id,
+            vocab_size=student.vocab_size,
         )
         self.domains: list[Domain] = []
         self.evaluations = MetricsLog(run_dir / "evaluations.jsonl")
@@ -87,7 +88,7 @@ class Trainer:
                 if not self.stopping:
                     await self.step()
             await self.finish()
-        except (OpdError, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:
             await self.end_early(error)
             raise
         finally:
@@ -117,16 +118,19 @@ class Trainer:
                 self.domains.append(prompts)
         if self.resume:
             with self.doing("loading the newest checkpoint"):
-                self.restore(await asyncio.to_thread(load_newest, self.run_dir / "checkpoints"))
-        else:
-            # A lineage is opened by every start; the first is 1.
-            self.progress.lineage = 1
+                try:
+                    self.restore(await asyncio.to_thread(load_newest, self.run_dir / "checkpoints"))
+                except NotFoundError:
+                    log.warning("the run ended before its first checkpoint: it begins again at step 0")
+                self.metrics.resume(self.progress.step)
+                self.evaluations.resume(self.progress.step)
+        self.progress.lineage = self.open_lineage()
         await self.push_policy()
         if self.progress.step == 0:
             await self.evaluate()
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
-        """Continue from a checkpoint, in a new lineage."""
+        """Take over weights, optimizer, and the place in the data."""
         parameters = dict(self.student.trainable())
         if parameters.keys() != checkpoint.student.keys():
             raise PreconditionError(
@@ -137,17 +141,16 @@ class Trainer:
                 parameters[name].copy_(tensor)
         self.optimizer.load_state_tensors(checkpoint.optimizer, checkpoint.state.step)
         self.progress = checkpoint.state
-        self.progress.lineage += 1
-        # Lineages must rise even if the run is killed again before its next checkpoint.
-        counter = self.run_dir / "lineage"
-        if counter.exists():
-            self.progress.lineage = max(self.progress.lineage, int(counter.read_text()) + 1)
-        counter.write_text(str(self.progress.lineage))
         self.state.step = self._saved_step = self.progress.step
-        self.metrics.resume(self.progress.step)
-        self.evaluations.resume(self.progress.step)
         self._started = time.monotonic() - self.progress.wall_s
-        log.info("resumed from %s as lineage %d", checkpoint.path, self.progress.lineage)
+        log.info("resumed from %s", checkpoint.path)
+
+    def open_lineage(self) -> int:
+        """Every start opens a lineage, and they rise even where a run was killed before its first checkpoint."""
+        counter = self.run_dir / "lineage"
+        lineage = 1 + max(self.progress.lineage, int(counter.read_text()) if counter.exists() else 0)
+        counter.write_text(str(lineage))
+        return lineage
 
     async def push_policy(self) -> float:
         """Give the present weights to every rollout server; returns the seconds that decoding stood still."""

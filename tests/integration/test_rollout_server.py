@@ -596,8 +596,10 @@ async def send_policy(
     Update = rollout_service_pb2.UpdatePolicyRequest
     messages = [Update(manifest=manifest)]
     messages += [Update(chunk=chunk) for chunk in chunks_of([array for _, array in weights], chunk_bytes=4096)]
+    changed = change_messages(messages)
+    source = changed if isinstance(changed, AsyncIterator) else iter(changed)
     try:
-        return await served.client._stub.UpdatePolicy(iter(change_messages(messages)), timeout=20)
+        return await served.client._stub.UpdatePolicy(source, timeout=20)
     except grpc.aio.AioRpcError as error:
         raise error_of_rpc(error, target="rollout") from None
 
@@ -680,12 +682,10 @@ async def test_a_client_that_goes_away_in_an_update(served: Served) -> None:
 
         return parts()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "iter", lambda value: value)
-        half = asyncio.create_task(send_policy(served, served.policy(6, weights), weights, change_messages=endless))
-        await until(sent.is_set)
-        half.cancel()
-        await asyncio.gather(half, return_exceptions=True)
+    half = asyncio.create_task(send_policy(served, served.policy(6, weights), weights, change_messages=endless))
+    await until(sent.is_set)
+    half.cancel()
+    await asyncio.gather(half, return_exceptions=True)
     assert (await served.client.get_policy()).policy.version == 5
 
     async with busy_engine(served) as go:
@@ -700,6 +700,15 @@ async def test_a_client_that_goes_away_in_an_update(served: Served) -> None:
     heard = await listen(served, served.spec())
     assert heard.trajectory is not None
     check_logprobs(heard.trajectory, tiny_model("llama", 1))
+
+
+async def _consume(responses: Any, seen: list[int] | None = None) -> None:
+    try:
+        async for response in responses:
+            if seen is not None:
+                seen += response.tokens.token_ids
+    except grpc.aio.AioRpcError as status:
+        raise error_of_rpc(status, target="rollout") from None
 
 
 # --- bad requests --------------------------------------------------------------------------------------------------
@@ -731,11 +740,7 @@ async def test_a_bad_request_is_told_what_is_wrong(served: Served, case: str) ->
     changes, error, name, message = BAD_REQUESTS[case]
     request = _request(served.spec(), **changes)
     with pytest.raises(error, match=message) as caught:
-        try:
-            async for _ in served.client._stub.Generate(request):
-                pass
-        except grpc.aio.AioRpcError as status:
-            raise error_of_rpc(status, target="rollout") from None
+        await _consume(served.client._stub.Generate(request))
     assert caught.value.field == name
     assert served.servicer._table.lookup(request.request_id) is None  # the id can be used rightly
     assert len((await listen(served, served.spec(request.request_id or "x" + uuid.uuid4().hex))).tokens or ()) == 12
@@ -787,8 +792,7 @@ async def test_redis_gone_keeps_the_trajectory_until_it_is_back(checkpoint: Path
             spec = server.spec("kept", publish=True)
             seen: list[int] = []
             with pytest.raises(StreamUnavailableError, match="did not answer publish"):
-                async for response in server.client.stream(spec):
-                    seen += response.tokens.token_ids
+                await _consume(server.client.stream(spec), seen)
             assert len(seen) == 12  # the tokens were streamed
             heard = await listen(server, server.spec("unpublished"))  # who asks for no stream is served
             assert heard.tokens == seen

@@ -180,7 +180,7 @@ async def test_the_run_is_seen_and_steered_from_outside(tmp_path: Path) -> None:
             trainer = await new_trainer(resolved, tmp_path / "run")
 
             async def submit(trajectory: Trajectory) -> bool:
-                return await trainer.rollouts.submit(trajectory, vocab_size=131, max_tokens=480)
+                return await trainer.rollouts.submit(trajectory)
 
             server = MeshServer(
                 ServerConfig(drain_propagation_s=0, drain_grace_s=2), services=["opd.v1.TrainerService"]
