@@ -24,6 +24,11 @@ from opd_mesh.errors import InvalidInputError
 # which costs speed and never correctness.
 LAYOUT_TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 LAYOUT_TOLERANCES_DEFAULT = 1e-3
+# A trained model with massive activations amplifies rounding a hundredfold at some tokens (SmolLM2-135M on random ids: its
+# float32 states are 1e-2 from its float64 ones). So the bound rises to a multiple of what rounding the embeddings
+# changes in a lone sequence, but never to where leaks begin.
+ROUNDING_FACTOR = 20.0
+LARGEST_TOLERANCE = 5e-2
 
 
 class BatchLayout(StrEnum):
@@ -154,12 +159,12 @@ def prove_layouts(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> 
     long = min(2 * max([*windows, 19]) + 3, max_probe_tokens)
     lengths = (long, 1, 17, long // 2 + 2)
     sequences, others = _probe(model, lengths, seed), _probe(model, lengths, seed + 1)
-    tolerance = _tolerance(model)
     allowed: list[BatchLayout] = []
     errors: dict[BatchLayout, float] = {}
     lines: list[str] = []
     with evaluation(model):
         lone = sequence_hidden_states(model, sequences, BatchLayout.LONE)
+        tolerance = _layout_tolerance(model, sequences, lone)
         for layout in (BatchLayout.PACKED, BatchLayout.PADDED):
             try:
                 hidden = sequence_hidden_states(model, sequences, layout)
@@ -266,6 +271,26 @@ def _probe(model: Any, lengths: Sequence[int], seed: int) -> list[list[int]]:
 
 def _tolerance(model: Any) -> float:
     return LAYOUT_TOLERANCES.get(model.dtype, LAYOUT_TOLERANCES_DEFAULT)
+
+
+def _layout_tolerance(model: Any, sequences: Sequence[Sequence[int]], lone: Sequence[Tensor]) -> float:
+    """The bound for this model: see ``ROUNDING_FACTOR``."""
+    base = _tolerance(model)
+    rounding = 0.0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+
+        def nudge(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
+            noise = torch.rand(embedded.shape, generator=generator).to(embedded.device) - 0.5
+            return embedded * (1 + 2 * torch.finfo(embedded.dtype).eps * noise).to(embedded.dtype)
+
+        hook = model.get_input_embeddings().register_forward_hook(nudge)
+        try:
+            nudged = sequence_hidden_states(model, sequences, BatchLayout.LONE)
+        finally:
+            hook.remove()
+        rounding = max(rounding, _largest_error(nudged, lone))
+    return max(base, min(ROUNDING_FACTOR * rounding, LARGEST_TOLERANCE))
 
 
 def _largest_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
