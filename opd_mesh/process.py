@@ -62,7 +62,7 @@ def parse_arguments(
     parser.add_argument("--listen", default="127.0.0.1:0", help="host:port; port 0 lets the system choose")
     parser.add_argument("--insecure", action="store_true", help="allow plaintext beyond loopback")
     parser.add_argument("--ready-file", type=Path, help="written (JSON: address, pid) once listening")
-    parser.add_argument("--die-with-parent", action="store_true", help="end when the parent process ends (Linux)")
+    parser.add_argument("--die-with-parent", type=int, metavar="PID", help="end when this parent process ends (Linux)")
     for flag, options in (extra or {}).items():
         parser.add_argument(flag, **options)
     namespace = vars(parser.parse_args())
@@ -71,8 +71,8 @@ def parse_arguments(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    if namespace.pop("die_with_parent"):
-        end_with_parent()
+    if (parent := namespace.pop("die_with_parent")) is not None:
+        end_with_parent(parent)
     try:
         config = load_config(config_model, namespace.pop("config"))
     except OpdError as error:
@@ -88,9 +88,8 @@ def parse_arguments(
     )
 
 
-def end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
     """Ask Linux for SIGTERM when the parent dies, so that a killed supervisor leaves nothing behind."""
-    parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before the request was in place

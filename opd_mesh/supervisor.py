@@ -40,15 +40,20 @@ class Child:
     process: subprocess.Popen[bytes]
     log_path: Path
     ready_file: Path
+    log_offset: int = 0  # where this process's part of the log begins: a resumed run appends
 
     def log_tail(self) -> str:
         """The last lines it wrote, for an error message."""
-        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-LOG_TAIL_LINES:])
+        return "\n".join(f"    {line}" for line in self._log_lines()[-LOG_TAIL_LINES:])
+
+    def _log_lines(self) -> list[str]:
+        with self.log_path.open("rb") as file:
+            file.seek(self.log_offset)
+            return file.read().decode("utf-8", errors="replace").splitlines()
 
     def said_error(self) -> str:
         """The one clear message that a service ends with, or the tail of its log."""
-        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = self._log_lines()
         for number in range(len(lines) - 1, -1, -1):
             if lines[number].startswith("error: "):
                 return "\n".join(lines[number:]).removeprefix("error: ")
@@ -135,9 +140,10 @@ class LocalMesh:
         ready_file.unlink(missing_ok=True)
         log_path = self.run_dir / "logs" / f"{name}.log"
         command = [sys.executable, "-m", module, "--config", str(config_path), "--listen", "127.0.0.1:0"]
-        command += ["--ready-file", str(ready_file), "--die-with-parent", *extra]
+        command += ["--ready-file", str(ready_file), "--die-with-parent", str(os.getpid()), *extra]
         # The processes take turns on the same cores: one whose OpenMP threads spin while they wait steals the others'.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        log_offset = log_path.stat().st_size if log_path.exists() else 0
         with log_path.open("ab") as file:
             process = subprocess.Popen(
                 command,
@@ -147,7 +153,7 @@ class LocalMesh:
                 start_new_session=True,
                 env=environment,
             )
-        child = Child(name, process, log_path, ready_file)
+        child = Child(name, process, log_path, ready_file, log_offset)
         self.children.append(child)
         return child
 

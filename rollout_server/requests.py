@@ -6,7 +6,7 @@ import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from opd_mesh.errors import OpdError, RequestConflictError, RequestNotFoundError
+from opd_mesh.errors import InvalidInputError, OpdError, RequestConflictError, RequestNotFoundError
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from rollout_server.engine import TokenEvent
 
@@ -21,6 +21,11 @@ class RequestParams:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     publish: bool
+
+    @property
+    def key(self) -> str:
+        """Names the request in this server: ``request_id`` is unique in its run only, and runs follow each other."""
+        return f"{len(self.run_id)}:{self.run_id}:{self.request_id}"
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +87,7 @@ class RequestState:
 
 
 class RequestTable:
-    """All requests by id; of those that ended, the newest ``finished_kept``."""
+    """All requests by key; of those that ended, the newest ``finished_kept``."""
 
     def __init__(self, *, finished_kept: int) -> None:
         self._finished_kept = finished_kept
@@ -95,7 +100,7 @@ class RequestTable:
         Raises:
             RequestConflictError: the id is known with other parameters; names the first that differs.
         """
-        state = self._states.get(params.request_id)
+        state = self._states.get(params.key)
         if state is None or state.params == params:
             return state
         differing = next(
@@ -105,29 +110,40 @@ class RequestTable:
             f"request {params.request_id!r} is known with another {differing}; choose a new request_id", field=differing
         )
 
-    def get(self, request_id: str) -> RequestState:
-        """Raises :class:`RequestNotFoundError`."""
-        state = self._states.get(request_id)
-        if state is None:
-            raise RequestNotFoundError(f"no request {request_id!r} here", field="request_id")
-        return state
+    def get(self, request_id: str, run_id: str = "") -> RequestState:
+        """A request by its id, and its run where several have that id.
 
-    def lookup(self, request_id: str) -> RequestState | None:
+        Raises:
+            RequestNotFoundError: there is none.
+            InvalidInputError: several runs have it, and ``run_id`` is empty.
+        """
+        found = [
+            state
+            for state in self._states.values()
+            if state.params.request_id == request_id and run_id in ("", state.params.run_id)
+        ]
+        if not found:
+            raise RequestNotFoundError(f"no request {request_id!r} here", field="request_id")
+        if len(found) > 1:
+            raise InvalidInputError(f"{len(found)} runs have a request {request_id!r}; name one", field="run_id")
+        return found[0]
+
+    def lookup(self, key: str) -> RequestState | None:
         """The request, or None."""
-        return self._states.get(request_id)
+        return self._states.get(key)
 
     def add(self, state: RequestState) -> None:
         """A new request."""
-        self._states[state.params.request_id] = state
+        self._states[state.params.key] = state
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, key: str) -> None:
         """As if it had never been asked."""
-        self._states.pop(request_id, None)
-        self._ended.pop(request_id, None)
+        self._states.pop(key, None)
+        self._ended.pop(key, None)
 
-    def mark_ended(self, request_id: str) -> None:
+    def mark_ended(self, key: str) -> None:
         """It may be forgotten when newer ones have ended."""
-        self._ended[request_id] = None
+        self._ended[key] = None
         while len(self._ended) > self._finished_kept:
             oldest, _ = self._ended.popitem(last=False)
             self._states.pop(oldest, None)

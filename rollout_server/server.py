@@ -50,7 +50,11 @@ async def serve(arguments: ServiceArguments[RolloutServerConfig]) -> None:
     servicer = RolloutServicer(config, redis_url=redis_url, on_serving=server.set_serving)
     rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server.grpc)
     address = await server.start(arguments.listen)
-    engine, fingerprint, vocab_size = await asyncio.to_thread(load_engine, config)
+    try:
+        engine, fingerprint, vocab_size = await asyncio.to_thread(load_engine, config)
+    except BaseException:
+        await server.grpc.stop(None)  # or its destructor would add a stack to the one clear message
+        raise
     servicer.install(engine, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
     arguments.announce(address)
     await server.run_until_signal(on_drain=servicer.close)

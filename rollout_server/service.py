@@ -123,43 +123,47 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 f"{self._fingerprint[:16]}… from {self._config.model}",
                 field="manifest.tokenizer_fingerprint",
             )
-        async with self._update_lock:
-            if not is_new_policy(self._policy, offered):
-                async for _ in messages:  # take what was sent, so that the client is not cut off in its stream
-                    pass
-                return rollout_service_pb2.UpdatePolicyResponse(policy=_policy_proto(offered), swapped=False)
-            _check_manifest(manifest.tensors, self._shapes)
-            try:
-                assembler = TensorAssembler(manifest.tensors)
-                async for message in messages:
-                    assembler.add(message.chunk)
-                arrays = assembler.finish()
-            except TensorDecodeError as error:
-                raise CorruptWeightsError(f"policy {offered}: {error}; the old policy stays") from error
-            await asyncio.to_thread(_verify, arrays, offered)
-            tensors = {name: from_numpy(array) for name, array in arrays.items()}
-            engine = driver.engine
-            await asyncio.to_thread(engine.check_policy, tensors)
+        unchanged = rollout_service_pb2.UpdatePolicyResponse(policy=_policy_proto(offered), swapped=False)
+        if not is_new_policy(self._policy, offered):
+            async for _ in messages:  # take what was sent, so that the client is not cut off in its stream
+                pass
+            return unchanged
+        _check_manifest(manifest.tensors, self._shapes)
+        try:
+            assembler = TensorAssembler(manifest.tensors)
+            async for message in messages:
+                assembler.add(message.chunk)
+            arrays = assembler.finish()
+        except TensorDecodeError as error:
+            raise CorruptWeightsError(f"policy {offered}: {error}; the old policy stays") from error
+        await asyncio.to_thread(_verify, arrays, offered)
+        tensors = {name: from_numpy(array) for name, array in arrays.items()}
+        engine = driver.engine
+        await asyncio.to_thread(engine.check_policy, tensors)
 
-            def swap() -> tuple[float, int]:
-                running = engine.running
-                started = time.perf_counter()
-                engine.swap_policy(tensors, offered.version, checked=True)
-                return time.perf_counter() - started, running
+        def swap() -> tuple[float, int]:
+            running = engine.running
+            started = time.perf_counter()
+            engine.swap_policy(tensors, offered.version, checked=True)
+            return time.perf_counter() - started, running
 
-            async def install() -> tuple[float, int]:
+        async def install() -> rollout_service_pb2.UpdatePolicyResponse:
+            # The lock is not held while weights arrive, for their sender may die; so ask again under it whether they
+            # are still new.
+            async with self._update_lock:
+                if not is_new_policy(self._policy, offered):
+                    return unchanged
                 with telemetry.span("rollout.swap_policy"):
                     pause_s, prefilled_again = await driver.call(swap)
                 self._policy = offered
                 log.info("serving policy %s; decoding paused %.3f s", offered, pause_s)
                 await self._on_serving(True)
-                return pause_s, prefilled_again
+            return rollout_service_pb2.UpdatePolicyResponse(
+                policy=_policy_proto(offered), swapped=True, pause_s=pause_s, prefilled_again=prefilled_again
+            )
 
-            # A client that goes away now must not leave new weights under the old policy's name.
-            pause_s, prefilled_again = await self._to_the_end(install())
-        return rollout_service_pb2.UpdatePolicyResponse(
-            policy=_policy_proto(offered), swapped=True, pause_s=pause_s, prefilled_again=prefilled_again
-        )
+        # A client that goes away now must not leave new weights under the old policy's name.
+        return await self._to_the_end(install())
 
     # --- generation --------------------------------------------------------------------------------------------
     async def Generate(
@@ -172,14 +176,14 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             raise UnavailableError("no policy has been given to this server yet", retry_delay_s=1.0)
         state = self._table.find(params)
         attached = state is not None
+        # Before anything is begun: a client that was half-way with a server that has forgotten must ask from 0.
+        if request.from_index > (len(state.tokens) if state else 0):
+            written = len(state.tokens) if state else 0
+            raise InvalidInputError(f"{request.from_index} is beyond the {written} tokens written", field="from_index")
         if state is None:
             state = await self._begin(params, policy)
         elif state.error is not None:
             await self._try_again(state)
-        if request.from_index > len(state.tokens):
-            raise InvalidInputError(
-                f"{request.from_index} is beyond the {len(state.tokens)} tokens written", field="from_index"
-            )
         started = rollout_service_pb2.GenerationStarted(attached=attached, policy=_policy_proto(policy))
         yield rollout_service_pb2.GenerateResponse(started=started)
         sent = request.from_index
@@ -203,11 +207,11 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         self, request: rollout_service_pb2.CancelGenerationRequest, context: grpc.aio.ServicerContext
     ) -> rollout_service_pb2.CancelGenerationResponse:
         """Free the slot."""
-        state = self._table.get(request.request_id)
+        state = self._table.get(request.request_id, request.run_id)
         cancelled = False
         if not state.ended and state.finish_reason is None:
             engine = self._driver.engine
-            await self._driver.call(lambda: engine.cancel(request.request_id))
+            await self._driver.call(lambda: engine.cancel(state.params.key))
             if state.finish_reason is None and state.error is None:
                 cancelled = True
                 state.finish_reason = FinishReason.CANCELLED
@@ -263,7 +267,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         driver = self._driver
         state = RequestState(params, lineage=policy.lineage)
         self._table.add(state)  # before the engine sees it: its first token may come at once
-        request = GenerationRequest(params.request_id, params.prompt_ids, params.sampling)
+        request = GenerationRequest(params.key, params.prompt_ids, params.sampling)
 
         def admit() -> None:  # in the engine's thread, where the count cannot change meanwhile
             if driver.engine.waiting >= self._config.engine.max_waiting:
@@ -274,7 +278,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             try:
                 await driver.call(admit)
             except OpdError as error:
-                self._table.forget(params.request_id)
+                self._table.forget(params.key)
                 state.error = error  # for whoever has attached meanwhile
                 state.notify()
                 raise
@@ -319,7 +323,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
 
     def _fail(self, state: RequestState, error: OpdError) -> None:
         state.error = error
-        self._table.mark_ended(state.params.request_id)
+        self._table.mark_ended(state.params.key)
         state.notify()
 
     def _end(self, state: RequestState) -> None:
@@ -345,7 +349,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             self._fail(state, InternalError(f"publishing failed: {error}"))
             return
         state.delivered = True
-        self._table.mark_ended(params.request_id)
+        self._table.mark_ended(params.key)
         state.notify()
 
     def _stream(self, run_id: str) -> TrajectoryStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from student_trainer.trainer import Trainer
 
 log = logging.getLogger("student_trainer")
 SERVICE = "opd.v1.TrainerService"
+# From SIGTERM on; the supervisor kills what has not ended, checkpoint included, 60 s after it.
+STEP_GRACE_S = 40.0
 
 
 def load_student(recipe: Recipe) -> tuple[Student, str]:
@@ -73,8 +76,15 @@ async def serve(arguments: ServiceArguments[Recipe]) -> int:
     arguments.announce(address)
 
     loop = asyncio.get_running_loop()
+    parent = os.getppid()
+
+    def stop() -> None:
+        """After the step in progress, if that ends soon; at once where the supervisor, and so our peers, are dead."""
+        trainer.stopping = True
+        loop.call_later(0 if os.getppid() != parent else STEP_GRACE_S, trainer.give_up_step)
+
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, lambda: setattr(trainer, "stopping", True))
+        loop.add_signal_handler(signum, stop)
     code = 0
     try:
         await trainer.run()

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -36,6 +37,12 @@ from student_trainer.teachers import Teachers
 from student_trainer.update import UpdateResult, update
 
 log = logging.getLogger("student_trainer")
+# Cursors and prompts drawn behind the step, its trajectories, and these with their marks.
+Gathered: TypeAlias = tuple[dict[str, int], dict[str, int], list[Arrival], list[Sample]]
+
+
+class StepGivenUpError(Exception):
+    """The run stops, and the step in progress could not be waited for."""
 
 
 class Trainer:
@@ -50,7 +57,7 @@ class Trainer:
         self.run_dir = run_dir
         self.student = student
         self.resume = resume
-# The folder's name alone could meet another run's on a shared Redis.
+        # The folder's name alone could meet another run's on a shared Redis.
         self.run_id = f"{recipe.run.name}.{run_dir.name}"
         self.fingerprint = tokenizer_fingerprint(student.tokenizer.get_vocab())
         self.metrics = MetricsLog(run_dir / "metrics.jsonl")
@@ -72,6 +79,7 @@ class Trainer:
         self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
         self.warnings: list[str] = []
         self.stopping = False
+        self._gathering: asyncio.Task[Gathered] | None = None
         self._unacknowledged: list[str] = []
         self._saves: list[asyncio.Future[tuple[Path, int]]] = []
         self._saved_step = -1
@@ -87,6 +95,8 @@ class Trainer:
                 await self.between_steps()
                 if not self.stopping:
                     await self.step()
+            await self.finish()
+        except StepGivenUpError:
             await self.finish()
         except (Exception, asyncio.CancelledError) as error:
             await self.end_early(error)
@@ -185,7 +195,13 @@ class Trainer:
         with telemetry.span("trainer.step", {telemetry.RUN_ID: self.run_id, telemetry.STEP: number}):
             clock = Clock()
             wire_before, loads_before = self.teachers.wire_bytes, self.heads.loads
-            cursors, drawn, arrivals, samples = await self.gather_samples(number, clock)
+            self._gathering = asyncio.ensure_future(self.gather_samples(number, clock))
+            try:
+                cursors, drawn, arrivals, samples = await self._gathering
+            except asyncio.CancelledError:
+                if self.stopping and self._gathering.cancelled():
+                    raise StepGivenUpError from None
+                raise
             external = await self.take_external(clock)
             samples += [sample for _, sample in external]
             with self.doing("updating the student"), clock("update"):
@@ -219,9 +235,13 @@ class Trainer:
         if every and number % every == 0:
             await self.evaluate()
 
-    async def gather_samples(
-        self, number: int, clock: Clock
-    ) -> tuple[dict[str, int], dict[str, int], list[Arrival], list[Sample]]:
+    def give_up_step(self) -> None:
+        """Stop now: a step that still waits for responses or marks is not finished, the last whole one counts."""
+        self.stopping = True
+        if self._gathering is not None:
+            self._gathering.cancel()
+
+    async def gather_samples(self, number: int, clock: Clock) -> Gathered:
         """Write the step's responses; every trajectory is marked as soon as it arrives."""
         batch = self.recipe.batch
         prompts, cursors, drawn = next_prompts(

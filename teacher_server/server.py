@@ -51,7 +51,11 @@ async def serve(arguments: ServiceArguments[TeacherServerConfig]) -> None:
     teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
     # The port first: one that is taken should not cost minutes of loading.
     address = await server.start(arguments.listen)
-    engines = await asyncio.to_thread(load_engines, config)
+    try:
+        engines = await asyncio.to_thread(load_engines, config)
+    except BaseException:
+        await server.grpc.stop(None)  # or its destructor would add a stack to the one clear message
+        raise
     queue = ScoringQueue(
         engines,
         token_budget=config.batch_tokens,

@@ -149,7 +149,8 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
 
         async def receive() -> None:
             idle_s = self._config.server.stream_idle_timeout_s
-            async for request in with_idle_timeout(request_iterator, idle_s, "ScoreTrajectories"):
+            requests = with_idle_timeout(request_iterator, idle_s, "ScoreTrajectories", busy=lambda: bool(running))
+            async for request in requests:
                 if request.WhichOneof("payload") == "cancel_item_id":
                     give_up(request.cancel_item_id, CancelledByCallerError("given up by the client"))
                     continue
@@ -179,7 +180,8 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
             finally:
                 receiving.cancel()
                 draining.cancel()
-                await outbox.put(None)
+                if not closing.is_set():  # otherwise nobody takes from the outbox any more
+                    await outbox.put(None)
 
         receiver = asyncio.create_task(receive_then_end())
         try:
@@ -189,6 +191,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         finally:
             closing.set()
             receiver.cancel()
+            await asyncio.sleep(0)  # it ends the receiving of items before these are ended
             for task in list(running.values()):
                 task.cancel()
 

@@ -11,7 +11,14 @@ from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
 
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import sampling_to_proto, trajectory_from_proto
-from opd_mesh.errors import RolloutUnavailableError, StreamUnavailableError, UnavailableError
+from opd_mesh.errors import (
+    InvalidInputError,
+    OpdError,
+    OverloadedError,
+    RolloutUnavailableError,
+    StreamUnavailableError,
+    UnavailableError,
+)
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors, wait_until_serving
 from opd_mesh.tensors import chunks_of, header_of
 from opd_mesh.trajectory import SamplingParams, Trajectory
@@ -94,23 +101,23 @@ class RolloutClient:
             yield response
 
     async def generate(self, spec: GenerateSpec, *, timeout_s: float = 600.0) -> Trajectory:
-        """Write one response to its end, attaching again where the stream breaks.
+        """Write one response to its end, attaching again where the stream breaks or the server is full.
 
         Raises:
             RolloutUnavailableError: not finished within ``timeout_s`` seconds, or the server was not to be reached
-                for the channel's ``connect_timeout_s``.
+                for the channel's ``connect_timeout_s`` on end.
             OpdError: as the server says.
         """
         seen = 0
-        last: Exception | None = None
+        last: OpdError | None = None
         loop = asyncio.get_running_loop()
-        heard_at = loop.time()
+        failing_since: float | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     try:
                         async for response in self.stream(spec, from_index=seen):
-                            heard_at = loop.time()
+                            failing_since = None
                             kind = response.WhichOneof("payload")
                             if kind == "tokens":
                                 seen = response.tokens.first_index + len(response.tokens.token_ids)
@@ -119,9 +126,18 @@ class RolloutClient:
                         last = UnavailableError("the stream ended before the response did")
                     except StreamUnavailableError:
                         raise  # Redis, not the server: it has waited for that already
+                    except OverloadedError as error:  # a large step waits its turn, and so does one whose Redis is full
+                        await asyncio.sleep(error.retry_delay_s or REATTACH_DELAY_S)
+                        continue
                     except UnavailableError as error:
                         last = error
-                    if loop.time() - heard_at > self.config.connect_timeout_s:
+                    except InvalidInputError as error:
+                        if error.field != "from_index" or seen == 0:
+                            raise
+                        seen = 0  # a server that was restarted knows nothing of the request: it is written again
+                        continue
+                    failing_since = failing_since or loop.time()
+                    if loop.time() - failing_since > self.config.connect_timeout_s:
                         raise RolloutUnavailableError(
                             f"rollout server {self.address} was not to be reached for "
                             f"{self.config.connect_timeout_s:g} s (last: {last})",
@@ -135,10 +151,10 @@ class RolloutClient:
                 metadata={"target": self.address},
             ) from last
 
-    async def cancel(self, request_id: str) -> rollout_service_pb2.CancelGenerationResponse:
-        """Free the slot of a request."""
+    async def cancel(self, request_id: str, *, run_id: str = "") -> rollout_service_pb2.CancelGenerationResponse:
+        """Free the slot of a request; without ``run_id`` the id must be known of one run only."""
         async with rpc_errors(self.address):
-            request = rollout_service_pb2.CancelGenerationRequest(request_id=request_id)
+            request = rollout_service_pb2.CancelGenerationRequest(request_id=request_id, run_id=run_id)
             return await self._stub.CancelGeneration(request, timeout=self.config.timeout_s)
 
     async def update_policy(
@@ -149,7 +165,12 @@ class RolloutClient:
         tokenizer_fingerprint: str,
         timeout_s: float = 600.0,
     ) -> rollout_service_pb2.UpdatePolicyResponse:
-        """Send new weights and wait until they are swapped in."""
+        """Send new weights and wait until they are swapped in; sent again where the connection breaks.
+
+        Raises:
+            RolloutUnavailableError: the server was not to be reached for the channel's ``connect_timeout_s`` on end.
+            OpdError: as the server says.
+        """
         arrays = [array for _, array in tensors]
         manifest = rollout_service_pb2.PolicyManifest(
             policy=policy,
@@ -163,8 +184,22 @@ class RolloutClient:
                 self.wire_bytes += len(chunk.data)
                 yield rollout_service_pb2.UpdatePolicyRequest(chunk=chunk)
 
-        async with rpc_errors(self.address):
-            return await self._stub.UpdatePolicy(requests(), timeout=timeout_s)
+        loop = asyncio.get_running_loop()
+        failing_since: float | None = None
+        while True:
+            started = loop.time()
+            try:
+                async with rpc_errors(self.address):
+                    return await self._stub.UpdatePolicy(requests(), timeout=timeout_s)
+            except UnavailableError as error:
+                failing_since = failing_since or started
+                if loop.time() - failing_since > self.config.connect_timeout_s:
+                    raise RolloutUnavailableError(
+                        f"rollout server {self.address} was not to be reached for {self.config.connect_timeout_s:g} s "
+                        f"(last: {error})",
+                        metadata={"target": self.address},
+                    ) from error
+            await asyncio.sleep(REATTACH_DELAY_S)
 
     async def pause(self, reason: str = "") -> rollout_service_pb2.PauseGenerationResponse:
         """Stop decoding between two tokens."""

@@ -86,6 +86,9 @@ class MeshServer:
             # Allow our own clients' keepalive (60 s), which gRPC would answer with too_many_pings.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
+            # A client whose machine vanished without a word must not hold a stream for ever.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
             # Per connection, and more than are admitted: calls beyond it wait in the client until their deadline,
             # where those between the two are told at once that the server is busy.
             ("grpc.max_concurrent_streams", 2 * config.max_concurrent_rpcs),
@@ -155,16 +158,21 @@ class MeshServer:
         log.info("stopped")
 
 
-async def with_idle_timeout(items: AsyncIterator[ItemT], timeout_s: float, what: str) -> AsyncIterator[ItemT]:
+async def with_idle_timeout(
+    items: AsyncIterator[ItemT], timeout_s: float, what: str, *, busy: Callable[[], bool] = lambda: False
+) -> AsyncIterator[ItemT]:
     """The items, until none has come for ``timeout_s`` seconds: then :class:`DeadlineError`.
 
-    Streams have idle time-outs, not deadlines (DESIGN §4).
+    Streams have idle time-outs, not deadlines (DESIGN §4). While ``busy`` says that the peer is waiting for us, its
+    silence does not count.
     """
     iterator = items.__aiter__()
     while True:
         pending = asyncio.ensure_future(iterator.__anext__())
         try:
             done, _ = await asyncio.wait({pending}, timeout=timeout_s)
+            while not done and busy():
+                done, _ = await asyncio.wait({pending}, timeout=timeout_s)
         except asyncio.CancelledError:
             pending.cancel()
             raise

@@ -65,7 +65,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     (folder / "teacher.yaml").write_text(yaml.safe_dump(config))
     ready = folder / "ready.json"
     command = [sys.executable, "-m", "teacher_server", "--config", str(folder / "teacher.yaml")]
-    command += ["--listen", "127.0.0.1:0", "--ready-file", str(ready), "--die-with-parent"]
+    command += ["--listen", "127.0.0.1:0", "--ready-file", str(ready), "--die-with-parent", str(os.getpid())]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:

@@ -57,6 +57,7 @@ from opd_mesh.tensors import chunks_of, header_of
 from opd_mesh.torch_tensors import from_numpy, to_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from opd_mesh.valkey import EmbeddedValkey
+from rollout_server.requests import RequestState
 from rollout_server.server import load_engine
 from rollout_server.service import RolloutServicer
 
@@ -107,6 +108,13 @@ class Served:
 
     async def load(self) -> Any:
         return (await self.client.get_policy()).load
+
+
+def known(served: Served, request_id: str) -> RequestState | None:
+    try:
+        return served.servicer._table.get(request_id)
+    except RequestNotFoundError:
+        return None
 
 
 async def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
@@ -390,7 +398,6 @@ async def test_two_listeners_hear_the_same(slow: Served) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("run_id", {"run_id": "other"}),
         ("domain", {"domain": "code"}),
         ("prompt_ids", {"prompt_token_ids": (1, 2)}),
         ("sampling", {"sampling": SamplingParams(seed=4, max_new_tokens=12)}),
@@ -404,6 +411,20 @@ async def test_an_id_with_other_parameters_is_a_conflict(served: Served, name: s
         await listen(served, replace(spec, **changes))
     assert caught.value.field == name
     assert (await listen(served, spec)).trajectory == before.trajectory
+
+
+async def test_two_runs_may_use_one_id(slow: Served) -> None:
+    """An id is unique in its run: the next run on this server counts from 1 again."""
+    first = slow.spec("l0001-s000001-p0000", sampling=replace(LONG, max_new_tokens=30))
+    second = replace(first, run_id="the next run", prompt_token_ids=(1, 9))
+    one, two = await asyncio.gather(listen(slow, first), listen(slow, second))
+    assert one.tokens != two.tokens
+    assert (one.attached, two.attached) == (False, False)
+    for spec, heard in ((first, one), (second, two)):
+        assert (await listen(slow, spec)).trajectory == heard.trajectory
+        assert heard.trajectory is not None
+        assert heard.trajectory.run_id == spec.run_id
+        assert heard.trajectory.trajectory_id == "l0001-s000001-p0000"
 
 
 async def test_a_client_that_goes_away_does_not_stop_the_generation(slow: Served) -> None:
@@ -459,7 +480,7 @@ async def test_a_client_that_goes_away_before_the_engine_took_its_request(served
     undisturbed = await listen(served, replace(spec, request_id=uuid.uuid4().hex))
     async with busy_engine(served) as go:
         call = served.client._stub.Generate(_request(spec))
-        await until(lambda: served.servicer._table.lookup(spec.request_id) is not None)
+        await until(lambda: known(served, spec.request_id) is not None)
         call.cancel()
         paused = served.client._stub.PauseGeneration(rollout_service_pb2.PauseGenerationRequest())
         await until(lambda: served.servicer._driver._commands.qsize() == 2)
@@ -500,7 +521,7 @@ async def test_cancelling_frees_the_slot_and_keeps_the_tokens(slow: Served) -> N
 
 
 def _written(served: Served, spec: GenerateSpec) -> int:
-    state = served.servicer._table.lookup(spec.request_id)
+    state = known(served, spec.request_id)
     return 0 if state is None else len(state.tokens)
 
 
@@ -508,7 +529,7 @@ async def test_a_request_cancelled_before_its_first_token_has_no_span(served: Se
     await served.client.pause()
     spec = served.spec()
     listening = asyncio.create_task(listen(served, spec))
-    await until(lambda: served.servicer._table.lookup(spec.request_id) is not None)
+    await until(lambda: known(served, spec.request_id) is not None)
     assert (await served.client.cancel(spec.request_id)).tokens_written == 0
     heard = await listening
     assert heard.trajectory is not None
@@ -742,7 +763,7 @@ async def test_a_bad_request_is_told_what_is_wrong(served: Served, case: str) ->
     with pytest.raises(error, match=message) as caught:
         await _consume(served.client._stub.Generate(request))
     assert caught.value.field == name
-    assert served.servicer._table.lookup(request.request_id) is None  # the id can be used rightly
+    assert known(served, request.request_id) is None  # the id can be used rightly
     assert len((await listen(served, served.spec(request.request_id or "x" + uuid.uuid4().hex))).tokens or ()) == 12
 
 

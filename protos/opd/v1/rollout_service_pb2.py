@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from opd.v1 import common_pb2 as opd_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/rollout_service.proto\x12\x06opd.v1\x1a\x13opd/v1/common.proto\"\x12\n\x10GetPolicyRequest\"\xb0\x01\n\x11GetPolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\x12%\n\x06limits\x18\x04 \x01(\x0b\x32\x15.opd.v1.RolloutLimits\x12\x12\n\ncache_mode\x18\x05 \x01(\t\"Y\n\x0bRolloutLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06paused\x18\x03 \x01(\x08\x12\x18\n\x10tokens_generated\x18\x04 \x01(\x04\"S\n\rRolloutLimits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x11\n\tmax_slots\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\"\xcd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64omain\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.opd.v1.SamplingParams\x12\x12\n\nfrom_index\x18\x06 \x01(\r\x12\x0f\n\x07publish\x18\x07 \x01(\x08\x12\x1d\n\x15tokenizer_fingerprint\x18\x08 \x01(\t\"\xa1\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.opd.v1.GenerationStartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.opd.v1.TokenBatchH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.opd.v1.GenerationFinishedH\x00\x42\t\n\x07payload\"E\n\x11GenerationStarted\x12\x10\n\x08\x61ttached\x18\x01 \x01(\x08\x12\x1e\n\x06policy\x18\x02 \x01(\x0b\x32\x0e.opd.v1.Policy\"\x81\x01\n\nTokenBatch\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x19\n\x11sampling_logprobs\x18\x03 \x03(\x02\x12\x17\n\x0fpolicy_logprobs\x18\x04 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x05 \x03(\x04\"U\n\x12GenerationFinished\x12&\n\ntrajectory\x18\x01 \x01(\x0b\x32\x12.opd.v1.Trajectory\x12\x17\n\x0fstream_entry_id\x18\x02 \x01(\t\"-\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"E\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\x12\x16\n\x0etokens_written\x18\x02 \x01(\r\"r\n\x13UpdatePolicyRequest\x12*\n\x08manifest\x18\x01 \x01(\x0b\x32\x16.opd.v1.PolicyManifestH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.opd.v1.TensorChunkH\x00\x42\t\n\x07payload\"v\n\x0ePolicyManifest\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.opd.v1.TensorHeader\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\"q\n\x14UpdatePolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x0f\n\x07swapped\x18\x02 \x01(\x08\x12\x0f\n\x07pause_s\x18\x03 \x01(\x01\x12\x17\n\x0fprefilled_again\x18\x04 \x01(\r\"(\n\x16PauseGenerationRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"<\n\x17PauseGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\"\x19\n\x17ResumeGenerationRequest\"=\n\x18ResumeGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad2\xe2\x03\n\x0eRolloutService\x12@\n\tGetPolicy\x12\x18.opd.v1.GetPolicyRequest\x1a\x19.opd.v1.GetPolicyResponse\x12?\n\x08Generate\x12\x17.opd.v1.GenerateRequest\x1a\x18.opd.v1.GenerateResponse0\x01\x12U\n\x10\x43\x61ncelGeneration\x12\x1f.opd.v1.CancelGenerationRequest\x1a .opd.v1.CancelGenerationResponse\x12K\n\x0cUpdatePolicy\x12\x1b.opd.v1.UpdatePolicyRequest\x1a\x1c.opd.v1.UpdatePolicyResponse(\x01\x12R\n\x0fPauseGeneration\x12\x1e.opd.v1.PauseGenerationRequest\x1a\x1f.opd.v1.PauseGenerationResponse\x12U\n\x10ResumeGeneration\x12\x1f.opd.v1.ResumeGenerationRequest\x1a .opd.v1.ResumeGenerationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/rollout_service.proto\x12\x06opd.v1\x1a\x13opd/v1/common.proto\"\x12\n\x10GetPolicyRequest\"\xb0\x01\n\x11GetPolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\x12%\n\x06limits\x18\x04 \x01(\x0b\x32\x15.opd.v1.RolloutLimits\x12\x12\n\ncache_mode\x18\x05 \x01(\t\"Y\n\x0bRolloutLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06paused\x18\x03 \x01(\x08\x12\x18\n\x10tokens_generated\x18\x04 \x01(\x04\"S\n\rRolloutLimits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x11\n\tmax_slots\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\"\xcd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64omain\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.opd.v1.SamplingParams\x12\x12\n\nfrom_index\x18\x06 \x01(\r\x12\x0f\n\x07publish\x18\x07 \x01(\x08\x12\x1d\n\x15tokenizer_fingerprint\x18\x08 \x01(\t\"\xa1\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.opd.v1.GenerationStartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.opd.v1.TokenBatchH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.opd.v1.GenerationFinishedH\x00\x42\t\n\x07payload\"E\n\x11GenerationStarted\x12\x10\n\x08\x61ttached\x18\x01 \x01(\x08\x12\x1e\n\x06policy\x18\x02 \x01(\x0b\x32\x0e.opd.v1.Policy\"\x81\x01\n\nTokenBatch\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x19\n\x11sampling_logprobs\x18\x03 \x03(\x02\x12\x17\n\x0fpolicy_logprobs\x18\x04 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x05 \x03(\x04\"U\n\x12GenerationFinished\x12&\n\ntrajectory\x18\x01 \x01(\x0b\x32\x12.opd.v1.Trajectory\x12\x17\n\x0fstream_entry_id\x18\x02 \x01(\t\"=\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"E\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\x12\x16\n\x0etokens_written\x18\x02 \x01(\r\"r\n\x13UpdatePolicyRequest\x12*\n\x08manifest\x18\x01 \x01(\x0b\x32\x16.opd.v1.PolicyManifestH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.opd.v1.TensorChunkH\x00\x42\t\n\x07payload\"v\n\x0ePolicyManifest\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.opd.v1.TensorHeader\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\"q\n\x14UpdatePolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x0f\n\x07swapped\x18\x02 \x01(\x08\x12\x0f\n\x07pause_s\x18\x03 \x01(\x01\x12\x17\n\x0fprefilled_again\x18\x04 \x01(\r\"(\n\x16PauseGenerationRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"<\n\x17PauseGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\"\x19\n\x17ResumeGenerationRequest\"=\n\x18ResumeGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad2\xe2\x03\n\x0eRolloutService\x12@\n\tGetPolicy\x12\x18.opd.v1.GetPolicyRequest\x1a\x19.opd.v1.GetPolicyResponse\x12?\n\x08Generate\x12\x17.opd.v1.GenerateRequest\x1a\x18.opd.v1.GenerateResponse0\x01\x12U\n\x10\x43\x61ncelGeneration\x12\x1f.opd.v1.CancelGenerationRequest\x1a .opd.v1.CancelGenerationResponse\x12K\n\x0cUpdatePolicy\x12\x1b.opd.v1.UpdatePolicyRequest\x1a\x1c.opd.v1.UpdatePolicyResponse(\x01\x12R\n\x0fPauseGeneration\x12\x1e.opd.v1.PauseGenerationRequest\x1a\x1f.opd.v1.PauseGenerationResponse\x12U\n\x10ResumeGeneration\x12\x1f.opd.v1.ResumeGenerationRequest\x1a .opd.v1.ResumeGenerationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,23 +51,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONFINISHED']._serialized_start=1011
   _globals['_GENERATIONFINISHED']._serialized_end=1096
   _globals['_CANCELGENERATIONREQUEST']._serialized_start=1098
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1143
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1145
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1214
-  _globals['_UPDATEPOLICYREQUEST']._serialized_start=1216
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=1330
-  _globals['_POLICYMANIFEST']._serialized_start=1332
-  _globals['_POLICYMANIFEST']._serialized_end=1450
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=1452
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=1565
-  _globals['_PAUSEGENERATIONREQUEST']._serialized_start=1567
-  _globals['_PAUSEGENERATIONREQUEST']._serialized_end=1607
-  _globals['_PAUSEGENERATIONRESPONSE']._serialized_start=1609
-  _globals['_PAUSEGENERATIONRESPONSE']._serialized_end=1669
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=1671
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=1696
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=1698
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=1759
-  _globals['_ROLLOUTSERVICE']._serialized_start=1762
-  _globals['_ROLLOUTSERVICE']._serialized_end=2244
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1159
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1161
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1230
+  _globals['_UPDATEPOLICYREQUEST']._serialized_start=1232
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=1346
+  _globals['_POLICYMANIFEST']._serialized_start=1348
+  _globals['_POLICYMANIFEST']._serialized_end=1466
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=1468
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=1581
+  _globals['_PAUSEGENERATIONREQUEST']._serialized_start=1583
+  _globals['_PAUSEGENERATIONREQUEST']._serialized_end=1623
+  _globals['_PAUSEGENERATIONRESPONSE']._serialized_start=1625
+  _globals['_PAUSEGENERATIONRESPONSE']._serialized_end=1685
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=1687
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=1712
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=1714
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=1775
+  _globals['_ROLLOUTSERVICE']._serialized_start=1778
+  _globals['_ROLLOUTSERVICE']._serialized_end=2260
 # @@protoc_insertion_point(module_scope)

@@ -108,10 +108,12 @@ class GenerationFinished(_message.Message):
     def __init__(self, trajectory: _Optional[_Union[_common_pb2.Trajectory, _Mapping]] = ..., stream_entry_id: _Optional[str] = ...) -> None: ...
 
 class CancelGenerationRequest(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "run_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    run_id: str
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class CancelGenerationResponse(_message.Message):
     __slots__ = ("cancelled", "tokens_written")
