@@ -63,14 +63,6 @@ def save_checkpoint(
     """Write one checkpoint durably and remove all but the newest ``keep``. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.step:06d}"
-    if final.exists():
-        try:
-            _load(final)
-        except DAMAGE as error:  # a run that passed over it has come to its step again
-            log.warning("checkpoint %s is damaged and is written anew: %s", final, error)
-            shutil.rmtree(final)
-        else:  # of the same step: the same state, for steps are exact
-            return final
     partial = folder / f".partial-{state.step:06d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -83,6 +75,8 @@ def save_checkpoint(
     (partial / STATE).write_text(json.dumps(body, indent=1), encoding="utf-8")
     _sync(partial / STATE)
     _sync(partial)
+    if final.exists():  # a run that passed over it, damaged or unreadable then, has come to its step again
+        shutil.rmtree(final)
     partial.replace(final)
     _sync(folder)
     # Later ones are none of ours: this run passed over them because they are damaged.

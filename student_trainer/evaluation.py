@@ -15,7 +15,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from opd_kernels import LinearHead
 from safetensors.numpy import load_file, save_file
 
 from opd_mesh.config.recipe import ObjectiveConfig, Recipe
@@ -32,6 +31,7 @@ from student_trainer.student import Student
 from student_trainer.teachers import Teachers
 from student_trainer.update import marks_by_teacher
 
+DRAW_ROWS = 64  # of logits [rows, V] at a time when a teacher's response is drawn
 SetName = Literal["student_responses", "teacher_responses"]
 SET_NAMES: tuple[SetName, ...] = get_args(SetName)
 
@@ -95,6 +95,8 @@ async def sample_from_teacher(
         drafts: the student's responses to the prompts, with the sampling parameters to use.
     """
 
+    drawing = asyncio.Lock()  # one [chunk, V] of logits at a time, whatever the number of drafts
+
     async def one(draft: Trajectory) -> Trajectory:
         sampling = draft.sampling
         prompt = draft.token_ids[: draft.scored_spans[0][0]]
@@ -112,7 +114,8 @@ async def sample_from_teacher(
                 policy_versions=(),
             )
             rows = await teachers.rows(trial, teacher_id)
-            drawn = await asyncio.to_thread(_draw, rows, teachers, teacher_id, heads, sampling, known)
+            async with drawing:
+                drawn = await asyncio.to_thread(_draw, rows, teachers, teacher_id, heads, sampling, known)
             agreed = known
             while agreed < length and guess[agreed] == drawn[agreed - known]:
                 agreed += 1
@@ -140,18 +143,18 @@ def _draw(
     sampling: SamplingParams,
     first_position: int,
 ) -> list[int]:
-    said = from_numpy(rows)
     digest = teachers.head_digests.get(teacher_id)
-    if digest is not None:
-        head: LinearHead = heads.get(digest)
-        said = head.logits(said.to(head.weight.device, head.weight.dtype))
-    count = said.shape[0]
-    positions = list(range(first_position, first_position + count))
-    sampled = sample_tokens(said.float().cpu(), [sampling] * count, positions, said.shape[1])
-    for error in sampled.errors:
-        if error is not None:
-            raise error
-    return [int(token) for token in sampled.token_ids_B]
+    head = None if digest is None else heads.get(digest)
+    tokens: list[int] = []
+    for said in from_numpy(rows).split(DRAW_ROWS):
+        logits = said if head is None else head.logits(said.to(head.weight.device, head.weight.dtype))
+        positions = range(first_position + len(tokens), first_position + len(tokens) + len(said))
+        sampled = sample_tokens(logits, [sampling] * len(said), positions, logits.shape[1])
+        for error in sampled.errors:
+            if error is not None:
+                raise error
+        tokens.extend(sampled.token_ids_B.tolist())
+    return tokens
 
 
 class HeldoutSets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 from opd_kernels import LinearHead
@@ -47,6 +48,7 @@ class HeadStore:
         self._folder = folder
         self._device = device
         self._resident: tuple[str, LinearHead] | None = None
+        self._lock = threading.Lock()  # evaluation and update run in threads of the pool
         self.loads = 0
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -69,11 +71,12 @@ class HeadStore:
 
     def get(self, digest: str) -> LinearHead:
         """The head, on the device; whichever was there before is freed."""
-        if self._resident is None or self._resident[0] != digest:
-            self._resident = None
-            self._resident = (digest, self._load(digest))
-            self.loads += 1
-        return self._resident[1]
+        with self._lock:
+            if self._resident is None or self._resident[0] != digest:
+                self._resident = None
+                self._resident = (digest, self._load(digest))
+                self.loads += 1
+            return self._resident[1]
 
     def _load(self, digest: str) -> LinearHead:
         with safe_open(self._path(digest), framework="pt", device=self._device) as file:

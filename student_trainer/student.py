@@ -11,7 +11,7 @@ from opd_kernels import LinearHead
 from torch import Tensor, nn
 
 from opd_mesh.config.recipe import LoraConfig, StudentConfig
-from opd_mesh.errors import PreconditionError
+from opd_mesh.errors import ConfigError, PreconditionError
 from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
 from opd_mesh.models.forward import BatchLayout, prove_layouts, sequence_hidden_states
 from opd_mesh.models.heads import extract_head, prove_head
@@ -26,7 +26,9 @@ class Student:
         seed: of the adapter's initialization.
 
     Raises:
-        PreconditionError: hidden × head does not reproduce the model's own logits.
+        PreconditionError: hidden × head does not reproduce the model's own logits, or checkpointing of activations
+            would change the model.
+        ConfigError: the adapter would touch the head.
         ModelNotFoundError, CorruptWeightsError: as :func:`load_causal_lm`.
     """
 
@@ -49,15 +51,32 @@ class Student:
             self._adapter = _with_lora(self.model, config.lora, seed)
         else:
             self.model.requires_grad_(True)
+        self.model.eval()  # no dropout: the student that learns is the student that wrote
         if config.activation_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.model.enable_input_require_grads()
-            self.model.train()  # transformers recomputes activations in this mode only
-            _switch_dropout_off(self.model)
-        else:
-            self.model.eval()  # no dropout: the student that learns is the student that wrote
+            self._checkpoint_activations()
         # After LoRA: the adapter may have wrapped the head, whose live parameters the loss must reach.
         self.head: LinearHead = extract_head(self.model, valid_vocab_size=self.vocab_size)
+
+    def _checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass. transformers does so in train mode only, which must not differ.
+
+        Raises:
+            PreconditionError: in train mode the model still draws at random.
+        """
+        probe = [list(range(min(32, self.vocab_size)))]
+        with torch.no_grad():
+            (wanted,) = sequence_hidden_states(self.model, probe, BatchLayout.LONE)
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.enable_input_require_grads()
+            self.model.train()
+            _switch_dropout_off(self.model)
+            (found,) = sequence_hidden_states(self.model, probe, BatchLayout.LONE)
+        if not torch.equal(wanted, found):
+            raise PreconditionError(
+                f"{self.model_type} behaves otherwise in train mode (dropout or layer drop that cannot be switched off); "
+                "set its rates to 0 in config.json, or leave activation_checkpointing out",
+                field="student.activation_checkpointing",
+            )
 
     def hidden_rows(self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         """Per sequence [R_i, d]: the last hidden states at the given positions, with gradient where it is enabled."""
@@ -88,13 +107,26 @@ def _with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
     import peft
 
     torch.manual_seed(seed)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, settings)  # puts the adapter's layers into `model` itself
+    adapted = peft.get_peft_model(model, settings)  # puts the adapter's layers into `model` itself
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if _is_adapted(head) or (tied and _is_adapted(embedding)):
+        raise ConfigError(
+            "an adapter on the head, or on an embedding that is tied to it, cannot be folded into the policy: take "
+            "lm_head and the token embedding out of target_modules",
+            field="student.lora.target_modules",
+        )
+    return adapted
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "base_layer", None), nn.Module)
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

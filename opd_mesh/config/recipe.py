@@ -49,6 +49,16 @@ class StudentConfig(Strict):
     lora: LoraConfig | None = None
     activation_checkpointing: bool = False
 
+    @model_validator(mode="after")
+    def _trained_weights_are_float32(self) -> StudentConfig:
+        # At the learning rates of distillation an update is less than half a unit in a bfloat16 weight's last place.
+        if self.dtype != "float32" and self.lora is None:
+            raise ValueError(
+                f"dtype: weights trained in {self.dtype} would not move; train in float32, or give lora "
+                "(its adapter stays in float32 above a base of any dtype)"
+            )
+        return self
+
 
 class ReasoningGymSource(Strict):
     """Prompts drawn from a reasoning-gym task family."""

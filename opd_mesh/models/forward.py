@@ -24,8 +24,8 @@ from opd_mesh.errors import InvalidInputError
 # which costs speed and never correctness.
 LAYOUT_TOLERANCES: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
 LAYOUT_TOLERANCES_DEFAULT = 1e-3
-# A trained model with massive activations amplifies rounding a hundredfold at some tokens (SmolLM2-135M on random ids: its
-# float32 states are 1e-2 from its float64 ones). So the bound rises to a multiple of what rounding the embeddings
+# A trained model with massive activations amplifies rounding a hundredfold at some tokens (SmolLM2-135M on random ids:
+# its float32 states are 1e-2 from its float64 ones). So the bound rises to a multiple of what rounding the embeddings
 # changes in a lone sequence, but never to where leaks begin.
 ROUNDING_FACTOR = 20.0
 LARGEST_TOLERANCE = 5e-2

@@ -29,6 +29,14 @@ from student_trainer.teachers import Teachers
 from student_trainer.update import compute_gradients
 
 ARCHITECTURES = ["llama", "qwen3", "gemma2", "cohere", "granite", "gpt2", "phi", "deepseek_v4"]
+# Mutants that change nothing: most heads have no soft-cap, scale or bias.
+ORDINARY = {"no soft-cap", "no logit scale", "no bias"}
+HARMLESS = {
+    "gemma2": ORDINARY - {"no soft-cap"},
+    "cohere": ORDINARY - {"no logit scale"},
+    "granite": ORDINARY - {"no logit scale"},
+    "phi": ORDINARY - {"no bias"},
+}
 KL_TOLERANCE = 1e-5  # relative to max(1 nat, KL)
 GRADIENT_TOLERANCE = 1e-4
 
@@ -172,6 +180,7 @@ async def test_kl_and_gradient_equal_float64(arch: str, tmp_path: Path) -> None:
     # Mutants: each is a mistake that has been made elsewhere, and each must be seen by the same comparison.
     for name, mutant in mutants(case).items():
         mutated = mutant()
+        assert (mutated is None) == (name in HARMLESS.get(arch, ORDINARY)), name
         if mutated is not None:
             assert worst_kl_error(mutated, wanted) > 100 * KL_TOLERANCE, f"mutant {name!r} passes unnoticed"
 
@@ -223,3 +232,28 @@ async def test_logits_signal_equals_float64(tmp_path: Path) -> None:
         {"domain_0": "one", "domain_1": "two"},
     )
     assert worst_kl_error([case.token_kls(sample) for sample in case.samples], wanted) < KL_TOLERANCE
+
+
+async def test_weighted_teachers_of_one_sample_equal_float64(tmp_path: Path) -> None:
+    """Σ_i w_i KL(p ‖ q_i), averaged over all response tokens; the gradient of all teachers in one backward pass."""
+    case = Case("qwen3", tmp_path)
+    weights = {"one": 0.7, "two": 1.6}
+    domains = {name: domain.replace(teachers=weights) for name, domain in case.recipe.domains.items()}
+    case.recipe = case.recipe.replace(domains=domains)
+    await case.through_the_mesh()
+    assert all(len(sample.marks) == 2 for sample in case.samples)
+    teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
+    loss, gradient = 0.0, {}
+    for name, weight in weights.items():
+        kls, grads, _ = float64_reference(
+            case.student.model,
+            teachers,
+            [sample.trajectory for sample in case.samples],
+            {"domain_0": name, "domain_1": name},
+        )
+        loss += weight * float(torch.cat(kls).mean())
+        for key, value in grads.items():
+            gradient[key] = gradient.get(key, 0) + weight * value
+    _, found = case.gradients(case.samples, case.head_digests)
+    assert case.loss == pytest.approx(loss, rel=1e-5)
+    assert gradient_error(found, gradient) < GRADIENT_TOLERANCE
