@@ -261,8 +261,8 @@ class Evaluator:
             )
             for prompt in domain.heldout
         ]
-        trajectories = await self._rollouts.write_unpublished(specs)
-        return list(await asyncio.gather(*(self._teachers.mark(trajectory) for trajectory in trajectories)))
+        written = [trajectory for trajectory in await self._rollouts.write_unpublished(specs) if trajectory.num_scored]
+        return list(await asyncio.gather(*(self._teachers.mark(trajectory) for trajectory in written)))
 
     async def _make_sets(self, domain: Domain, fresh: Sequence[Sample]) -> None:
         if self._sets.get(domain.name, "student_responses") is None:

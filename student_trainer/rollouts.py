@@ -181,7 +181,9 @@ class Rollouts:
                         self._sort_other(arrival)
                 for task in generating:
                     if task.done():
-                        task.result()  # raises what the server said
+                        written = task.result()  # raises what the server said
+                        if not written.num_scored:  # cancelled from outside before its first token: never published
+                            wanted.discard(written.trajectory_id)
                 if wanted and all(task.done() for task in generating):
                     all_written_at = all_written_at or loop.time()
                     if loop.time() - all_written_at > self._recipe.redis_timeout_s:
@@ -193,12 +195,6 @@ class Rollouts:
             for task in generating:
                 task.cancel()
             await asyncio.gather(*generating, return_exceptions=True)
-
-    async def wait_for_external(self, count: int) -> None:
-        """Read until ``count`` trajectories from outside wait, for at most one block."""
-        if len(self.external) < count:
-            for arrival in await self._read():
-                self._sort_other(arrival)
 
     async def _read(self) -> list[Arrival]:
         arrivals = []
@@ -223,12 +219,12 @@ class Rollouts:
             self.external.append(arrival)
 
     def _check_external(self, trajectory: Trajectory) -> None:
-        trajectory.validate(
-            vocab_size=self._vocab_size, max_tokens=self._recipe.rollout.engine.max_context_tokens
-        )
+        trajectory.validate(vocab_size=self._vocab_size, max_tokens=self._recipe.rollout.engine.max_context_tokens)
         if trajectory.domain not in self._recipe.domains:
             known = ", ".join(self._recipe.domains)
             raise TrajectoryError(f"no teacher is routed to {trajectory.domain!r}; known are {known}", field="domain")
+        if trajectory.run_id not in ("", self._run_id):
+            raise TrajectoryError(f"belongs to {trajectory.run_id!r}, this is {self._run_id!r}", field="run_id")
         if not trajectory.policy_versions:
             raise TrajectoryError("required from outside: without it staleness is unknown", field="policy_versions")
 

@@ -40,7 +40,9 @@ def load_student(recipe: Recipe) -> tuple[Student, str]:
 
 def check_run_dir(run_dir: Path, *, resume: bool) -> None:
     """Raises :class:`ConfigError` where a new run would write over an old one."""
-    if not resume and (run_dir / "metrics.jsonl").exists():
+    if not resume and any(
+        (run_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "heldout")
+    ):
         raise ConfigError(
             f"{run_dir} holds a run already: continue it with --resume, or choose another --run-dir", field="run_dir"
         )

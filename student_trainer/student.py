@@ -73,7 +73,7 @@ class Student:
             (found,) = sequence_hidden_states(self.model, probe, BatchLayout.LONE)
         if not torch.equal(wanted, found):
             raise PreconditionError(
-                f"{self.model_type} behaves otherwise in train mode (dropout or layer drop that cannot be switched off); "
+                f"{self.model_type} draws at random in train mode (dropout or layer drop that cannot be switched off): "
                 "set its rates to 0 in config.json, or leave activation_checkpointing out",
                 field="student.activation_checkpointing",
             )

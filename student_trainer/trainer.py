@@ -15,7 +15,7 @@ import torch
 
 from opd_mesh import telemetry
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import NotFoundError, OpdError, PreconditionError
+from opd_mesh.errors import DivergedError, NotFoundError, PreconditionError, RolloutUnavailableError
 from opd_mesh.models.checkpoint import state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy import PolicyId
@@ -26,6 +26,7 @@ from student_trainer.checkpoint import LoadedCheckpoint, TrainerState, load_newe
 from student_trainer.data import Domain, next_prompts
 from student_trainer.evaluation import Evaluator
 from student_trainer.heads import HeadStore
+from student_trainer.identity import RunIdentity
 from student_trainer.objective import build_objective
 from student_trainer.optimizer import Optimizer
 from student_trainer.preflight import check_lengths, check_tokenizers, check_vocabularies
@@ -57,8 +58,8 @@ class Trainer:
         self.run_dir = run_dir
         self.student = student
         self.resume = resume
-        # The folder's name alone could meet another run's on a shared Redis.
-        self.run_id = f"{recipe.run.name}.{run_dir.name}"
+        self.identity = RunIdentity.open(run_dir, recipe.run.name)
+        self.run_id = self.identity.run_id
         self.fingerprint = tokenizer_fingerprint(student.tokenizer.get_vocab())
         self.metrics = MetricsLog(run_dir / "metrics.jsonl")
         self.state = RunState(self.run_id, recipe.run.steps, self.metrics)
@@ -79,10 +80,12 @@ class Trainer:
         self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
         self.warnings: list[str] = []
         self.stopping = False
+        # False while the weights are between two steps: what they are then must not become a checkpoint.
+        self._weights_hold = True
         self._gathering: asyncio.Task[Gathered] | None = None
         self._unacknowledged: list[str] = []
         self._saves: list[asyncio.Future[tuple[Path, int]]] = []
-        self._saved_step = -1
+        self._saved: tuple[Path, int] | None = None  # newest checkpoint and its step
         self._started = time.monotonic()
 
     # --- the whole ---------------------------------------------------------------------------------------------
@@ -111,6 +114,7 @@ class Trainer:
         with self.doing("connecting to teachers and rollout servers"):
             await self.teachers.connect()
             await self.rollouts.connect()
+            self.identity.bind(self.run_dir, self.models())
         with self.doing("checking tokenizers, lengths and heads"):
             self.warnings += await check_tokenizers(self.recipe, self.student, self.teachers)
             check_vocabularies(self.student, self.teachers)
@@ -134,10 +138,20 @@ class Trainer:
                     log.warning("the run ended before its first checkpoint: it begins again at step 0")
                 self.metrics.resume(self.progress.step)
                 self.evaluations.resume(self.progress.step)
-        self.progress.lineage = self.open_lineage()
+        self.progress.lineage = self.identity.lineage
         await self.push_policy()
-        if self.progress.step == 0:
+        every = self.recipe.evaluation.every_steps
+        if self.progress.step == 0 or (every and self.progress.step % every == 0):
             await self.evaluate()
+
+    def models(self) -> dict[str, str]:
+        """Digest by role of everything that the run's numbers depend on."""
+        cards = self.teachers.cards
+        return (
+            {"student": self.student.initial_digest}
+            | {f"teacher/{teacher_id}": card.teacher_digest for teacher_id, card in cards.items()}
+            | {f"head/{teacher_id}": card.head.digest for teacher_id, card in cards.items()}
+        )
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
         """Take over weights, optimizer, and the place in the data."""
@@ -151,16 +165,10 @@ class Trainer:
                 parameters[name].copy_(tensor)
         self.optimizer.load_state_tensors(checkpoint.optimizer, checkpoint.state.step)
         self.progress = checkpoint.state
-        self.state.step = self._saved_step = self.progress.step
+        self.state.step = self.progress.step
+        self._saved = checkpoint.path, self.progress.step
         self._started = time.monotonic() - self.progress.wall_s
         log.info("resumed from %s", checkpoint.path)
-
-    def open_lineage(self) -> int:
-        """Every start opens a lineage, and they rise even where a run was killed before its first checkpoint."""
-        counter = self.run_dir / "lineage"
-        lineage = 1 + max(self.progress.lineage, int(counter.read_text()) if counter.exists() else 0)
-        counter.write_text(str(lineage))
-        return lineage
 
     async def push_policy(self) -> float:
         """Give the present weights to every rollout server; returns the seconds that decoding stood still."""
@@ -177,8 +185,7 @@ class Trainer:
     async def between_steps(self) -> None:
         """Checkpoints that are due or asked for, and pauses."""
         every = self.recipe.checkpoint.every_steps
-        due = self.progress.step % every == 0 and self.progress.step != max(self._saved_step, 0)
-        if self._saves or due:
+        if self._saves or (self.progress.step % every == 0 and self._unsaved_steps):
             await self.save_checkpoint()
         while not self.state.not_paused.is_set() and not self.stopping:
             self.state.set(Phase.PAUSED)
@@ -205,6 +212,7 @@ class Trainer:
             external = await self.take_external(clock)
             samples += [sample for _, sample in external]
             with self.doing("updating the student"), clock("update"):
+                self._weights_hold = False
                 result = await asyncio.to_thread(
                     update,
                     samples,
@@ -222,15 +230,19 @@ class Trainer:
             self.progress.consumed_external += [arrival.trajectory.trajectory_id for arrival, _ in external]
             self._unacknowledged += [arrival.entry_id for arrival in arrivals]
             self._unacknowledged += [arrival.entry_id for arrival, _ in external]
-            with clock("policy"):
-                pause_s = await self.push_policy()
-        line = self.metrics_line(samples, result, clock, staleness=staleness, external=len(external))
-        line["wire_bytes"] = self.teachers.wire_bytes - wire_before
-        line["heads_loaded"] = self.heads.loads - loads_before
-        line["seconds/policy_swap"] = pause_s
-        self.state.step = number
-        self.metrics.write(line)
-        self.state.notify()
+            self._weights_hold = True
+            counted: dict[str, float] = {
+                "wire_bytes": self.teachers.wire_bytes - wire_before,
+                "heads_loaded": self.heads.loads - loads_before,
+            }
+            try:
+                with clock("policy"):
+                    counted["seconds/policy_swap"] = await self.push_policy()
+            finally:  # the step is done, whether or not the servers could be told
+                line = self.metrics_line(samples, result, clock, staleness=staleness, external=len(external))
+                self.state.step = number
+                self.metrics.write(line | counted)
+                self.state.notify()
         every = self.recipe.evaluation.every_steps
         if every and number % every == 0:
             await self.evaluate()
@@ -262,6 +274,8 @@ class Trainer:
                     marking.append(asyncio.create_task(self.teachers.mark(arrival.trajectory)))
             with self.doing("waiting for the teachers' marks"), clock("score"):
                 samples = list(await asyncio.gather(*marking))
+        if not samples:
+            raise RolloutUnavailableError(f"every response of step {number} was cancelled before its first token")
         return cursors, drawn, arrivals, samples
 
     async def take_external(self, clock: Clock) -> list[tuple[Arrival, Sample]]:
@@ -273,7 +287,10 @@ class Trainer:
             trajectory = arrival.trajectory
             if trajectory.trajectory_id in consumed:
                 self.rollouts.discarded.append(arrival.entry_id)
-            elif trajectory.lineage != self.progress.lineage or self._staleness(trajectory) > self.recipe.max_staleness:
+            elif (
+                trajectory.lineage != self.progress.lineage
+                or not 0 <= self._staleness(trajectory) <= self.recipe.max_staleness
+            ):
                 self.rollouts.discarded.append(arrival.entry_id)
                 self.progress.dropped_external += 1
             else:
@@ -333,31 +350,34 @@ class Trainer:
         self._saves.append(future)
         return await future
 
-    async def save_checkpoint(self) -> Path:
-        """Durable, then the stream's entries are acknowledged, then whoever asked is told."""
+    async def save_checkpoint(self) -> None:
+        """Durable, then the stream's entries are acknowledged, then whoever asked is told. Once per step."""
         self.progress.wall_s = time.monotonic() - self._started
-        with self.doing("writing a checkpoint"):
-            path = await asyncio.to_thread(
-                save_checkpoint,
-                self.run_dir / "checkpoints",
-                dict(self.student.trainable()),
-                self.optimizer.state_tensors(),
-                self.progress,
-                keep=self.recipe.checkpoint.keep,
-            )
-        self._saved_step = self.progress.step
+        if self._saved is None or self._saved[1] != self.progress.step:
+            with self.doing("writing a checkpoint"):
+                path = await asyncio.to_thread(
+                    save_checkpoint,
+                    self.run_dir / "checkpoints",
+                    dict(self.student.trainable()),
+                    self.optimizer.state_tensors(),
+                    self.progress,
+                    keep=self.recipe.checkpoint.keep,
+                )
+            self._saved = path, self.progress.step
         entries, self._unacknowledged = self._unacknowledged, []
         await self.rollouts.acknowledge(entries)
+        self._answer_saves()
+
+    def _answer_saves(self) -> None:
         waiting, self._saves = self._saves, []
         for future in waiting:
             if not future.done():
-                future.set_result((path, self.progress.step))
-        return path
+                assert self._saved is not None  # whoever waits is answered after a checkpoint
+                future.set_result(self._saved)
 
     async def finish(self) -> None:
         """Last checkpoint, last evaluation, the student, the summary."""
-        if self._saved_step != self.progress.step:
-            await self.save_checkpoint()
+        await self.save_checkpoint()
         whole = self.progress.step >= self.recipe.run.steps
         if whole:
             await self.evaluate()
@@ -365,23 +385,30 @@ class Trainer:
             await asyncio.to_thread(self.student.save, self.run_dir / "student")
         self.summarize("finished" if whole else "interrupted")
         self.state.set(Phase.FINISHED, "done")
+        self._answer_saves()
 
     async def end_early(self, error: BaseException) -> None:
         """Keep what there is, and say why."""
         text = str(error) or type(error).__name__
         log.error("the run ends at step %d: %s", self.progress.step, text)
-        if self.progress.step > max(self._saved_step, 0):
-            try:
+        try:
+            if self._unsaved_steps and (self._weights_hold or isinstance(error, DivergedError)):
                 await self.save_checkpoint()
-            except OpdError as failure:
-                # The checkpoint itself is written before anything that can fail here; the entries come again.
-                log.warning("after the checkpoint: %s", failure)
-        for future in self._saves:
-            if not future.done():
-                future.set_exception(PreconditionError(f"the run ended: {text}"))
-        if self.metrics.lines:
-            self.summarize("failed", error=text)
-        self.state.set(Phase.FAILED, "ended early", error=text)
+            if self.metrics.lines:
+                self.summarize("failed", error=text)
+        except Exception:
+            # Not in the place of what ended the run. With Redis gone the checkpoint is whole: its entries come again.
+            log.exception("while ending the run early")
+        finally:
+            for future in self._saves:
+                if not future.done():
+                    future.set_exception(PreconditionError(f"the run ended: {text}"))
+            self.state.set(Phase.FAILED, "ended early", error=text)
+
+    @property
+    def _unsaved_steps(self) -> int:
+        """Steps that no checkpoint holds."""
+        return self.progress.step - (self._saved[1] if self._saved else 0)
 
     def summarize(self, status: str, *, error: str = "") -> None:
         """``summary.json``."""

@@ -52,7 +52,6 @@ class TokenMeans:
         """All diagnostics of one teacher's tokens."""
         for attribute, prefix in TEACHER_METRICS.items():
             self.add(f"{prefix}/{teacher_id}", getattr(divergence, attribute))
-        self.add("entropy/student", divergence.student_entropy_T)
 
     def means(self) -> dict[str, float]:
         """Name → mean over its tokens."""
@@ -68,7 +67,6 @@ class UpdateResult:
     lr: float
     tokens: int
     metrics: dict[str, float]
-    heads_loaded: int
     passes: int
 
 
@@ -103,6 +101,9 @@ def compute_gradients(
         hidden_Rd = torch.cat(rows)
         # The loss sees a leaf, so that the gradients of all teachers are collected before the trunk's backward pass.
         leaf_Rd = hidden_Rd.detach().requires_grad_(hidden_Rd.requires_grad)
+        # Of every token: Σ_i w_i KL_i, and the student's entropy, however many teachers mark it.
+        kl_R = torch.zeros(len(leaf_Rd), dtype=torch.float64, device=leaf_Rd.device)
+        entropy_R = torch.zeros_like(kl_R)
         for share in marks_by_teacher(batch, heads, head_digests, leaf_Rd.device):
             divergence = objective(
                 leaf_Rd[share.index_R],
@@ -114,10 +115,13 @@ def compute_gradients(
             divergence.loss.backward()
             loss += float(divergence.loss.detach())
             means.take(share.teacher_id, divergence)
-            for domain, span in share.domain_spans:
-                means.add(f"kl_domain/{domain}", divergence.kl_T[span])
+            kl_R[share.index_R] += share.weights_R * divergence.kl_T.double()
+            entropy_R[share.index_R] = divergence.student_entropy_T.double()
         if leaf_Rd.grad is not None:
             hidden_Rd.backward(leaf_Rd.grad)
+        means.add("entropy/student", entropy_R)
+        for sample, sample_kl_R in zip(batch, kl_R.split([len(part) for part in rows]), strict=True):
+            means.add(f"kl_domain/{sample.trajectory.domain}", sample_kl_R)
     return loss, means, len(passes)
 
 
@@ -130,7 +134,6 @@ class TeacherShare:
     rows: TeacherRows
     sampled_ids_R: Tensor
     weights_R: Tensor  # w_i of each row
-    domain_spans: tuple[tuple[str, slice], ...]
 
 
 def marks_by_teacher(
@@ -143,14 +146,12 @@ def marks_by_teacher(
         ids: list[int] = []
         weights: list[float] = []
         parts: list[Tensor] = []
-        spans: list[tuple[str, slice]] = []
         is_logits = False
         for start, sample in zip(starts, batch, strict=False):
             for mark in sample.marks:
                 if mark.teacher_id != teacher_id:
                     continue
                 rows = sample.trajectory.num_scored
-                spans.append((sample.trajectory.domain, slice(len(index), len(index) + rows)))
                 index.extend(range(start, start + rows))
                 ids.extend(sample.trajectory.scored_token_ids)
                 weights.extend([mark.weight] * rows)
@@ -167,7 +168,6 @@ def marks_by_teacher(
             rows=teacher,
             sampled_ids_R=torch.tensor(ids, device=device),
             weights_R=torch.tensor(weights, device=device, dtype=torch.float32),
-            domain_spans=tuple(spans),
         )
 
 
@@ -186,7 +186,6 @@ def update(
     Raises:
         DivergedError: loss or gradient is not finite; the weights are as before.
     """
-    loads_before = heads.loads
     optimizer.zero_grad()
     loss, means, passes = compute_gradients(
         samples, student, objective, heads, head_digests, tokens_per_pass=tokens_per_pass
@@ -205,6 +204,5 @@ def update(
         lr=lr,
         tokens=response_tokens(samples),
         metrics=means.means(),
-        heads_loaded=heads.loads - loads_before,
         passes=passes,
     )

@@ -350,6 +350,22 @@ async def test_a_teacher_that_comes_back_with_other_weights_ends_the_run(
     assert exact(tmp_path) == undisturbed
 
 
+async def test_a_teacher_that_is_another_one_on_resume_is_refused(ground: Ground, tmp_path: Path) -> None:
+    """Between two processes of one run, too: what it was taught before must not change unseen."""
+    trainer = await new_trainer(ground.recipe(), tmp_path)
+
+    async def stop() -> None:
+        trainer.stopping = True
+
+    after_step(trainer, 1, stop)
+    await trainer.run()
+    async with serving_teachers(ground.one_teacher("other weights")) as address:
+        resumed = await new_trainer(ground.recipe(address=address), tmp_path, resume=True)
+        with pytest.raises(PreconditionError, match=r"(head|teacher)/one is .*, but the run began with"):
+            await resumed.run()
+    assert len(lines_of(tmp_path)) == 1
+
+
 @pytest.fixture
 def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
     with EmbeddedValkey(tmp_path / "valkey" / "data", tmp_path / "valkey" / "log") as server:

@@ -261,7 +261,7 @@ async def test_while_the_model_loads_everything_is_unavailable(checkpoint: Path)
     servicer = RolloutServicer(RolloutServerConfig(model=checkpoint), redis_url=None, on_serving=server.set_serving)
     rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server.grpc)
     address = await server.start("127.0.0.1:0")
-    async with RolloutClient(address, ONE_ATTEMPT) as client:
+    async with RolloutClient(address, ONE_ATTEMPT.replace(connect_timeout_s=0.2)) as client:
         loading = Served(address, servicer, client)
         for call in (
             client.get_policy(), client.pause(), client.resume(), listen(loading, loading.spec()), loading.push(1, 0),
@@ -425,6 +425,11 @@ async def test_two_runs_may_use_one_id(slow: Served) -> None:
         assert heard.trajectory is not None
         assert heard.trajectory.run_id == spec.run_id
         assert heard.trajectory.trajectory_id == "l0001-s000001-p0000"
+    with pytest.raises(InvalidInputError, match="2 runs have a request") as caught:
+        await slow.client.cancel(first.request_id)
+    assert caught.value.field == "run_id"
+    answer = await slow.client.cancel(first.request_id, run_id=first.run_id)
+    assert (answer.cancelled, answer.tokens_written) == (False, 30)
 
 
 async def test_a_client_that_goes_away_does_not_stop_the_generation(slow: Served) -> None:
