@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from opd.v1 import generative_reward_service_pb2 as pb
 from opd.v1 import generative_reward_service_pb2_grpc as pb_grpc
 
+from opd_mesh.clients.base import ServiceClient
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors
 
@@ -15,8 +16,8 @@ SERVICE = "opd.v1.GenerativeRewardService"
 
 
 @dataclass
-class RewardClient:
-    """Use as an async context manager, or call :meth:`close`. Both calls answer UNIMPLEMENTED in this release."""
+class RewardClient(ServiceClient):
+    """Both calls answer UNIMPLEMENTED in this release."""
 
     address: str
     config: ChannelConfig = field(default_factory=ChannelConfig)
@@ -24,16 +25,6 @@ class RewardClient:
     def __post_init__(self) -> None:
         self._channel = open_channel([self.address], SERVICE, self.config)
         self._stub = pb_grpc.GenerativeRewardServiceStub(self._channel)
-
-    async def __aenter__(self) -> RewardClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the channel."""
-        await self._channel.close()
 
     async def judge(self, item: pb.JudgeItem) -> pb.JudgeResponse:
         """Judge one item."""

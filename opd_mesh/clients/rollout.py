@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
 
+from opd_mesh.clients.base import ServiceClient
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import sampling_to_proto, trajectory_from_proto
 from opd_mesh.errors import (
@@ -41,8 +42,8 @@ class GenerateSpec:
 
 
 @dataclass
-class RolloutClient:
-    """Use as an async context manager, or call :meth:`close`."""
+class RolloutClient(ServiceClient):
+    """One server."""
 
     address: str
     config: ChannelConfig = field(default_factory=ChannelConfig)
@@ -51,16 +52,6 @@ class RolloutClient:
         self._channel = open_channel([self.address], SERVICE, self.config)
         self._stub = rollout_service_pb2_grpc.RolloutServiceStub(self._channel)
         self.wire_bytes = 0
-
-    async def __aenter__(self) -> RolloutClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the channel."""
-        await self._channel.close()
 
     async def wait_ready(self, timeout_s: float | None = None, *, with_policy: bool = False) -> None:
         """Wait until the server answers; with ``with_policy``, until it holds a policy.

@@ -14,6 +14,7 @@ import numpy as np
 from google.protobuf import duration_pb2
 from opd.v1 import common_pb2, teacher_service_pb2, teacher_service_pb2_grpc
 
+from opd_mesh.clients.base import ServiceClient
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.errors import (
     DeadlineError,
@@ -240,10 +241,10 @@ class ScoringStream:
 
 
 @dataclass
-class TeacherClient:
+class TeacherClient(ServiceClient):
     """One or several replicas of the same teachers.
 
-    Use as an async context manager, or call :meth:`close`.
+    Items of the standing stream all go to one healthy replica, and to another after a break.
     """
 
     addresses: Sequence[str]
@@ -256,17 +257,11 @@ class TeacherClient:
         self._stub = teacher_service_pb2_grpc.TeacherServiceStub(self._channel)
         self._stream: ScoringStream | None = None
 
-    async def __aenter__(self) -> TeacherClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
     async def close(self) -> None:
         """Ends the stream and the channel."""
         if self._stream is not None:
             await self._stream.close()
-        await self._channel.close()
+        await super().close()
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Raises :class:`UnavailableError` after ``timeout_s`` (default: the channel's ``connect_timeout_s``)."""

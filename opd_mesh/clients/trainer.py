@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from google.protobuf import duration_pb2
 from opd.v1 import trainer_service_pb2, trainer_service_pb2_grpc
 
+from opd_mesh.clients.base import ServiceClient
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import trajectory_to_proto
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors, wait_until_serving
@@ -17,8 +18,8 @@ SERVICE = "opd.v1.TrainerService"
 
 
 @dataclass
-class TrainerClient:
-    """Use as an async context manager, or call :meth:`close`."""
+class TrainerClient(ServiceClient):
+    """One server."""
 
     address: str
     config: ChannelConfig = field(default_factory=ChannelConfig)
@@ -26,16 +27,6 @@ class TrainerClient:
     def __post_init__(self) -> None:
         self._channel = open_channel([self.address], SERVICE, self.config)
         self._stub = trainer_service_pb2_grpc.TrainerServiceStub(self._channel)
-
-    async def __aenter__(self) -> TrainerClient:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Ends the channel."""
-        await self._channel.close()
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:
         """Raises :class:`UnavailableError` after ``timeout_s`` (default: the channel's ``connect_timeout_s``)."""
