@@ -15,7 +15,7 @@ import torch
 
 from opd_mesh import telemetry
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import DivergedError, NotFoundError, PreconditionError, RolloutUnavailableError
+from opd_mesh.errors import DivergedError, NotFoundError, OpdError, PreconditionError, RolloutUnavailableError
 from opd_mesh.models.checkpoint import state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy import PolicyId
@@ -394,11 +394,16 @@ class Trainer:
         try:
             if self._unsaved_steps and (self._weights_hold or isinstance(error, DivergedError)):
                 await self.save_checkpoint()
+        except OpdError as failure:
+            # Redis may be what has gone. The checkpoint is whole by then; what it could not acknowledge comes again.
+            log.warning("after the checkpoint: %s", failure)
+        except Exception:
+            log.exception("while writing the last checkpoint")  # not in the place of what ended the run
+        try:
             if self.metrics.lines:
                 self.summarize("failed", error=text)
         except Exception:
-            # Not in the place of what ended the run. With Redis gone the checkpoint is whole: its entries come again.
-            log.exception("while ending the run early")
+            log.exception("while writing the summary")
         finally:
             for future in self._saves:
                 if not future.done():
