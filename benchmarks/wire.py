@@ -85,7 +85,9 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], tuple[str, int]
     config, ready = folder / "server.yaml", folder / "ready.json"
     config.write_text(json.dumps({"teachers": {"t": {"path": str(folder)}}}))
     command = [sys.executable, "-m", "teacher_server", "--config", str(config), "--ready-file", str(ready)]
-    process = subprocess.Popen([*command, "--die-with-parent", str(os.getpid())], stderr=(folder / "server.log").open("wb"))
+    process = subprocess.Popen(
+        [*command, "--die-with-parent", str(os.getpid())], stderr=(folder / "server.log").open("wb")
+    )
     deadline = time.monotonic() + 120
     while not ready.exists():
         if process.poll() is not None or time.monotonic() > deadline:

@@ -81,9 +81,7 @@ def run(
     sys.exit(code)
 
 
-@app.command(
-    add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
-)
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context, service: ServiceName) -> None:
     """Start one server: opd serve teacher --config F --listen ADDR (more with --help after the name)."""
     import os
