@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,9 +28,10 @@ from opd_mesh.errors import (
 )
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.rpc.status import status_of
-from opd_mesh.tensors import CHUNK_BYTES, byte_view, chunks_of, dtype_code, dtype_name, header_of
+from opd_mesh.tensors import CHUNK_BYTES, DTYPES, byte_view, chunks_of, dtype_code, dtype_name, header_of
 from opd_mesh.torch_tensors import to_numpy
 from opd_mesh.trajectory import Trajectory
+from teacher_server.byte_budget import ByteBudget
 from teacher_server.engine import EngineFacts, ScoreJob, Signal, TeacherEngine
 from teacher_server.scoring_queue import ScoringQueue
 
@@ -141,6 +143,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         running: dict[str, asyncio.Task[None]] = {}
         given_up: dict[str, OpdError] = {}
         closing = asyncio.Event()
+        unsent = ByteBudget(self._config.max_unsent_bytes)
 
         def give_up(item_id: str, why: OpdError) -> None:
             if item_id in running:
@@ -162,7 +165,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                     continue
                 given_up.pop(item.item_id, None)
                 crowded = len(running) >= credits
-                task = asyncio.create_task(self._answer_item(item, outbox, closing, given_up, crowded=crowded))
+                task = asyncio.create_task(self._answer_item(item, outbox, unsent, closing, given_up, crowded=crowded))
                 running[item.item_id] = task
                 task.add_done_callback(partial(_forget, running, item.item_id))
 
@@ -199,6 +202,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         self,
         item: teacher_service_pb2.ScoreItem,
         outbox: asyncio.Queue[Response | None],
+        unsent: ByteBudget,
         closing: asyncio.Event,
         given_up: Mapping[str, OpdError],
         *,
@@ -216,22 +220,25 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                     f"more than {self._config.max_items_in_flight} items in flight on one stream", retry_delay_s=1.0
                 )
             facts, job = self._checked_job(item)
+            deadline = asyncio.get_running_loop().time() + timeout_s
             try:
-                async with asyncio.timeout(timeout_s):
-                    tensors = await self._queue.score(item.teacher_id, job)
+                async with AsyncExitStack() as stack:
+                    async with asyncio.timeout_at(deadline):
+                        await stack.enter_async_context(unsent.hold(_answer_bytes(facts, job)))
+                        tensors = await self._queue.score(item.teacher_id, job)
+                    header = teacher_service_pb2.ScoreHeader(
+                        teacher_id=item.teacher_id,
+                        teacher_digest=facts.teacher_digest,
+                        head_digest=facts.head_digest,
+                        signal=SIGNALS[job.signal],
+                        rows=len(job.predicting_positions),
+                        tensors=[header_of(name, array) for name, array in tensors.items()],
+                    )
+                    await outbox.put(Response(item_id=item.item_id, header=header))
+                    for chunk in chunks_of(list(tensors.values())):
+                        await outbox.put(Response(item_id=item.item_id, chunk=chunk))
             except TimeoutError:
                 raise DeadlineError(f"not computed within {timeout_s:g} s") from None
-            header = teacher_service_pb2.ScoreHeader(
-                teacher_id=item.teacher_id,
-                teacher_digest=facts.teacher_digest,
-                head_digest=facts.head_digest,
-                signal=SIGNALS[job.signal],
-                rows=len(job.predicting_positions),
-                tensors=[header_of(name, array) for name, array in tensors.items()],
-            )
-            await outbox.put(Response(item_id=item.item_id, header=header))
-            for chunk in chunks_of(list(tensors.values())):
-                await outbox.put(Response(item_id=item.item_id, chunk=chunk))
             end = Response(item_id=item.item_id)
             end.status.SetInParent()
         except OpdError as error:
@@ -350,6 +357,11 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
 
 def _forget(running: dict[str, asyncio.Task[None]], item_id: str, _: asyncio.Task[None]) -> None:
     running.pop(item_id, None)
+
+
+def _answer_bytes(facts: EngineFacts, job: ScoreJob) -> int:
+    width = facts.hidden_size if job.signal is Signal.HIDDEN_STATES else facts.vocab_size
+    return len(job.predicting_positions) * width * DTYPES[dtype_code(job.dtype)].itemsize
 
 
 def _served_head(facts: EngineFacts) -> ServedHead | None:

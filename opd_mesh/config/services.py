@@ -101,6 +101,8 @@ class TeacherServerConfig(Strict):
     max_items_in_flight: int = Field(64, ge=1)
     # Items waiting for the engine, over all streams.
     max_queue_items: int = Field(1024, ge=1)
+    # Of answers computed and not yet taken by their reader, per stream: full logits of a large vocabulary are big.
+    max_unsent_bytes: int = Field(256 << 20, ge=1 << 20)
     default_item_timeout_s: float = Field(300.0, gt=0)
     max_top_k: int = Field(256, ge=1)
     deterministic: bool = False
