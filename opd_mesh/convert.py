@@ -1,4 +1,4 @@
-"""Between the protobuf messages and the dataclasses of :mod:`opd_mesh.trajectory`, and JSON."""
+"""Between the protobuf messages and the dataclasses of trajectories and policies, and JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from google.protobuf import json_format
 from opd.v1 import common_pb2
 
 from opd_mesh.errors import TrajectoryError
+from opd_mesh.policy import PolicyId
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 
 _FINISH = {
@@ -91,3 +92,13 @@ def trajectory_from_json(value: dict[str, Any]) -> Trajectory:
     except json_format.ParseError as error:
         raise TrajectoryError(str(error), field="trajectory") from error
     return trajectory_from_proto(message)
+
+
+def policy_to_proto(policy: PolicyId) -> common_pb2.Policy:
+    """Dataclass → message."""
+    return common_pb2.Policy(run_id=policy.run_id, lineage=policy.lineage, version=policy.version, digest=policy.digest)
+
+
+def policy_from_proto(message: common_pb2.Policy) -> PolicyId:
+    """Message → dataclass."""
+    return PolicyId(message.run_id, message.lineage, message.version, message.digest)

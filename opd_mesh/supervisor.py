@@ -141,6 +141,8 @@ class LocalMesh:
         log_path = self.run_dir / "logs" / f"{name}.log"
         command = [sys.executable, "-m", module, "--config", str(config_path), "--listen", "127.0.0.1:0"]
         command += ["--ready-file", str(ready_file), "--die-with-parent", str(os.getpid()), *extra]
+        # The processes take turns on the same cores: one whose OpenMP threads spin while they wait steals the others'.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         log_offset = log_path.stat().st_size if log_path.exists() else 0
         with log_path.open("ab") as file:
             process = subprocess.Popen(
@@ -149,6 +151,7 @@ class LocalMesh:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=environment,
             )
         child = Child(name, process, log_path, ready_file, log_offset)
         self.children.append(child)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_mesh.errors import ConfigError, InternalError, OpdError, RequestConflictError
+from opd_mesh.models.checkpoint import served_tensors
 from opd_mesh.sampling import sample_tokens
 from rollout_server.backends import Backend, make_backend
 from rollout_server.cache import CacheMode
@@ -125,6 +126,11 @@ class DecodeEngine:
     def idle(self) -> bool:
         """Nothing to do: ``step`` would return no events."""
         return not self._running and not self._waiting
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that a policy holds, by name."""
+        return {name: tuple(tensor.shape) for name, tensor in served_tensors(self._model)}
 
     @property
     def policy_version(self) -> int:

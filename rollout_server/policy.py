@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from opd.v1 import common_pb2
 from torch import Tensor, nn
 
 from opd_mesh.errors import CorruptWeightsError, InvalidInputError
+from opd_mesh.models.checkpoint import state_digest
+from opd_mesh.policy import PolicyId
+from opd_mesh.torch_tensors import from_numpy
+
+
+def check_manifest(headers: Sequence[common_pb2.TensorHeader], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every parameter of the model, once, in its own shape: told before a byte is taken or memory is set aside.
+
+    Raises:
+        InvalidInputError: naming the tensor.
+    """
+    given = {header.name for header in headers}
+    missing = sorted(shapes.keys() - given)
+    if missing:
+        raise InvalidInputError(
+            f"{missing[0]} is missing ({len(missing)} of {len(shapes)} in all); a policy holds every parameter",
+            field="manifest.tensors",
+        )
+    for header in headers:
+        field = f"tensors[{header.name}]"
+        if header.name not in shapes:
+            raise InvalidInputError("the model has no weight of that name", field=field)
+        if tuple(header.shape) != shapes[header.name]:
+            raise InvalidInputError(
+                f"shape {list(header.shape)}, the model has {list(shapes[header.name])}", field=field
+            )
+
+
+def verify_digest(arrays: Mapping[str, np.ndarray], offered: PolicyId) -> None:
+    """Raises :class:`CorruptWeightsError` where the bytes are not those that were announced."""
+    digest = state_digest((name, from_numpy(array)) for name, array in arrays.items())
+    if digest != offered.digest:
+        raise CorruptWeightsError(
+            f"the weights received hash to {digest[:16]}…, policy {offered} was announced; the old policy stays"
+        )
 
 
 def check_policy_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
-import numpy as np
-from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
+from opd.v1 import rollout_service_pb2, rollout_service_pb2_grpc
 
 from opd_mesh import telemetry
 from opd_mesh.config.services import RolloutServerConfig
-from opd_mesh.convert import sampling_from_proto, trajectory_to_proto
+from opd_mesh.convert import policy_from_proto, policy_to_proto, sampling_from_proto, trajectory_to_proto
 from opd_mesh.errors import (
     CorruptWeightsError,
     InternalError,
@@ -26,7 +25,6 @@ from opd_mesh.errors import (
     TokenizerMismatchError,
     UnavailableError,
 )
-from opd_mesh.models.checkpoint import served_tensors, state_digest
 from opd_mesh.policy import PolicyId, is_new_policy
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.stream import TrajectoryStream
@@ -35,6 +33,7 @@ from opd_mesh.torch_tensors import from_numpy
 from opd_mesh.trajectory import FinishReason
 from rollout_server.driver import EngineDriver
 from rollout_server.engine import DecodeEngine, GenerationRequest, TokenEvent
+from rollout_server.policy import check_manifest, verify_digest
 from rollout_server.requests import RequestParams, RequestState, RequestTable
 
 log = logging.getLogger("rollout_server")
@@ -73,7 +72,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         """Begin to accept policies."""
         self._fingerprint = tokenizer_fingerprint
         self._vocab_size = vocab_size
-        self._shapes = {name: tuple(tensor.shape) for name, tensor in served_tensors(engine._model)}
+        self._shapes = engine.tensor_shapes
         self._installed = EngineDriver(engine, self._on_events, self._on_engine_failure)
 
     @property
@@ -90,7 +89,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         driver = self._driver
         engine = self._config.engine
         return rollout_service_pb2.GetPolicyResponse(
-            policy=_policy_proto(self._policy) if self._policy else None,
+            policy=policy_to_proto(self._policy) if self._policy else None,
             tokenizer_fingerprint=self._fingerprint,
             load=self._load(),
             limits=rollout_service_pb2.RolloutLimits(
@@ -114,7 +113,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         if first is None or first.WhichOneof("payload") != "manifest":
             raise InvalidInputError("the first message must be the manifest", field="manifest")
         manifest = first.manifest
-        offered = _policy_id(manifest.policy)
+        offered = policy_from_proto(manifest.policy)
         if not offered.run_id or not offered.digest:
             raise InvalidInputError("run_id and digest are required", field="manifest.policy")
         if manifest.tokenizer_fingerprint != self._fingerprint:
@@ -123,12 +122,12 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 f"{self._fingerprint[:16]}… from {self._config.model}",
                 field="manifest.tokenizer_fingerprint",
             )
-        unchanged = rollout_service_pb2.UpdatePolicyResponse(policy=_policy_proto(offered), swapped=False)
+        unchanged = rollout_service_pb2.UpdatePolicyResponse(policy=policy_to_proto(offered), swapped=False)
         if not is_new_policy(self._policy, offered):
             async for _ in messages:  # take what was sent, so that the client is not cut off in its stream
                 pass
             return unchanged
-        _check_manifest(manifest.tensors, self._shapes)
+        check_manifest(manifest.tensors, self._shapes)
         try:
             assembler = TensorAssembler(manifest.tensors)
             async for message in messages:
@@ -136,7 +135,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             arrays = assembler.finish()
         except TensorDecodeError as error:
             raise CorruptWeightsError(f"policy {offered}: {error}; the old policy stays") from error
-        await asyncio.to_thread(_verify, arrays, offered)
+        await asyncio.to_thread(verify_digest, arrays, offered)
         tensors = {name: from_numpy(array) for name, array in arrays.items()}
         engine = driver.engine
         await asyncio.to_thread(engine.check_policy, tensors)
@@ -159,7 +158,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 log.info("serving policy %s; decoding paused %.3f s", offered, pause_s)
                 await self._on_serving(True)
             return rollout_service_pb2.UpdatePolicyResponse(
-                policy=_policy_proto(offered), swapped=True, pause_s=pause_s, prefilled_again=prefilled_again
+                policy=policy_to_proto(offered), swapped=True, pause_s=pause_s, prefilled_again=prefilled_again
             )
 
         # A client that goes away now must not leave new weights under the old policy's name.
@@ -184,7 +183,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             state = await self._begin(params, policy)
         elif state.error is not None:
             await self._try_again(state)
-        started = rollout_service_pb2.GenerationStarted(attached=attached, policy=_policy_proto(policy))
+        started = rollout_service_pb2.GenerationStarted(attached=attached, policy=policy_to_proto(policy))
         yield rollout_service_pb2.GenerateResponse(started=started)
         sent = request.from_index
         while True:
@@ -379,41 +378,6 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         await asyncio.gather(*self._deliveries, return_exceptions=True)
         for stream in self._streams.values():
             await stream.close()
-
-
-def _check_manifest(headers: Sequence[common_pb2.TensorHeader], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Every parameter of the model, once, in its own shape: told before a byte is taken or memory is set aside."""
-    given = {header.name for header in headers}
-    missing = sorted(shapes.keys() - given)
-    if missing:
-        raise InvalidInputError(
-            f"{missing[0]} is missing ({len(missing)} of {len(shapes)} in all); a policy holds every parameter",
-            field="manifest.tensors",
-        )
-    for header in headers:
-        field = f"tensors[{header.name}]"
-        if header.name not in shapes:
-            raise InvalidInputError("the model has no weight of that name", field=field)
-        if tuple(header.shape) != shapes[header.name]:
-            raise InvalidInputError(
-                f"shape {list(header.shape)}, the model has {list(shapes[header.name])}", field=field
-            )
-
-
-def _verify(arrays: dict[str, np.ndarray], offered: PolicyId) -> None:
-    digest = state_digest((name, from_numpy(array)) for name, array in arrays.items())
-    if digest != offered.digest:
-        raise CorruptWeightsError(
-            f"the weights received hash to {digest[:16]}…, policy {offered} was announced; the old policy stays"
-        )
-
-
-def _policy_id(message: common_pb2.Policy) -> PolicyId:
-    return PolicyId(message.run_id, message.lineage, message.version, message.digest)
-
-
-def _policy_proto(policy: PolicyId) -> common_pb2.Policy:
-    return common_pb2.Policy(run_id=policy.run_id, lineage=policy.lineage, version=policy.version, digest=policy.digest)
 
 
 def _token_batch(state: RequestState, start: int, end: int) -> rollout_service_pb2.TokenBatch:

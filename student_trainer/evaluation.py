@@ -95,43 +95,65 @@ async def sample_from_teacher(
         drafts: the student's responses to the prompts, with the sampling parameters to use.
     """
 
-    drawing = asyncio.Lock()  # one [chunk, V] of logits at a time, whatever the number of drafts
+    decodings = [_FixedPoint(draft) for draft in drafts]
+    while open_ones := [decoding for decoding in decodings if not decoding.ended]:
+        # In step with each other, so that every round is one batch at the teacher.
+        marks = await asyncio.gather(*(teachers.rows(decoding.trial(), teacher_id) for decoding in open_ones))
+        for decoding, rows in zip(open_ones, marks, strict=True):
+            drawn = await asyncio.to_thread(_draw, rows, teachers, teacher_id, heads, decoding.sampling, decoding.known)
+            decoding.take(drawn)
+    return [decoding.response() for decoding in decodings]
 
-    async def one(draft: Trajectory) -> Trajectory:
-        sampling = draft.sampling
-        prompt = draft.token_ids[: draft.scored_spans[0][0]]
-        filler = sampling.stop_token_ids[0] if sampling.stop_token_ids else 0
-        length = sampling.max_new_tokens
-        guess = (list(draft.scored_token_ids) + [filler] * length)[:length]
-        known = 0
-        while True:
-            trial = replace(
-                draft,
-                token_ids=(*prompt, *guess),
-                scored_spans=((len(prompt) + known, len(prompt) + length),),
-                sampling_logprobs=(),
-                policy_logprobs=(),
-                policy_versions=(),
-            )
-            rows = await teachers.rows(trial, teacher_id)
-            async with drawing:
-                drawn = await asyncio.to_thread(_draw, rows, teachers, teacher_id, heads, sampling, known)
-            agreed = known
-            while agreed < length and guess[agreed] == drawn[agreed - known]:
-                agreed += 1
-            guess[known:] = drawn
-            known = min(agreed + 1, length)
-            stop = next((i for i in range(known) if guess[i] in sampling.stop_token_ids), None)
-            if stop is not None or known == length:
-                end = known if stop is None else stop + 1
-                return replace(
-                    trial,
-                    token_ids=(*prompt, *guess[:end]),
-                    scored_spans=((len(prompt), len(prompt) + end),),
-                    finish_reason=FinishReason.LENGTH if stop is None else FinishReason.STOP,
-                )
 
-    return list(await asyncio.gather(*(one(draft) for draft in drafts)))
+class _FixedPoint:
+    """One response on its way: the first ``known`` tokens of the guess are certain."""
+
+    def __init__(self, draft: Trajectory) -> None:
+        self._draft = draft
+        self.sampling = draft.sampling
+        self._prompt = draft.token_ids[: draft.scored_spans[0][0]]
+        self._length = self.sampling.max_new_tokens
+        filler = self.sampling.stop_token_ids[0] if self.sampling.stop_token_ids else 0
+        self._guess = (list(draft.scored_token_ids) + [filler] * self._length)[: self._length]
+        self.known = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.known == self._length or self._stop is not None
+
+    @property
+    def _stop(self) -> int | None:
+        return next((i for i in range(self.known) if self._guess[i] in self.sampling.stop_token_ids), None)
+
+    def trial(self) -> Trajectory:
+        """The whole guess, to be marked from the first uncertain token on."""
+        start = len(self._prompt)
+        return self._as_trajectory(self._guess, (start + self.known, start + self._length))
+
+    def take(self, drawn: Sequence[int]) -> None:
+        """Keep what was drawn behind a true prefix; the rest is the next guess."""
+        agreed = self.known
+        while agreed < self._length and self._guess[agreed] == drawn[agreed - self.known]:
+            agreed += 1
+        self._guess[self.known :] = drawn
+        self.known = min(agreed + 1, self._length)
+
+    def response(self) -> Trajectory:
+        """The finished response."""
+        end = self.known if self._stop is None else self._stop + 1
+        reason = FinishReason.LENGTH if self._stop is None else FinishReason.STOP
+        start = len(self._prompt)
+        return replace(self._as_trajectory(self._guess[:end], (start, start + end)), finish_reason=reason)
+
+    def _as_trajectory(self, tokens: Sequence[int], span: tuple[int, int]) -> Trajectory:
+        return replace(
+            self._draft,
+            token_ids=(*self._prompt, *tokens),
+            scored_spans=(span,),
+            sampling_logprobs=(),
+            policy_logprobs=(),
+            policy_versions=(),
+        )
 
 
 @torch.no_grad()

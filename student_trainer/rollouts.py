@@ -15,7 +15,7 @@ from opd.v1 import common_pb2
 
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.convert import trajectory_from_proto, trajectory_to_proto
+from opd_mesh.convert import policy_to_proto, trajectory_from_proto, trajectory_to_proto
 from opd_mesh.errors import (
     ConfigError,
     OpdError,
@@ -132,9 +132,7 @@ class Rollouts:
 
     async def push_policy(self, policy: PolicyId, tensors: Sequence[tuple[str, np.ndarray]]) -> float:
         """Give the weights to every server; returns the longest time that one stood still, in seconds."""
-        message = common_pb2.Policy(
-            run_id=policy.run_id, lineage=policy.lineage, version=policy.version, digest=policy.digest
-        )
+        message = policy_to_proto(policy)
         answers = await asyncio.gather(
             *(
                 client.update_policy(

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import grpc
-from opd.v1 import common_pb2, trainer_service_pb2, trainer_service_pb2_grpc
+from opd.v1 import trainer_service_pb2, trainer_service_pb2_grpc
 
-from opd_mesh.convert import trajectory_from_proto
+from opd_mesh.convert import policy_to_proto, trajectory_from_proto
 from opd_mesh.errors import DeadlineError, OpdError, PreconditionError
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.rpc.status import status_of
@@ -133,12 +133,7 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
             phase=state.activity,
         )
         if state.policy is not None:
-            policy = state.policy
-            run.policy.CopyFrom(
-                common_pb2.Policy(
-                    run_id=policy.run_id, lineage=policy.lineage, version=policy.version, digest=policy.digest
-                )
-            )
+            run.policy.CopyFrom(policy_to_proto(state.policy))
         if state.metrics.lines:
             run.metrics.update({k: v for k, v in state.metrics.lines[-1].items() if math.isfinite(v)})
         run.started_at.FromMilliseconds(int(state.started_at * 1000))

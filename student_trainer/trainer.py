@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -32,10 +32,11 @@ from student_trainer.optimizer import Optimizer
 from student_trainer.preflight import check_lengths, check_tokenizers, check_vocabularies
 from student_trainer.rollouts import Arrival, Rollouts, own_trajectory_id
 from student_trainer.run_state import MetricsLog, Phase, RunState
+from student_trainer.step_metrics import Clock, metrics_line
 from student_trainer.student import Student
 from student_trainer.summary import summarize, write_summary
 from student_trainer.teachers import Teachers
-from student_trainer.update import UpdateResult, update
+from student_trainer.update import update
 
 log = logging.getLogger("student_trainer")
 # Cursors and prompts drawn behind the step, its trajectories, and these with their marks.
@@ -239,7 +240,8 @@ class Trainer:
                 with clock("policy"):
                     counted["seconds/policy_swap"] = await self.push_policy()
             finally:  # the step is done, whether or not the servers could be told
-                line = self.metrics_line(samples, result, clock, staleness=staleness, external=len(external))
+                counted |= {"staleness": staleness, "external": len(external)}
+                line = metrics_line(self.progress, samples, result, clock)
                 self.state.step = number
                 self.metrics.write(line | counted)
                 self.state.notify()
@@ -303,31 +305,6 @@ class Trainer:
     def _staleness(self, trajectory: Trajectory) -> int:
         """Our version minus the oldest among the response's tokens."""
         return self.progress.step - min(trajectory.policy_versions, default=self.progress.step)
-
-    def metrics_line(
-        self, samples: Sequence[Sample], result: UpdateResult, clock: Clock, *, staleness: int, external: int
-    ) -> dict[str, float]:
-        """One line of metrics.jsonl (DESIGN §7)."""
-        lengths = [sample.trajectory.num_scored for sample in samples]
-        total_s = clock.total()
-        line: dict[str, float] = {
-            "step": self.progress.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": result.lr,
-            "tokens": result.tokens,
-            "tokens_per_s": result.tokens / total_s,
-            "policy_version": self.progress.step,
-            "lineage": self.progress.lineage,
-            "staleness": staleness,
-            "response_length": sum(lengths) / len(lengths),
-            "samples": len(samples),
-            "external": external,
-            "external_dropped": self.progress.dropped_external,
-            "passes": result.passes,
-            "seconds/step": total_s,
-        }
-        return line | result.metrics | {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}
 
     async def evaluate(self) -> None:
         """One line of evaluations.jsonl, once per step at most."""
@@ -449,24 +426,3 @@ async def marking_tasks() -> AsyncIterator[list[asyncio.Task[Sample]]]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class Clock:
-    """Seconds by phase of one step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Adds the time inside to ``name``."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-    def total(self) -> float:
-        """Since the step began."""
-        return time.monotonic() - self._started
