@@ -15,8 +15,10 @@ os.environ.pop("OPD_REDIS_URL", None)
 # Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 # No example is wrong for being slow: machines are shared.
-hypothesis.settings.register_profile("opd", deadline=None)
-hypothesis.settings.load_profile("opd")
+# The same examples on every machine, so that a red run is about the change; HYPOTHESIS_PROFILE=explore looks further.
+hypothesis.settings.register_profile("opd", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "opd"))
 
 
 @pytest.fixture(autouse=True)
