@@ -15,8 +15,7 @@ from opd.v1 import teacher_service_pb2
 
 from opd_mesh import __version__
 from opd_mesh.tensors import dtype_name
-
-SETS = ("student_responses", "teacher_responses")
+from student_trainer.evaluation import SET_NAMES
 
 
 def summarize(
@@ -46,7 +45,7 @@ def summarize(
         "steps": steps,
         "heldout_kl_before": {name: first[f"heldout_kl/{name}"] for name in domains if f"heldout_kl/{name}" in first},
         "heldout_kl_after": {name: last[f"heldout_kl/{name}"] for name in domains if f"heldout_kl/{name}" in last},
-        "heldout": {name: {part: before_after(f"heldout_kl/{name}/{part}") for part in SETS} for name in domains},
+        "heldout": {name: {part: before_after(f"heldout_kl/{name}/{part}") for part in SET_NAMES} for name in domains},
         "on_policy_kl": {name: before_after(f"on_policy_kl/{name}") for name in domains},
         "response_length": {name: before_after(f"response_length/{name}") for name in domains},
         "tokens_trained": tokens_trained,

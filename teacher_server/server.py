@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import torch
 from opd.v1 import teacher_service_pb2_grpc
 
 from opd_mesh.config.services import TeacherServerConfig
@@ -68,6 +67,4 @@ async def serve(arguments: ServiceArguments[TeacherServerConfig]) -> None:
     arguments.announce(address)
     await server.run_until_signal(on_drain=servicer.drain)
     await queue.close()
-    log.info(
-        "served %d tokens in %d batches; peak torch threads %d", queue.tokens, queue.batches, torch.get_num_threads()
-    )
+    log.info("served %d tokens in %d batches", queue.tokens, queue.batches)

@@ -232,7 +232,7 @@ class ScoringStream:
         )
 
     async def close(self) -> None:
-        """Half-close, then end the stream. Items in flight fail."""
+        """End the stream. Items in flight fail."""
         if self._broken is None:
             self._broken = UnavailableError("the stream was closed here")
             self._call.cancel()
