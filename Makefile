@@ -7,12 +7,13 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models test lint format protos protos-check protos-accept bench clean
+.PHONY: help setup demo demo-models test test-slow lint format protos protos-check protos-accept kernels bench clean
 
 help:
 	@echo "make demo          two teachers teach a real student through real services (minutes, two cores)"
 	@echo "make test          unit and integration tests"
 	@echo "make lint          ruff and mypy"
+	@echo "make kernels       compile the GPU kernels for every architecture, without a GPU; fails if one spills"
 	@echo "make bench         benchmarks, JSON out"
 	@echo "make protos        generate the protobuf modules;  protos-check: drift, lint, compatibility"
 	@echo "make setup         everything for development, in $(VENV)"
@@ -44,6 +45,10 @@ demo: demo-models
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
+# What takes minutes: the demo's losses against recorded ones.
+test-slow: $(VENV)/.demo $(VENV)/.dev demo-models
+	$(BIN)/python -m pytest -m slow
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,6 +67,9 @@ protos-check: $(VENV)/.dev
 # After a release: what clients may now rely on.
 protos-accept: $(VENV)/.dev
 	$(BIN)/python protos/generate.py accept
+
+kernels: $(VENV)/.dev
+	$(BIN)/python -m opd_kernels.aot
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/wire.py

@@ -31,14 +31,14 @@ def main() -> None:
     import torch
 
     from opd_mesh.config.base import load_config
-    from opd_mesh.config.recipe import ObjectiveConfig, Recipe
+    from opd_mesh.config.recipe import Recipe
     from opd_mesh.torch_tensors import TORCH_DTYPES, from_numpy, to_numpy
     from student_trainer.batch import Sample
     from student_trainer.evaluation import SET_NAMES, HeldoutSets
     from student_trainer.heads import HeadStore
-    from student_trainer.objective import ReverseKl
+    from student_trainer.objective import REVERSE_KL
     from student_trainer.student import Student
-    from student_trainer.update import marks_by_teacher
+    from student_trainer.update import shares_of
 
     recipe = load_config(Recipe, run_dir / "recipe.yaml")
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -46,22 +46,23 @@ def main() -> None:
     student = Student(
         recipe.student.replace(path=run_dir / "student"), device="cpu", deterministic=False, seed=recipe.run.seed
     )
-    sets, heads, measure = (
-        HeldoutSets(run_dir / "heldout"),
-        HeadStore(run_dir / "heads", "cpu"),
-        ReverseKl(ObjectiveConfig()),
-    )
+    sets, heads = HeldoutSets(run_dir / "heldout"), HeadStore(run_dir / "heads", "cpu")
     samples = [sample for domain in recipe.domains for name in SET_NAMES for sample in sets.get(domain, name) or []]
 
     @torch.no_grad()
     def token_kls(sample: Sample) -> torch.Tensor:
         (rows,) = student.hidden_rows([sample.trajectory.token_ids], [sample.trajectory.predicting_positions])
         total = torch.zeros(len(rows), dtype=torch.float64)
-        for share in marks_by_teacher([sample], heads, digests, rows.device):
-            found = measure(
-                rows, student.head, share.rows, sampled_ids_R=share.sampled_ids_R, token_weights_R=share.weights_R
+        for share in shares_of([sample], heads, digests, rows.device):
+            found = REVERSE_KL(
+                rows,
+                student.head,
+                share.teachers,
+                reference=None,
+                sampled_ids_R=share.sampled_ids_R,
+                token_weights_NR=share.weights_NR,
             )
-            total += share.weights_R * found.kl_T.double()
+            total += (share.weights_NR * found.kl_T.double()).sum(0)
         return total
 
     def rounded(sample: Sample, dtype: str) -> Sample:

@@ -22,15 +22,20 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A trajectory with all its marks."""
+    """A trajectory with all its marks, and those of the reference model where the objective has one."""
 
     trajectory: Trajectory
     marks: tuple[Mark, ...]
+    reference: Mark | None = None
 
     @property
     def num_tokens(self) -> int:
         """Prompt and response."""
         return len(self.trajectory.token_ids)
+
+    def mark_of(self, teacher_id: str) -> Mark:
+        """What this teacher said."""
+        return next(mark for mark in self.marks if mark.teacher_id == teacher_id)
 
 
 def order_by_teacher(samples: Sequence[Sample]) -> list[Sample]:
@@ -56,6 +61,15 @@ def split_into_passes(samples: Sequence[Sample], tokens_per_pass: int) -> list[l
     return passes
 
 
-def teachers_in_order(samples: Sequence[Sample]) -> list[str]:
-    """Each teacher once, by first appearance."""
-    return list(dict.fromkeys(mark.teacher_id for sample in samples for mark in sample.marks))
+def plan_shares(samples: Sequence[Sample], heads_resident: int) -> dict[tuple[str, ...], list[int]]:
+    """Which teachers mark which samples (by index) in one go: at most ``heads_resident`` teachers together.
+
+    Every teacher of a sample has a part in exactly one share of it, and a share stands in the plan once, so with one
+    head at a time each head is needed once.
+    """
+    shares: dict[tuple[str, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        teachers = sorted(mark.teacher_id for mark in sample.marks)
+        for start in range(0, len(teachers), heads_resident):
+            shares.setdefault(tuple(teachers[start : start + heads_resident]), []).append(index)
+    return shares

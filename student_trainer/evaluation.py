@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from opd_mesh.config.recipe import ObjectiveConfig, Recipe
+from opd_mesh.config.recipe import Recipe
 from opd_mesh.convert import trajectory_from_json, trajectory_to_json
 from opd_mesh.sampling import sample_tokens
 from opd_mesh.torch_tensors import from_numpy
@@ -25,11 +25,11 @@ from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from student_trainer.batch import Mark, Sample, order_by_teacher, split_into_passes
 from student_trainer.data import Domain
 from student_trainer.heads import HeadStore
-from student_trainer.objective import ReverseKl
+from student_trainer.objective import REVERSE_KL
 from student_trainer.rollouts import Rollouts
 from student_trainer.student import Student
 from student_trainer.teachers import Teachers
-from student_trainer.update import marks_by_teacher
+from student_trainer.update import shares_of
 
 DRAW_ROWS = 64  # of logits [rows, V] at a time when a teacher's response is drawn
 SetName = Literal["student_responses", "teacher_responses"]
@@ -59,7 +59,6 @@ def heldout_kl(
     tokens_per_pass: int,
 ) -> HeldoutKl:
     """Σ_i w_i KL(student ‖ teacher_i) of the samples at temperature 1, whatever objective trains."""
-    measure = ReverseKl(ObjectiveConfig())
     total, tokens = 0.0, 0
     for batch in split_into_passes(order_by_teacher(samples), tokens_per_pass):
         rows_Rd = torch.cat(
@@ -68,13 +67,14 @@ def heldout_kl(
                 [sample.trajectory.predicting_positions for sample in batch],
             )
         )
-        for share in marks_by_teacher(batch, heads, head_digests, rows_Rd.device):
-            divergence = measure(
+        for share in shares_of(batch, heads, head_digests, rows_Rd.device):
+            divergence = REVERSE_KL(
                 rows_Rd[share.index_R],
                 student.head,
-                share.rows,
+                share.teachers,
+                reference=None,
                 sampled_ids_R=share.sampled_ids_R,
-                token_weights_R=share.weights_R,
+                token_weights_NR=share.weights_NR,
             )
             total += float(divergence.loss)
         tokens += sum(sample.trajectory.num_scored for sample in batch)
@@ -284,7 +284,9 @@ class Evaluator:
             for prompt in domain.heldout
         ]
         written = [trajectory for trajectory in await self._rollouts.write_unpublished(specs) if trajectory.num_scored]
-        return list(await asyncio.gather(*(self._teachers.mark(trajectory) for trajectory in written)))
+        return list(
+            await asyncio.gather(*(self._teachers.mark(trajectory, with_reference=False) for trajectory in written))
+        )
 
     async def _make_sets(self, domain: Domain, fresh: Sequence[Sample]) -> None:
         if self._sets.get(domain.name, "student_responses") is None:
@@ -295,5 +297,7 @@ class Evaluator:
             heaviest = max(weights, key=lambda teacher_id: weights[teacher_id])
             drafts = [sample.trajectory for sample in fresh]
             responses = await sample_from_teacher(self._teachers, heaviest, self._heads, drafts)
-            samples = await asyncio.gather(*(self._teachers.mark(response) for response in responses))
+            samples = await asyncio.gather(
+                *(self._teachers.mark(response, with_reference=False) for response in responses)
+            )
             self._sets.add(domain.name, "teacher_responses", samples)

@@ -1,10 +1,11 @@
-"""Teachers' heads: downloaded once, kept on disk by digest, one at a time on the device."""
+"""Teachers' heads: downloaded once, kept on disk by digest, one or a few at a time on the device."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
 from opd_kernels import LinearHead
@@ -38,16 +39,17 @@ def head_of(data: HeadData) -> LinearHead:
 
 
 class HeadStore:
-    """Heads on disk, at most one in memory.
+    """Heads on disk, at most ``resident`` of them in memory, the least recently used leaving first.
 
     Attributes:
         loads: how often a head was brought to the device since the store was made.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, *, resident: int = 1) -> None:
         self._folder = folder
         self._device = device
-        self._resident: tuple[str, LinearHead] | None = None
+        self._limit = resident
+        self._resident: OrderedDict[str, LinearHead] = OrderedDict()
         self._lock = threading.Lock()  # evaluation and update run in threads of the pool
         self.loads = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,13 +72,15 @@ class HeadStore:
         os.replace(partial, path)
 
     def get(self, digest: str) -> LinearHead:
-        """The head, on the device; whichever was there before is freed."""
+        """The head, on the device; before it is loaded, room is made for it."""
         with self._lock:
-            if self._resident is None or self._resident[0] != digest:
-                self._resident = None
-                self._resident = (digest, self._load(digest))
+            if digest not in self._resident:
+                while len(self._resident) >= self._limit:
+                    self._resident.popitem(last=False)
+                self._resident[digest] = self._load(digest)
                 self.loads += 1
-            return self._resident[1]
+            self._resident.move_to_end(digest)
+            return self._resident[digest]
 
     def _load(self, digest: str) -> LinearHead:
         with safe_open(self._path(digest), framework="pt", device=self._device) as file:

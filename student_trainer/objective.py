@@ -1,79 +1,102 @@
-"""Objectives behind one interface: hidden rows and marks in, loss and diagnostics out.
+"""Objectives behind one interface: hidden rows and signals in, loss and diagnostics out.
 
-An objective is a small class that declares its divergence; the loop never asks which one it runs.
+The maths is in ``opd_kernels``; here a recipe's choice becomes one of its values, and the loop never asks which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from opd_kernels import LinearHead
-from opd_kernels.divergence import Divergence, linear_divergence
+import opd_kernels
+from opd_kernels import Divergence, LinearHead, Signal, linear_divergence
 from torch import Tensor
 
-from opd_mesh.config.recipe import ObjectiveConfig
-
-
-@dataclass(frozen=True, slots=True)
-class TeacherRows:
-    """What one teacher said of R tokens: hidden states [R, E] with the head that belongs to them, or logits [R, V]."""
-
-    hidden_RE: Tensor | None = None
-    head: LinearHead | None = None
-    logits_RV: Tensor | None = None
+from opd_mesh.config.training import (
+    ExOpdConfig,
+    ForwardKlConfig,
+    JsdConfig,
+    ObjectiveConfig,
+    ReverseKlConfig,
+    SampledTokenConfig,
+    TopKConfig,
+)
 
 
 class Objective(Protocol):
-    """Loss of R response tokens against one teacher."""
+    """Loss of R response tokens against N teachers."""
 
     def __call__(
         self,
         student_hidden_RD: Tensor,
         student_head: LinearHead,
-        teacher: TeacherRows,
+        teachers: Sequence[Signal],
         *,
+        reference: Signal | None,
         sampled_ids_R: Tensor,
-        token_weights_R: Tensor,
+        token_weights_NR: Tensor,
     ) -> Divergence:
         """``loss`` is the weighted sum over tokens; the weights hold w_i / (tokens of the whole mini-batch)."""
         ...
 
 
-@dataclass(frozen=True)
-class ReverseKl:
-    """Σ_i w_i · KL(student ‖ teacher_i), exact over the vocabulary (DeepSeek-V4 report, arXiv 2606.19348, Eq. 29)."""
+@dataclass(frozen=True, slots=True)
+class LinearDivergence:
+    """Σ_i w_i · D(student, teacher_i) over the full vocabulary.
 
-    config: ObjectiveConfig
+    Attributes:
+        deterministic: a token's loss and gradient do not depend on which others share its pass.
+    """
+
+    divergence: opd_kernels.Objective
+    temperature: float = 1.0
+    implementation: str = "auto"
+    deterministic: bool = False
 
     def __call__(
         self,
         student_hidden_RD: Tensor,
         student_head: LinearHead,
-        teacher: TeacherRows,
+        teachers: Sequence[Signal],
         *,
+        reference: Signal | None,
         sampled_ids_R: Tensor,
-        token_weights_R: Tensor,
+        token_weights_NR: Tensor,
     ) -> Divergence:
         """See :class:`Objective`."""
-        hidden = teacher.hidden_RE
-        if hidden is not None and teacher.head is not None:
-            hidden = hidden.to(teacher.head.weight.dtype)  # a narrower wire is widened once, here
         return linear_divergence(
             student_hidden_RD,
             student_head,
-            hidden,
-            teacher.head,
-            teacher_logits_TV=None if teacher.logits_RV is None else teacher.logits_RV.to(torch.float32),
+            teachers=teachers,
+            reference=reference,
             sampled_ids_T=sampled_ids_R,
-            token_weights_T=token_weights_R,
-            objective="reverse_kl",
-            temperature=self.config.temperature,
-            implementation=self.config.implementation,
+            token_weights_T=token_weights_NR,
+            objective=self.divergence,
+            temperature=self.temperature,
+            implementation=self.implementation,
+            deterministic=self.deterministic,
         )
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
+def build_objective(config: ObjectiveConfig, *, deterministic: bool = False) -> LinearDivergence:
     """The objective a recipe names."""
-    return {"reverse_kl": ReverseKl}[config.name](config)
+    divergence: opd_kernels.Objective
+    match config:
+        case ReverseKlConfig():
+            divergence = opd_kernels.ReverseKL()
+        case ForwardKlConfig():
+            divergence = opd_kernels.ForwardKL()
+        case JsdConfig():
+            divergence = opd_kernels.JSD(config.beta)
+        case ExOpdConfig():
+            divergence = opd_kernels.ExOPD(config.lam)
+        case TopKConfig():
+            divergence = opd_kernels.TopK(config.k)
+        case SampledTokenConfig():
+            divergence = opd_kernels.SampledToken()
+    return LinearDivergence(divergence, config.temperature, config.implementation, deterministic)
+
+
+# Reverse KL at temperature 1: what evaluations report, whatever trains.
+REVERSE_KL = LinearDivergence(opd_kernels.ReverseKL())

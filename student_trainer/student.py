@@ -90,6 +90,15 @@ class Student:
         """What the optimizer moves, tied parameters once."""
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
+    def embedding_names(self) -> frozenset[str]:
+        """Of the trainable parameters that are token embeddings or the head."""
+        tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        owned = {
+            id(p) for module in self.model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+        }
+        owned |= {id(parameter) for module in tables if module is not None for parameter in module.parameters()}
+        return frozenset(name for name, parameter in self.trainable() if id(parameter) in owned)
+
     @torch.no_grad()
     def policy_tensors(self) -> list[tuple[str, Tensor]]:
         """The weights as a rollout server takes them: those of the plain model, adapter merged in."""

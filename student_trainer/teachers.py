@@ -11,6 +11,7 @@ from opd.v1 import teacher_service_pb2
 from opd_mesh import telemetry
 from opd_mesh.clients.teacher import HeadData, ScoreRequest, TeacherClient
 from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.training import ExOpdConfig
 from opd_mesh.errors import (
     ConfigError,
     DeadlineError,
@@ -110,16 +111,26 @@ class Teachers:
             raise ConfigError(f"no teacher is routed to domain {domain!r}; the recipe knows {known}", field="domain")
         return config.teachers
 
-    async def mark(self, trajectory: Trajectory) -> Sample:
-        """Ask every teacher of the trajectory's domain. Raises as :meth:`rows`."""
+    async def mark(self, trajectory: Trajectory, *, with_reference: bool = True) -> Sample:
+        """Ask every teacher of the trajectory's domain, and the objective's reference if it has one.
+
+        Raises as :meth:`rows`.
+        """
+        objective = self._recipe.objective
+        reference_id = objective.reference if with_reference and isinstance(objective, ExOpdConfig) else None
         with telemetry.span("trainer.score", {telemetry.TRAJECTORY: trajectory.trajectory_id}):
             weights = self.weights_for(trajectory.domain)
-            rows = await asyncio.gather(*(self.rows(trajectory, teacher_id) for teacher_id in weights))
-        marks = tuple(
-            Mark(teacher_id, weight, said, self.signals[teacher_id] == LOGITS)
-            for (teacher_id, weight), said in zip(weights.items(), rows, strict=True)
+            asked = list(dict.fromkeys([*weights, *([reference_id] if reference_id is not None else [])]))
+            rows = await asyncio.gather(*(self.rows(trajectory, teacher_id) for teacher_id in asked))
+        marks = {
+            teacher_id: Mark(teacher_id, weights.get(teacher_id, 0.0), said, self.signals[teacher_id] == LOGITS)
+            for teacher_id, said in zip(asked, rows, strict=True)
+        }
+        return Sample(
+            trajectory,
+            marks=tuple(marks[teacher_id] for teacher_id in weights),
+            reference=None if reference_id is None else marks[reference_id],
         )
-        return Sample(trajectory, marks)
 
     async def rows(self, trajectory: Trajectory, teacher_id: str) -> np.ndarray:
         """[R, d] or [R, V] from one teacher, asked again while it is unreachable or overloaded.

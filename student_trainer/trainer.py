@@ -15,6 +15,7 @@ import torch
 
 from opd_mesh import telemetry
 from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.training import ExOpdConfig
 from opd_mesh.errors import DivergedError, NotFoundError, OpdError, PreconditionError, RolloutUnavailableError
 from opd_mesh.models.checkpoint import state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
@@ -65,9 +66,18 @@ class Trainer:
         self.metrics = MetricsLog(run_dir / "metrics.jsonl")
         self.state = RunState(self.run_id, recipe.run.steps, self.metrics)
         self.progress = TrainerState()
-        self.objective = build_objective(recipe.objective)
-        self.optimizer = Optimizer(recipe.optimizer, student.trainable(), total_steps=recipe.run.steps)
-        self.heads = HeadStore(run_dir / "heads", device)
+        self.objective = build_objective(recipe.objective, deterministic=recipe.run.deterministic)
+        self.optimizer = Optimizer(
+            recipe.optimizer,
+            student.trainable(),
+            total_steps=recipe.run.steps,
+            embeddings=student.embedding_names(),
+        )
+        self.heads = HeadStore(
+            run_dir / "heads",
+            device,
+            resident=recipe.batch.heads_resident + isinstance(recipe.objective, ExOpdConfig),  # and the reference's
+        )
         self.teachers = Teachers(recipe, self.fingerprint)
         self.rollouts = Rollouts(
             recipe,
@@ -223,6 +233,7 @@ class Trainer:
                     self.heads,
                     self.teachers.head_digests,
                     tokens_per_pass=self.recipe.batch.tokens_per_pass,
+                    heads_resident=self.recipe.batch.heads_resident,
                 )
             staleness = max(self._staleness(sample.trajectory) for sample in samples)
             self.progress.step = number

@@ -1,4 +1,4 @@
-"""One optimizer step: passes over the mini-batch, one head at a time, gradients, clipping, AdamW.
+"""One optimizer step: passes over the mini-batch, one head at a time, gradients, clipping, the optimizer.
 
 Letters: R response tokens of a pass, d hidden size, V vocabulary.
 
@@ -16,18 +16,18 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
-from opd_kernels.divergence import Divergence
+from opd_kernels import Divergence, Signal
 from torch import Tensor
 
 from opd_mesh.errors import DivergedError
 from opd_mesh.torch_tensors import from_numpy
-from student_trainer.batch import Sample, order_by_teacher, split_into_passes, teachers_in_order
+from student_trainer.batch import Mark, Sample, order_by_teacher, plan_shares, split_into_passes
 from student_trainer.heads import HeadStore
-from student_trainer.objective import Objective, TeacherRows
+from student_trainer.objective import Objective
 from student_trainer.optimizer import Optimizer
 from student_trainer.student import Student
 
-# Divergence field → metric prefix, averaged over a teacher's tokens.
+# Divergence field [N, R] → metric prefix, averaged over a teacher's tokens.
 TEACHER_METRICS = {
     "kl_T": "kl",
     "teacher_entropy_T": "entropy",
@@ -48,10 +48,11 @@ class TokenMeans:
         self._sums[name] = self._sums[name] + values_R.double().sum()
         self._tokens[name] += values_R.numel()
 
-    def take(self, teacher_id: str, divergence: Divergence) -> None:
-        """All diagnostics of one teacher's tokens."""
+    def take(self, teacher_ids: Sequence[str], divergence: Divergence) -> None:
+        """All diagnostics of some teachers' tokens."""
         for attribute, prefix in TEACHER_METRICS.items():
-            self.add(f"{prefix}/{teacher_id}", getattr(divergence, attribute))
+            for teacher_id, values_R in zip(teacher_ids, getattr(divergence, attribute), strict=True):
+                self.add(f"{prefix}/{teacher_id}", values_R)
 
     def means(self) -> dict[str, float]:
         """Name → mean over its tokens."""
@@ -83,6 +84,7 @@ def compute_gradients(
     head_digests: Mapping[str, str],
     *,
     tokens_per_pass: int,
+    heads_resident: int = 1,
 ) -> tuple[float, TokenMeans, int]:
     """Accumulate the gradient of the mini-batch's mean loss in the student's parameters.
 
@@ -104,18 +106,19 @@ def compute_gradients(
         # Of every token: Σ_i w_i KL_i, and the student's entropy, however many teachers mark it.
         kl_R = torch.zeros(len(leaf_Rd), dtype=torch.float64, device=leaf_Rd.device)
         entropy_R = torch.zeros_like(kl_R)
-        for share in marks_by_teacher(batch, heads, head_digests, leaf_Rd.device):
+        for share in shares_of(batch, heads, head_digests, leaf_Rd.device, heads_resident=heads_resident):
             divergence = objective(
                 leaf_Rd[share.index_R],
                 student.head,
-                share.rows,
+                share.teachers,
+                reference=share.reference,
                 sampled_ids_R=share.sampled_ids_R,
-                token_weights_R=share.weights_R / total_tokens,
+                token_weights_NR=share.weights_NR / total_tokens,
             )
             divergence.loss.backward()
             loss += float(divergence.loss.detach())
-            means.take(share.teacher_id, divergence)
-            kl_R[share.index_R] += share.weights_R * divergence.kl_T.double()
+            means.take(share.teacher_ids, divergence)
+            kl_R[share.index_R] += (share.weights_NR * divergence.kl_T.double()).sum(0)
             entropy_R[share.index_R] = divergence.student_entropy_T.double()
         if leaf_Rd.grad is not None:
             hidden_Rd.backward(leaf_Rd.grad)
@@ -126,48 +129,56 @@ def compute_gradients(
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherShare:
-    """The rows of a pass that one teacher marks, and what it says of them."""
+class Share:
+    """Rows of a pass that the same teachers mark in one go, and what these say of them."""
 
-    teacher_id: str
+    teacher_ids: tuple[str, ...]
     index_R: Tensor  # into the pass's rows
-    rows: TeacherRows
+    teachers: tuple[Signal, ...]
+    reference: Signal | None
     sampled_ids_R: Tensor
-    weights_R: Tensor  # w_i of each row
+    weights_NR: Tensor  # w_i of each row
 
 
-def marks_by_teacher(
-    batch: Sequence[Sample], heads: HeadStore, head_digests: Mapping[str, str], device: torch.device
-) -> Iterator[TeacherShare]:
-    """One teacher after the other; its head is brought to the device when its turn comes."""
+def shares_of(
+    batch: Sequence[Sample],
+    heads: HeadStore,
+    head_digests: Mapping[str, str],
+    device: torch.device,
+    *,
+    heads_resident: int = 1,
+) -> Iterator[Share]:
+    """One share after the other; its heads are brought to the device when its turn comes."""
     starts = list(accumulate((sample.trajectory.num_scored for sample in batch), initial=0))
-    for teacher_id in teachers_in_order(batch):
-        index: list[int] = []
-        ids: list[int] = []
-        weights: list[float] = []
-        parts: list[Tensor] = []
-        is_logits = False
-        for start, sample in zip(starts, batch, strict=False):
-            for mark in sample.marks:
-                if mark.teacher_id != teacher_id:
-                    continue
-                rows = sample.trajectory.num_scored
-                index.extend(range(start, start + rows))
-                ids.extend(sample.trajectory.scored_token_ids)
-                weights.extend([mark.weight] * rows)
-                parts.append(from_numpy(mark.rows))
-                is_logits = mark.is_logits
-        said = torch.cat(parts).to(device)
-        if is_logits:
-            teacher = TeacherRows(logits_RV=said)
-        else:
-            teacher = TeacherRows(hidden_RE=said, head=heads.get(head_digests[teacher_id]))
-        yield TeacherShare(
-            teacher_id=teacher_id,
-            index_R=torch.tensor(index, device=device),
-            rows=teacher,
-            sampled_ids_R=torch.tensor(ids, device=device),
-            weights_R=torch.tensor(weights, device=device, dtype=torch.float32),
+
+    def signal(marks: Sequence[Mark]) -> Signal:
+        said = torch.cat([from_numpy(mark.rows) for mark in marks]).to(device)
+        if marks[0].is_logits:
+            return Signal(logits_TV=said)
+        # A narrower wire is widened by the divergence, to the precision of its GEMM.
+        return Signal(hidden_TE=said, head=heads.get(head_digests[marks[0].teacher_id]))
+
+    for teacher_ids, indices in plan_shares(batch, heads_resident).items():
+        samples = [batch[index] for index in indices]
+        lengths = [sample.trajectory.num_scored for sample in samples]
+        by_teacher = [[sample.mark_of(teacher_id) for sample in samples] for teacher_id in teacher_ids]
+        references = [sample.reference for sample in samples if sample.reference is not None]
+        yield Share(
+            teacher_ids=teacher_ids,
+            index_R=torch.cat([torch.arange(starts[index], starts[index + 1]) for index in indices]).to(device),
+            teachers=tuple(signal(marks) for marks in by_teacher),
+            reference=signal(references) if references else None,
+            sampled_ids_R=torch.tensor(
+                [token for sample in samples for token in sample.trajectory.scored_token_ids], device=device
+            ),
+            weights_NR=torch.tensor(
+                [
+                    [mark.weight for mark, rows in zip(marks, lengths, strict=True) for _ in range(rows)]
+                    for marks in by_teacher
+                ],
+                device=device,
+                dtype=torch.float32,
+            ),
         )
 
 
@@ -180,15 +191,22 @@ def update(
     head_digests: Mapping[str, str],
     *,
     tokens_per_pass: int,
+    heads_resident: int = 1,
 ) -> UpdateResult:
-    """Gradients, clipping, one AdamW step.
+    """Gradients, clipping, one optimizer step.
 
     Raises:
         DivergedError: loss or gradient is not finite; the weights are as before.
     """
     optimizer.zero_grad()
     loss, means, passes = compute_gradients(
-        samples, student, objective, heads, head_digests, tokens_per_pass=tokens_per_pass
+        samples,
+        student,
+        objective,
+        heads,
+        head_digests,
+        tokens_per_pass=tokens_per_pass,
+        heads_resident=heads_resident,
     )
     grad_norm = optimizer.clip()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,6 +13,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("OPD_REDIS_URL", None)
+# Before triton is imported anywhere: without a GPU its kernels run in its interpreter, on tensors of the CPU.
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 # Tiny models gain nothing from a second thread, and lose much where two processes share two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 # No example is wrong for being slow: machines are shared.

@@ -1,6 +1,21 @@
-"""Fused divergences between two language-model heads: hidden states and heads in, loss and gradients out."""
+"""Fused divergences between language-model heads: hidden states and heads in, loss and gradients out."""
 
-from opd_kernels.divergence import Divergence, linear_divergence
+from opd_kernels.divergence import linear_divergence
 from opd_kernels.head import LinearHead
+from opd_kernels.inputs import Divergence
+from opd_kernels.objectives import JSD, ExOPD, ForwardKL, Objective, ReverseKL, SampledToken, TopK
+from opd_kernels.signal import Signal
 
-__all__ = ["Divergence", "LinearHead", "linear_divergence"]
+__all__ = [
+    "JSD",
+    "Divergence",
+    "ExOPD",
+    "ForwardKL",
+    "LinearHead",
+    "Objective",
+    "ReverseKL",
+    "SampledToken",
+    "Signal",
+    "TopK",
+    "linear_divergence",
+]

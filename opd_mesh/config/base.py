@@ -66,6 +66,21 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _keys(place: tuple[int | str, ...], value: Any) -> list[int | str]:
+    """The path as the file has it: pydantic also names which of several models was chosen (``objective.jsd.beta``)."""
+    keys: list[int | str] = []
+    for depth, part in enumerate(place):
+        is_last = depth + 1 == len(place)
+        if isinstance(value, dict) and part not in value and (not is_last or part == value.get("name")):
+            continue
+        keys.append(part)
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+    return keys
+
+
 def parse_config(model: type[ConfigT], value: Any, *, source: str) -> ConfigT:
     """Validate ``value``.
 
@@ -77,7 +92,7 @@ def parse_config(model: type[ConfigT], value: Any, *, source: str) -> ConfigT:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"]) or "(top level)"
+            path = ".".join(str(part) for part in _keys(item["loc"], value)) or "(top level)"
             message = item["msg"].removeprefix("Value error, ")
             problems.append((path, message))
         text = "\n".join(f"  {path}: {message}" for path, message in problems)

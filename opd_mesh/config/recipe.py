@@ -17,6 +17,13 @@ from opd_mesh.config.services import (
     TeacherConfig,
     require_addresses,
 )
+from opd_mesh.config.training import (
+    AdamWConfig,
+    ExOpdConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ReverseKlConfig,
+)
 
 
 class RunConfig(Strict):
@@ -128,33 +135,6 @@ class RolloutConfig(Strict):
     timeout_s: float = Field(600.0, gt=0)
 
 
-class ObjectiveConfig(Strict):
-    """What is minimized."""
-
-    name: Literal["reverse_kl"] = "reverse_kl"
-    # Divides the logits of student and teacher alike.
-    temperature: float = Field(1.0, gt=0)
-    # hidden_states, or logits where a teacher offers nothing else; auto: the better of what its card offers.
-    signal: Literal["auto", "hidden_states", "logits"] = "auto"
-    # On the wire; auto: the teacher's own.
-    wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    implementation: Literal["auto", "chunked", "reference"] = "auto"
-
-
-class OptimizerConfig(Strict):
-    """AdamW."""
-
-    lr: float = Field(1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    # Of the peak, at the end of cosine and linear.
-    final_lr_ratio: float = Field(0.1, ge=0, le=1)
-
-
 class BatchConfig(Strict):
     """The mini-batch of one optimizer step."""
 
@@ -162,6 +142,9 @@ class BatchConfig(Strict):
     responses_per_prompt: int = Field(1, ge=1)
     # Tokens (prompt and response) in one forward and backward pass; gradients accumulate over the passes.
     tokens_per_pass: int = Field(4096, ge=1)
+    # Teachers' heads that may be on the device together. Above 1, a sample's several teachers share one projection of
+    # the student.
+    heads_resident: int = Field(1, ge=1)
     # Trajectories from outside taken into one step, at most.
     max_external_per_step: int = Field(64, ge=0)
 
@@ -196,8 +179,8 @@ class Recipe(Strict):
     teachers: dict[str, TeacherRef] = Field(min_length=1)
     domains: dict[str, DomainConfig] = Field(min_length=1)
     rollout: RolloutConfig = RolloutConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ReverseKlConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
     batch: BatchConfig = BatchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -222,6 +205,13 @@ class Recipe(Strict):
                         f"domains.{name}.teachers names {teacher!r}, but the teachers are {', '.join(self.teachers)}"
                     )
         used = {teacher for domain in self.domains.values() for teacher in domain.teachers}
+        if isinstance(self.objective, ExOpdConfig):
+            if self.objective.reference not in self.teachers:
+                raise ValueError(
+                    f"objective.reference names {self.objective.reference!r}, but the teachers are "
+                    f"{', '.join(self.teachers)}"
+                )
+            used.add(self.objective.reference)
         idle = sorted(set(self.teachers) - used)
         if idle:
             raise ValueError(f"teachers {', '.join(idle)} mark no domain; route one to them or take them out")

@@ -129,7 +129,7 @@ class Case:
 
         def recording(*args: Any, **kwargs: Any) -> Any:
             divergence = objective(*args, **kwargs)
-            recorded.append(divergence.kl_T)
+            recorded.append(divergence.kl_T[0])
             return divergence
 
         compute_gradients([sample], self.student, recording, self.heads, self.head_digests, tokens_per_pass=40)
@@ -257,3 +257,84 @@ async def test_weighted_teachers_of_one_sample_equal_float64(tmp_path: Path) -> 
     _, found = case.gradients(case.samples, case.head_digests)
     assert case.loss == pytest.approx(loss, rel=1e-5)
     assert gradient_error(found, gradient) < GRADIENT_TOLERANCE
+
+
+def naive(name: str, log_p: torch.Tensor, log_q: torch.Tensor, log_r: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Per token, as the papers write it; of sampled_token what is to be differentiated."""
+    p, q = log_p.exp(), log_q.exp()
+    match name:
+        case "forward_kl":
+            return (q * (log_q - log_p)).sum(-1)
+        case "jsd":
+            log_m = (0.3 * q + 0.7 * p).log()
+            return 0.3 * (q * (log_q - log_m)).sum(-1) + 0.7 * (p * (log_p - log_m)).sum(-1)
+        case "exopd":
+            return (p * (log_p - (1.25 * log_q - 0.25 * log_r).log_softmax(-1))).sum(-1)
+        case "top_k":
+            top = log_q.topk(8).indices
+            inside_p, inside_q = p.gather(1, top), q.gather(1, top)
+            tail_p, tail_q = 1 - inside_p.sum(-1), 1 - inside_q.sum(-1)
+            return (inside_p * (inside_p / inside_q).log()).sum(-1) + tail_p * (tail_p / tail_q).log()
+        case "sampled_token":
+            log_p_y, log_q_y = (x.gather(1, ids[:, None])[:, 0] for x in (log_p, log_q))
+            return (log_p_y - log_q_y).detach() * log_p_y
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("heads_resident", [1, 2])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "forward_kl"},
+        {"name": "jsd", "beta": 0.3},
+        {"name": "exopd", "lam": 1.25, "reference": "base"},
+        {"name": "top_k", "k": 8},
+        {"name": "sampled_token"},
+    ],
+    ids=lambda value: value["name"],
+)
+async def test_every_objective_equals_float64(objective: dict[str, Any], heads_resident: int, tmp_path: Path) -> None:
+    """Gradient of Σ_i w_i D(student, teacher_i), two teachers for every token, at a temperature."""
+    case, weights = Case("qwen3", tmp_path), {"one": 0.7, "two": 1.6}
+    case.paths["base"] = save_tiny_checkpoint(tmp_path / "base", "qwen3", 3)
+    paths = case.paths if objective["name"] == "exopd" else {name: case.paths[name] for name in weights}
+    domains = {
+        name: domain.model_dump(mode="json") | {"teachers": weights} for name, domain in case.recipe.domains.items()
+    }
+    case.recipe = tiny_recipe(tmp_path / "student", paths, domains=domains, objective={"temperature": 2.0, **objective})
+    await case.through_the_mesh()
+
+    student = in_float64(case.student.model)
+    teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
+    values = []
+    for sample in case.samples:
+        ids = torch.tensor([sample.trajectory.token_ids])
+        rows, sampled = sample.trajectory.predicting_positions, torch.tensor(sample.trajectory.scored_token_ids)
+
+        def log_probs(model: Any, ids: torch.Tensor = ids, rows: tuple[int, ...] | list[int] = rows) -> torch.Tensor:
+            return (model(input_ids=ids, use_cache=False).logits[0, rows].double() / 2.0).log_softmax(-1)
+
+        with torch.no_grad():
+            said = {name: log_probs(model) for name, model in teachers.items()}
+        log_p = log_probs(student)
+        values.append(
+            sum(w * naive(objective["name"], log_p, said[name], said["base"], sampled) for name, w in weights.items())
+        )
+    torch.cat(values).mean().backward()
+    wanted = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+
+    case.student.model.zero_grad(set_to_none=True)
+    loss, means, _ = compute_gradients(
+        case.samples,
+        case.student,
+        build_objective(case.recipe.objective),
+        HeadStore(case.folder / "heads", "cpu", resident=3),
+        case.head_digests,
+        tokens_per_pass=40,
+        heads_resident=heads_resident,
+    )
+    found = {n: p.grad for n, p in case.student.model.named_parameters() if p.grad is not None}
+    assert gradient_error(found, wanted) < GRADIENT_TOLERANCE
+    assert means.means()["kl/one"] > 0.1
+    if objective["name"] != "sampled_token":
+        assert loss == pytest.approx(float(torch.cat(values).detach().mean()), rel=1e-5)

@@ -100,6 +100,37 @@ async def test_student_equal_to_teacher_has_no_loss(tmp_path: Path) -> None:
     assert abs(line["loss"]) < 1e-5
 
 
+async def test_muon_towards_beyond_two_teachers_of_every_token(tmp_path: Path) -> None:
+    """Another optimizer, another objective, heads side by side: a whole run, stopped and resumed."""
+    student, teachers = tiny_family(tmp_path)
+    teachers["base"] = save_tiny_checkpoint(tmp_path / "base", "llama", 3)
+    domain = {"reasoning_gym": {"task": "chain_sum"}, "teachers": {"one": 1.0, "two": 0.5}}
+    recipe = tiny_recipe(
+        student,
+        teachers,
+        run={"steps": 2},
+        domains={"sums": domain},
+        objective={"name": "exopd", "reference": "base"},
+        optimizer={"name": "muon", "weight_decay": 0.01},
+        batch={"heads_resident": 2},
+        evaluation={"prompts_per_domain": 1},
+    )
+    await whole_run(recipe, tmp_path)
+    first = lines_of(tmp_path / "run")
+    assert {"kl/one", "kl/two", "overlap/two"} <= first[0].keys()
+    assert "kl/base" not in first[0]
+    # All three heads fit: the teachers' were loaded for the evaluation before, the reference's is.
+    assert [line["heads_loaded"] for line in first] == [1, 0]
+
+    longer = recipe.replace(run=recipe.run.replace(steps=3))
+    with running_valkey(tmp_path / "valkey") as url:
+        async with mesh(longer, url) as resolved:
+            trainer = await new_trainer(resolved, tmp_path / "run", resume=True)
+            await trainer.run()
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3]
+    assert any(name.startswith("momentum_buffer.") for name in trainer.optimizer.state_tensors())
+
+
 async def test_a_run_resumed_with_another_teacher_is_refused(tmp_path: Path) -> None:
     student, teachers = tiny_family(tmp_path)
     recipe = tiny_recipe(student, teachers, run={"steps": 1})

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import Mark, Sample, order_by_teacher, split_into_passes, teachers_in_order
+from student_trainer.batch import Mark, Sample, order_by_teacher, plan_shares, split_into_passes
 
 ROWS = np.zeros((1, 1), np.float32)
 
@@ -52,8 +52,23 @@ def test_with_one_teacher_each_a_head_is_needed_once() -> None:
     ordered = order_by_teacher(mixed)
     assert [one.marks[0].teacher_id for one in ordered] == list("aaabbbcc")
     assert names(ordered) == ["t0", "t3", "t6", "t1", "t4", "t7", "t2", "t5"]
-    assert teachers_in_order(ordered) == ["a", "b", "c"]
-    assert teachers_in_order([sample("x", ["c", "a"]), sample("y", ["b", "a"])]) == ["c", "a", "b"]
+    assert plan_shares(ordered, 1) == {("a",): [0, 1, 2], ("b",): [3, 4, 5], ("c",): [6, 7]}
+
+
+@given(SAMPLES, st.integers(1, 4))
+def test_every_mark_has_a_part_in_one_share(samples: list[Sample], heads_resident: int) -> None:
+    shares = plan_shares(samples, heads_resident)
+    parts = sorted(
+        (index, teacher) for teachers, indices in shares.items() for index in indices for teacher in teachers
+    )
+    assert parts == sorted((i, mark.teacher_id) for i, one in enumerate(samples) for mark in one.marks)
+    assert all(1 <= len(teachers) <= heads_resident for teachers in shares)
+
+
+def test_teachers_that_fit_together_share_a_projection() -> None:
+    samples = [sample("x", ["c", "a"]), sample("y", ["a", "b", "c"]), sample("z", ["b"])]
+    assert plan_shares(samples, 2) == {("a", "c"): [0], ("a", "b"): [1], ("c",): [1], ("b",): [2]}
+    assert plan_shares(samples, 1) == {("a",): [0, 1], ("c",): [0, 1], ("b",): [1, 2]}
 
 
 @given(SAMPLES, st.integers(1, 80))

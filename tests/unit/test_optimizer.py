@@ -1,4 +1,4 @@
-"""AdamW around its schedule, and that a resumed optimizer takes the very same step."""
+"""AdamW and Muon around their schedule, and that a resumed optimizer takes the very same step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from opd_mesh.config.recipe import OptimizerConfig
+from opd_mesh.config.training import AdamWConfig, MuonConfig
 from opd_mesh.errors import CorruptWeightsError
 from student_trainer.optimizer import Optimizer, learning_rate
 
-SHAPES = {"matrix": (4, 3), "norm": (3,), "scalar": (), "expert": (2, 2)}
+SHAPES = {"matrix": (4, 3), "norm": (3,), "scalar": (), "expert": (2, 2), "embedding": (5, 3), "stack": (2, 3, 3)}
+EMBEDDINGS = ("embedding",)
+CONFIGS = pytest.mark.parametrize("config", [AdamWConfig, MuonConfig])
 
 
 def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
@@ -24,8 +26,13 @@ def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
-def optimizer(named: dict[str, nn.Parameter], total_steps: int = 10, **fields: Any) -> Optimizer:
-    return Optimizer(OptimizerConfig(**fields), list(named.items()), total_steps=total_steps)
+def optimizer(
+    named: dict[str, nn.Parameter],
+    total_steps: int = 10,
+    config: type[AdamWConfig] | type[MuonConfig] = AdamWConfig,
+    **fields: Any,
+) -> Optimizer:
+    return Optimizer(config(**fields), list(named.items()), total_steps=total_steps, embeddings=EMBEDDINGS)
 
 
 def give_gradients(named: dict[str, nn.Parameter], step: int, *, without: tuple[str, ...] = ()) -> None:
@@ -45,7 +52,7 @@ def give_gradients(named: dict[str, nn.Parameter], step: int, *, without: tuple[
 def test_the_rate_rises_to_its_peak_and_never_rises_again(
     schedule: str, warmup_steps: int, total_steps: int, final: float
 ) -> None:
-    config = OptimizerConfig(lr=2e-3, schedule=schedule, warmup_steps=warmup_steps, final_lr_ratio=final)  # type: ignore[arg-type]
+    config = AdamWConfig(lr=2e-3, schedule=schedule, warmup_steps=warmup_steps, final_lr_ratio=final)  # type: ignore[arg-type]
     rates = [learning_rate(config, step, total_steps) for step in range(max(total_steps, warmup_steps) + 3)]
     warm, rest = rates[:warmup_steps], rates[warmup_steps:]
     assert warm == pytest.approx([2e-3 * (step + 1) / warmup_steps for step in range(warmup_steps)])
@@ -60,9 +67,9 @@ def test_the_rate_rises_to_its_peak_and_never_rises_again(
 def test_the_rate_halfway() -> None:
     half = {"constant": 1.0, "cosine": 0.55, "linear": 0.55}
     for schedule, expected in half.items():
-        config = OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=2, final_lr_ratio=0.1)  # type: ignore[arg-type]
+        config = AdamWConfig(lr=1.0, schedule=schedule, warmup_steps=2, final_lr_ratio=0.1)  # type: ignore[arg-type]
         assert learning_rate(config, 6, 10) == pytest.approx(expected)
-    quarter = OptimizerConfig(lr=1.0, schedule="cosine", final_lr_ratio=0.1)
+    quarter = AdamWConfig(lr=1.0, schedule="cosine", final_lr_ratio=0.1)
     assert learning_rate(quarter, 2, 8) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
 
 
@@ -116,6 +123,43 @@ def test_vectors_do_not_decay() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
 
 
+def test_muon_moves_matrices_by_an_orthogonal_step_of_adamws_size() -> None:
+    """Keller Jordan's Muon with Moonlight's scale: lr · 0.2 · √max(rows, columns) · U Vᵀ of the Nesterov momentum.
+
+    Five Newton-Schulz iterations in bfloat16 bring the singular values to about 1, not to 1.
+    """
+    shape, lr = (12, 7), 0.01
+    named = {"matrix": nn.Parameter(torch.zeros(shape))}
+    mine = Optimizer(MuonConfig(lr=lr), list(named.items()), total_steps=10)
+    momentum = torch.zeros(shape, dtype=torch.float64)
+    for step in range(3):
+        before = named["matrix"].detach().double()
+        give_gradients(named, step)
+        assert named["matrix"].grad is not None
+        gradient = named["matrix"].grad.double()
+        momentum = momentum + 0.05 * (gradient - momentum)  # torch averages: momentum 0.95
+        left, _, right = torch.linalg.svd(gradient + 0.95 * (momentum - gradient), full_matrices=False)
+        mine.step()
+        moved = (before - named["matrix"].detach().double()) / (lr * 0.2 * math.sqrt(max(shape)))
+        aligned = left.T @ moved @ right.T  # diagonal if the singular vectors are those of U Vᵀ
+        assert (aligned.diagonal() > 0.65).all()
+        assert (aligned.diagonal() < 1.25).all()
+        assert (aligned - aligned.diagonal().diag()).abs().max() < 0.06
+
+
+def test_muon_leaves_embeddings_vectors_and_stacks_to_adamw() -> None:
+    with_muon, with_adamw = parameters(), parameters()
+    mine = optimizer(with_muon, config=MuonConfig, lr=1e-2, weight_decay=0.1)
+    run_on(with_muon, mine, range(2))
+    run_on(with_adamw, optimizer(with_adamw, lr=1e-2, weight_decay=0.1), range(2))
+    same = {name for name in with_muon if torch.equal(with_muon[name], with_adamw[name])}
+    assert same == {"norm", "scalar", "embedding", "stack"}
+    assert {name for name in mine.state_tensors() if name.startswith("momentum_buffer.")} == {
+        "momentum_buffer.matrix",
+        "momentum_buffer.expert",
+    }
+
+
 def test_clipping_is_by_the_norm_of_all_together() -> None:
     named = {"a": nn.Parameter(torch.zeros(2, 2)), "b": nn.Parameter(torch.zeros(3))}
     mine = optimizer(named, max_grad_norm=1.0)
@@ -140,15 +184,18 @@ def run_on(named: dict[str, nn.Parameter], mine: Optimizer, steps: range, withou
         mine.step()
 
 
+@CONFIGS
 @pytest.mark.parametrize("without", [(), ("expert",), ("expert", "norm")])
-def test_a_resumed_optimizer_takes_the_very_same_steps(without: tuple[str, ...]) -> None:
+def test_a_resumed_optimizer_takes_the_very_same_steps(
+    without: tuple[str, ...], config: type[AdamWConfig] | type[MuonConfig]
+) -> None:
     # A parameter may have had no gradient yet: an expert that no token was routed to.
     named = parameters()
-    mine = optimizer(named, **SETTINGS)
+    mine = optimizer(named, config=config, **SETTINGS)
     run_on(named, mine, range(4), without)
     saved = {name: tensor.clone() for name, tensor in mine.state_tensors().items()}
     resumed_named = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in named.items()}
-    resumed = optimizer(resumed_named, **SETTINGS)
+    resumed = optimizer(resumed_named, config=config, **SETTINGS)
     resumed.load_state_tensors(saved, 4)
     run_on(named, mine, range(4, 7))
     run_on(resumed_named, resumed, range(4, 7))
@@ -204,3 +251,5 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     for message, wrong in broken.items():
         with pytest.raises(CorruptWeightsError, match=message):
             optimizer(parameters(), **SETTINGS).load_state_tensors(wrong, 2)
+    with pytest.raises(CorruptWeightsError, match=r"another optimizer\.name"):
+        optimizer(parameters(), config=MuonConfig, **SETTINGS).load_state_tensors(state, 2)

@@ -1,0 +1,105 @@
+"""What implementations get and give.
+
+Letters in names: T response tokens, V ids of the vocabulary (padding left out), D the student's hidden width, E a
+teacher's, N teachers, K ids of a top-k signal, C rows of a chunk, B rows of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opd_kernels.head import LinearHead
+from opd_kernels.objectives import Objective
+from opd_kernels.signal import Signal
+
+OVERLAP_K = 16  # "Rethinking OPD", arXiv 2604.13016
+# The logarithm of the smallest normal float32: a log-probability that was lost to underflow is taken for this.
+LOGPROB_FLOOR = -87.0
+# The mass outside a top-k signal is 1 − Σ of float32 numbers, known to about their rounding.
+TAIL_FLOOR = 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Loss and diagnostics. All are float32, or float64 where the student's hidden states or head are.
+
+    Shapes are [T]; those that a teacher has part in are [N, T] if ``teachers`` were given as a sequence. A diagnostic
+    that the teacher's signal does not tell (the entropy of a teacher that gave one log-probability) is NaN.
+
+    Attributes:
+        loss: scalar, Σ_i Σ_t weight_it · divergence_it; differentiable in the student's hidden states, head weight and
+            bias.
+        divergence_T: what the objective sums, not weighted. This and all that follow are detached.
+        kl_T: KL(p ‖ q), whatever the objective.
+        student_entropy_T: H(p) in nats; [T] always.
+        teacher_entropy_T: H(q) in nats.
+        student_logprob_T: log p of the sampled id; [T] always.
+        teacher_logprob_T: log q of the sampled id.
+        overlap_ratio_T: |top-k(p) ∩ top-k(q)| / k with k = min(16, V). Among equal logits, which enter the
+            top k is left open.
+        overlap_mass_T: the student's probability on that intersection, Σ p_v over v ∈ top-k(p) ∩ top-k(q).
+    """
+
+    loss: Tensor
+    divergence_T: Tensor
+    kl_T: Tensor
+    student_entropy_T: Tensor
+    teacher_entropy_T: Tensor
+    student_logprob_T: Tensor
+    teacher_logprob_T: Tensor
+    overlap_ratio_T: Tensor
+    overlap_mass_T: Tensor
+
+
+# Rows of the statistics tensors that implementations fill: [2, T] of the student, [6, N, T] of the teachers.
+STUDENT_STATS = ("student_entropy_T", "student_logprob_T")
+TEACHER_STATS = (
+    "divergence_T",
+    "kl_T",
+    "teacher_entropy_T",
+    "teacher_logprob_T",
+    "overlap_ratio_T",
+    "overlap_mass_T",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceInputs:
+    """What an implementation gets: checked by :func:`linear_divergence`, and nothing left to default but the chunk."""
+
+    student_hidden_TD: Tensor
+    student_head: LinearHead
+    teachers: tuple[Signal, ...]
+    reference: Signal | None
+    sampled_ids_T: Tensor
+    token_weights_NT: Tensor
+    objective: Objective
+    temperature: float
+    chunk_tokens: int | None
+    deterministic: bool
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids that all sides have, without padding."""
+        return self.student_head.vocab_size
+
+    @property
+    def overlap_k(self) -> int:
+        return min(OVERLAP_K, self.vocab_size)
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of statistics, accumulators and results."""
+        wide = torch.promote_types(self.student_hidden_TD.dtype, self.student_head.weight.dtype)
+        return torch.float64 if wide == torch.float64 else torch.float32
+
+    def result(self, loss: Tensor, student_2T: Tensor, teachers_6NT: Tensor) -> Divergence:
+        """From the statistics tensors (``STUDENT_STATS``, ``TEACHER_STATS``) to named fields [T] and [N, T]."""
+        return Divergence(
+            loss=loss,
+            **dict(zip(STUDENT_STATS, student_2T.unbind(0), strict=True)),
+            **dict(zip(TEACHER_STATS, teachers_6NT.unbind(0), strict=True)),
+        )

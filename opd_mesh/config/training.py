@@ -1,0 +1,128 @@
+"""What is minimized, and by which optimizer: one small model per choice, told apart by ``name``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from opd_mesh.config.base import Strict
+
+
+def _choice(default: str, known: tuple[str, ...], what: str) -> Discriminator:
+    def name_of(value: Any) -> Any:
+        return value.get("name", default) if isinstance(value, dict) else getattr(value, "name", None)
+
+    return Discriminator(
+        name_of,
+        custom_error_type="unknown_name",
+        custom_error_message=f"name: choose the {what} among {', '.join(known)}",
+    )
+
+
+# --- objectives ------------------------------------------------------------------------------------------------
+class DivergenceConfig(Strict):
+    """What every objective takes; the formulas are in ``opd_kernels.objectives``."""
+
+    # Divides the logits of student and teacher alike.
+    temperature: float = Field(1.0, gt=0)
+    # hidden_states, or logits where a teacher offers nothing else; auto: the better of what its card offers.
+    signal: Literal["auto", "hidden_states", "logits"] = "auto"
+    # On the wire; auto: the teacher's own.
+    wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    implementation: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+
+class ReverseKlConfig(DivergenceConfig):
+    """KL(student ‖ teacher) over the full vocabulary: DeepSeek-V4's objective."""
+
+    name: Literal["reverse_kl"] = "reverse_kl"
+
+
+class ForwardKlConfig(DivergenceConfig):
+    """KL(teacher ‖ student) over the full vocabulary."""
+
+    name: Literal["forward_kl"] = "forward_kl"
+
+
+class JsdConfig(DivergenceConfig):
+    """Generalized Jensen-Shannon divergence: towards forward KL as beta → 0, towards reverse KL as beta → 1."""
+
+    name: Literal["jsd"] = "jsd"
+    beta: float = Field(0.5, gt=0, lt=1)
+
+
+class ExOpdConfig(DivergenceConfig):
+    """Reverse KL to teacher^lam · reference^(1 − lam): lam above 1 extrapolates beyond the teacher."""
+
+    name: Literal["exopd"] = "exopd"
+    lam: float = Field(1.25, gt=0, allow_inf_nan=False)
+    # One of `teachers`, usually the model that the experts were trained from. It marks every response.
+    reference: str
+
+
+class TopKConfig(DivergenceConfig):
+    """Reverse KL with all ids but the teacher's top k merged into one; for comparison."""
+
+    name: Literal["top_k"] = "top_k"
+    k: int = Field(64, ge=1)
+
+
+class SampledTokenConfig(DivergenceConfig):
+    """Policy gradient of the one-sample reverse KL; for comparison."""
+
+    name: Literal["sampled_token"] = "sampled_token"
+
+
+_OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "exopd", "top_k", "sampled_token")
+ObjectiveConfig: TypeAlias = Annotated[
+    Annotated[ReverseKlConfig, Tag("reverse_kl")]
+    | Annotated[ForwardKlConfig, Tag("forward_kl")]
+    | Annotated[JsdConfig, Tag("jsd")]
+    | Annotated[ExOpdConfig, Tag("exopd")]
+    | Annotated[TopKConfig, Tag("top_k")]
+    | Annotated[SampledTokenConfig, Tag("sampled_token")],
+    _choice("reverse_kl", _OBJECTIVES, "objective"),
+]
+
+
+# --- optimizers ------------------------------------------------------------------------------------------------
+class ScheduledOptimizerConfig(Strict):
+    """Rate, schedule and clipping of any optimizer. Matrices decay; vectors (norms, biases) do not."""
+
+    lr: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    # Of the peak, at the end of cosine and linear.
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+    # Of AdamW.
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+
+
+class AdamWConfig(ScheduledOptimizerConfig):
+    """AdamW for all parameters."""
+
+    name: Literal["adamw"] = "adamw"
+
+
+class MuonConfig(ScheduledOptimizerConfig):
+    """Muon for the hidden matrices; AdamW for embeddings, the head, vectors and stacked experts.
+
+    Its updates are scaled to the root mean square of AdamW's (Moonlight, arXiv 2502.16982), so that one learning rate
+    and one weight decay serve both.
+    """
+
+    name: Literal["muon"] = "muon"
+    momentum: float = Field(0.95, ge=0, lt=1)
+    nesterov: bool = True
+    # Newton-Schulz iterations of the orthogonalization.
+    ns_steps: int = Field(5, ge=1, le=20)
+
+
+OptimizerConfig: TypeAlias = Annotated[
+    Annotated[AdamWConfig, Tag("adamw")] | Annotated[MuonConfig, Tag("muon")],
+    _choice("adamw", ("adamw", "muon"), "optimizer"),
+]

@@ -1,0 +1,319 @@
+"""The Triton kernels against the float64 reference: in Triton's interpreter where there is no GPU, else on it.
+
+Few rows and small vocabularies: the interpreter takes about 50 ms a row. tests/gpu has the sizes that are trained.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from divergence_cases import (
+    DIAGNOSTICS,
+    FORMS,
+    FULL_SIGNALS,
+    OBJECTIVES,
+    Case,
+    assert_matches_reference,
+    assert_near,
+    cast,
+    extreme_case,
+    fitted,
+    given_token_logprobs,
+    given_top_k,
+    logits_case,
+    make_case,
+    run,
+    underflow_case,
+    with_leaves,
+)
+from opd_kernels import (
+    JSD,
+    ExOPD,
+    ForwardKL,
+    LinearHead,
+    Objective,
+    ReverseKL,
+    SampledToken,
+    Signal,
+    TopK,
+    linear_divergence,
+    triton_backend,
+    triton_rows,
+)
+from opd_kernels.triton_backend import CHUNK_BYTES, CHUNK_MULTIPLE, MAX_CHUNK_TOKENS, default_chunk_tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = [torch.bfloat16, torch.float16]
+
+
+def assert_matches(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 2e-5, **options: Any) -> None:
+    assert_matches_reference(case, dtype, tolerance, implementation="triton", device=DEVICE, **options)
+
+
+def on_device(case: Any, dtype: torch.dtype = torch.float32) -> Any:
+    return cast(case, dtype, DEVICE)
+
+
+# --- against the reference ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (3, 5), (1, 97), (63, 97), (2, 3001), (1, 50257)])
+def test_matches_reference_at_awkward_sizes(tokens: int, vocab: int) -> None:
+    assert_matches(make_case(tokens, vocab), chunk_tokens=40)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("vocab", [7, 3001])
+def test_matches_reference_in_every_objective(name: str, vocab: int) -> None:
+    assert_matches(make_case(2, vocab), objective=OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("objective", [ReverseKL(), JSD(0.3), ExOPD(1.25), TopK(20)])
+@pytest.mark.parametrize("form", FORMS)
+def test_matches_reference_in_every_head_form(form: str, objective: Objective) -> None:
+    case = make_case(2, 131, **FORMS[form])
+    assert_matches(case, objective=objective, temperature=0.6)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_half_precision_operands_keep_float32_statistics(name: str, dtype: torch.dtype) -> None:
+    assert_matches(make_case(3, 131, **FORMS["all"]), dtype, objective=OBJECTIVES[name], chunk_tokens=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("objective", [ForwardKL(), ExOPD(0.5), TopK(20), SampledToken()])
+@pytest.mark.parametrize("signal", [name for name in FULL_SIGNALS if name != "hidden"])
+def test_matches_reference_with_every_full_signal(signal: str, objective: Objective, dtype: torch.dtype) -> None:
+    case = FULL_SIGNALS[signal](make_case(2, 67, bias=True), objective)
+    assert_matches(case, dtype, objective=objective, temperature=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_matches_reference_with_given_log_probabilities(dtype: torch.dtype) -> None:
+    case = make_case(3, 131, **FORMS["all"])
+    assert_matches(given_top_k(case), dtype, objective=TopK())
+    assert_matches(given_top_k(make_case(2, 7), 7), dtype, objective=TopK())
+    assert_matches(given_token_logprobs(case), dtype, objective=SampledToken())
+
+
+def test_top_k_of_many_ids() -> None:
+    """K of more than one tile of ids, and all of V: no tail."""
+    assert_matches(make_case(1, 3001), objective=TopK(1500))
+    assert_matches(make_case(2, 50, bias=True), objective=TopK(64))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("soft_cap", [None, 30.0])
+def test_extreme_logits_stay_finite(soft_cap: float | None, name: str) -> None:
+    # Gradients of TopK are those of a tie there.
+    assert_matches(extreme_case(soft_cap), objective=OBJECTIVES[name], gradients=() if name == "top-k" else ("hidden",))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_probabilities_that_underflow_are_not_logged(name: str) -> None:
+    assert_matches(underflow_case(), objective=OBJECTIVES[name])
+
+
+def test_uniform_logits_of_1e4_have_exact_entropies() -> None:
+    logits = torch.full((1, 3001), 1e4, dtype=torch.float64)
+    case = on_device(logits_case(logits, logits))
+    del case["student_head"]
+    result = linear_divergence(
+        **{**case, "student_hidden_TD": torch.full((1, 1), 1e4, device=DEVICE)},
+        student_head=LinearHead(torch.ones(3001, 1, device=DEVICE)),
+        implementation="triton",
+    )
+    assert result.student_entropy_T.item() == pytest.approx(math.log(3001), rel=1e-6)
+    assert result.teacher_entropy_T.item() == pytest.approx(math.log(3001), rel=1e-6)
+    assert result.kl_T.item() == 0
+    assert result.student_logprob_T.item() == pytest.approx(-math.log(3001), rel=1e-6)
+
+
+def test_teacher_equal_to_student_gives_zero() -> None:
+    case = on_device(make_case(3, 3001, scale=3.0))
+    case |= {"teacher_hidden_TE": case["student_hidden_TD"], "teacher_head": case["student_head"]}
+    for objective in (ReverseKL(), ForwardKL(), JSD(0.3)):
+        result, grads = run(case, objective=objective, implementation="triton")
+        assert result.divergence_T.abs().max() <= 1e-6
+        assert grads["hidden"].abs().max() <= 1e-6
+        assert (result.overlap_ratio_T == 1).all()
+
+
+# --- overlap -----------------------------------------------------------------------------------------------------
+def test_overlap_of_equal_logits_is_a_choice_of_16() -> None:
+    """Which of equal logits are among the largest is open, but they are 16, and the mass is that of as many."""
+    student, teacher = torch.zeros(2, 1, 300, dtype=torch.float64)
+    teacher[0, :4] = 1.0
+    result = linear_divergence(**on_device(logits_case(student, teacher)), implementation="triton")
+    common = result.overlap_ratio_T.item() * 16
+    assert common == round(common)
+    assert 0 <= common <= 16
+    assert result.overlap_mass_T.item() == pytest.approx(common / 300, rel=1e-5)
+
+
+def test_overlap_finds_ids_that_share_a_group() -> None:
+    """The largest logits a tile's width apart: all in one group, whose maximum is one of them alone."""
+    width = triton_rows.statistics_block(5000)
+    student = 0.01 * torch.randn(1, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher = student.clone()
+    student[0, 7::width] = torch.arange(10, 10 + len(student[0, 7::width]), dtype=torch.float64)
+    teacher[0, 7::width] = torch.arange(10, 10 + len(teacher[0, 7::width]), dtype=torch.float64).flip(0)
+    result = linear_divergence(**on_device(logits_case(student, teacher)), implementation="triton")
+    expected = linear_divergence(**logits_case(student, teacher), implementation="reference")
+    assert result.overlap_ratio_T.item() == expected.overlap_ratio_T.item() == 1.0
+    assert_near(result.overlap_mass_T.cpu(), expected.overlap_mass_T, 1e-5)
+
+
+# --- dtypes ------------------------------------------------------------------------------------------------------
+def test_operands_of_different_dtypes_are_promoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states wider than their head, a head wider than its hidden states, a teacher of another dtype; the head
+    that is widened in more than one tile."""
+    monkeypatch.setattr(triton_backend, "TILE_BYTES", 4 * 60 * 32)
+    case = make_case(3, 97, bias=True)
+    narrow = on_device(case, torch.bfloat16)
+    wide = on_device(narrow)
+    expected, expected_grads = run(cast(narrow, torch.float64, "cpu"), implementation="reference")
+    for student in ({"student_hidden_TD": wide["student_hidden_TD"]}, {"student_head": wide["student_head"]}):
+        actual, grads = run({**narrow, **student}, implementation="triton")
+        assert_near(actual.kl_T.cpu(), expected.kl_T, 1e-5)
+        for name in ("hidden", "weight", "bias"):
+            tolerance = max(1e-5, torch.finfo(grads[name].dtype).eps)
+            assert_near(grads[name].cpu(), expected_grads[name], tolerance, name)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("several", [False, True])
+def test_tiny_weights_keep_their_precision(several: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of 1e-9 and less: in float16 every factor of a row would underflow."""
+    monkeypatch.setattr(triton_backend, "TILE_BYTES", 4 * 60 * 32)
+    case = cast(make_case(4, 97, bias=True, scale=3.0), dtype)
+    case["token_weights_T"] = 1e-9 * torch.tensor([1.0, 1e-3, 2.0, 0.0])
+    if several:
+        teacher = Signal(hidden_TE=case.pop("teacher_hidden_TE"), head=case.pop("teacher_head"))
+        case |= {"teachers": [teacher, teacher], "token_weights_T": case["token_weights_T"].expand(2, -1)}
+    expected = run(cast(case, torch.float64), factor=1e9, implementation="reference")[1]
+    case = {
+        name: value.to(DEVICE) if name == "token_weights_T" else on_device(value, dtype) for name, value in case.items()
+    }
+    grads = run(case, factor=1e9, implementation="triton")[1]
+    for name, grad in grads.items():
+        assert_near(grad.cpu(), expected[name], 2 * torch.finfo(dtype).eps, name)
+    assert_near(grads["hidden"][1].cpu(), expected["hidden"][1], 4 * torch.finfo(dtype).eps, "a thousandth")
+
+
+def test_float64_is_refused() -> None:
+    case = make_case(2, 97)
+    with pytest.raises(ValueError, match=r"implementation: 'triton'.*float64.*'torch' or 'reference'"):
+        linear_divergence(**cast(case, torch.float64, DEVICE), implementation="triton")
+    mixed = on_device(case) | {"teacher_head": cast(case["teacher_head"], torch.float64, DEVICE)}
+    with pytest.raises(ValueError, match="float64"):
+        linear_divergence(**mixed, implementation="triton")
+
+
+def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = triton.JITFunction(triton_rows.statistics_kernel.fn)
+    monkeypatch.setattr(triton_rows, "statistics_kernel", compiled)
+    with pytest.raises(ValueError, match=r"implementation: 'triton' compiles for GPUs.*cpu; choose 'torch'"):
+        linear_divergence(**cast(make_case(2, 97), torch.float32), implementation="triton")
+
+
+# --- what is wanted, and what not --------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_without_gradients_the_same_statistics(name: str) -> None:
+    case = on_device(fitted(make_case(2, 97), OBJECTIVES[name]))
+    expected, _ = run(case, objective=OBJECTIVES[name], implementation="triton")
+    result = linear_divergence(**case, objective=OBJECTIVES[name], implementation="triton")
+    assert not result.loss.requires_grad
+    for field in ("loss", *DIAGNOSTICS):
+        assert torch.equal(getattr(result, field), getattr(expected, field)), field
+
+
+@pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), ("hidden", "weight")])
+def test_gradients_only_of_what_requires_them(frozen: tuple[str, ...]) -> None:
+    case = on_device(make_case(3, 97, bias=True))
+    _, expected = run(case, implementation="triton")
+    case, leaves = with_leaves(case, frozen)
+    linear_divergence(**case, implementation="triton").loss.backward()
+    for name, leaf in leaves.items():
+        assert (leaf.grad is None) == (name in frozen)
+        assert leaf.grad is None or torch.equal(leaf.grad, expected[name])
+
+
+def test_inputs_are_not_written() -> None:
+    case = on_device(make_case(3, 97, bias=True))
+    logits = case["teacher_head"].logits(case["teacher_hidden_TE"])
+    given = {**case, "teacher_hidden_TE": None, "teacher_head": None, "teachers": Signal(logits_TV=logits)}
+    before = cast(given, torch.float32)
+    run(given, objective=TopK(5), implementation="triton")
+    assert torch.equal(given["teachers"].logits_TV, before["teachers"].logits_TV)
+    assert torch.equal(given["student_hidden_TD"], before["student_hidden_TD"])
+
+
+# --- chunks and bits ---------------------------------------------------------------------------------------------
+def test_chunk_size_does_not_matter() -> None:
+    case = on_device(make_case(7, 97, bias=True))
+    expected, expected_grads = run(case, implementation="triton")
+    for chunk_tokens in (1, 3):
+        actual, actual_grads = run(case, chunk_tokens=chunk_tokens, implementation="triton")
+        assert_near(actual.kl_T, expected.kl_T, 2e-6)
+        for name, grad in actual_grads.items():
+            assert_near(grad, expected_grads[name], 2e-6, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("objective", [ReverseKL(), TopK(20)])
+def test_deterministic_rows_do_not_see_their_neighbours(objective: Objective, dtype: torch.dtype) -> None:
+    """Their order, how many they are, and their place in a chunk: the same bits."""
+    case, options = on_device(make_case(6, 150, bias=True), dtype), {"objective": objective, "deterministic": True}
+    expected, expected_grads = run(case, implementation="triton", chunk_tokens=4, **options)
+    for order in (torch.tensor([3, 5, 0, 4, 2, 1]), torch.tensor([4]), torch.tensor([2, 5])):
+        taken = {name: value[order] if name.endswith(("TD", "TE", "_T")) else value for name, value in case.items()}
+        actual, actual_grads = run(taken, implementation="triton", chunk_tokens=4, **options)
+        for name in DIAGNOSTICS:
+            assert torch.equal(getattr(actual, name), getattr(expected, name)[order]), name
+        assert torch.equal(actual_grads["hidden"], expected_grads["hidden"][order])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_deterministic_matches_reference(dtype: torch.dtype) -> None:
+    assert_matches(make_case(3, 131, **FORMS["all"]), dtype, deterministic=True, chunk_tokens=2)
+
+
+def test_same_arguments_same_bits() -> None:
+    case = on_device(make_case(5, 97, bias=True))
+    (first, first_grads), (second, second_grads) = (
+        run(case, chunk_tokens=2, implementation="triton") for _ in range(2)
+    )
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(first_grads[name], second_grads[name]) for name in first_grads)
+
+
+def test_no_tokens_no_loss() -> None:
+    result, grads = run(on_device(make_case(0, 97, bias=True)), implementation="triton")
+    assert result.loss.item() == 0
+    assert result.kl_T.shape == (0,)
+    assert all((grad == 0).all() for grad in grads.values())
+
+
+def test_default_chunk_is_bounded_and_knows_only_the_vocabulary() -> None:
+    for vocab in (1, 97, 49152, 129_280, 151_936, 262_144, 10**9):
+        rows = default_chunk_tokens(vocab)
+        assert rows % CHUNK_MULTIPLE == 0
+        assert 0 < rows <= MAX_CHUNK_TOKENS
+        assert rows == CHUNK_MULTIPLE or 4 * rows * vocab <= CHUNK_BYTES + 2 * vocab * CHUNK_MULTIPLE
+
+
+def test_full_float32_is_for_the_product_alone() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        run(on_device(make_case(2, 97)), implementation="triton")
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
