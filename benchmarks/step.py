@@ -204,9 +204,7 @@ class Ours:
         ours = cls(mesh, client)
         await client.pause_run()
         ours._events = client.watch_run(from_step=1)
-        await ours._until(lambda event: event.run.phase == "updating the rollout policy")
-        while not (await client.get_run()).HasField("policy"):
-            await asyncio.sleep(0.1)
+        await ours._until(lambda event: event.run.HasField("policy"))
         return ours
 
     async def _until(self, wanted: Any) -> Any:

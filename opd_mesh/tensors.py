@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,7 @@ CHUNK_BYTES = 1 << 20  # measured best for grpc.aio on loopback, see docs/wire.m
 MAX_CHUNK_BYTES = 4 << 20
 MAX_TENSOR_BYTES = 1 << 40
 MAX_DIMENSIONS = 8
+ALIGNMENT = 64  # of an assembled tensor's first byte in the memory it shares with others
 
 DTYPES: dict[common_pb2.DType, np.dtype] = {
     common_pb2.D_TYPE_FLOAT32: np.dtype("<f4"),
@@ -107,6 +109,16 @@ def chunks_of(arrays: Sequence[np.ndarray], *, chunk_bytes: int = CHUNK_BYTES) -
             )
 
 
+def _allocate(headers: Sequence[common_pb2.TensorHeader], dtypes: Sequence[np.dtype]) -> list[np.ndarray]:
+    """Arrays in one block of memory: numpy asks for huge pages for it, which it does not for many small ones."""
+    ends = list(accumulate(-(-header.byte_size // ALIGNMENT) * ALIGNMENT for header in headers))
+    block = np.empty(ends[-1] if ends else 0, dtype=np.uint8)
+    return [
+        block[start : start + header.byte_size].view(dtype).reshape(tuple(header.shape))
+        for start, header, dtype in zip([0, *ends], headers, dtypes, strict=False)
+    ]
+
+
 class TensorAssembler:
     """Collects the chunks of announced tensors into arrays.
 
@@ -127,9 +139,7 @@ class TensorAssembler:
         total = sum(header.byte_size for header in self._headers)
         if total > max_bytes:
             raise TensorDecodeError(f"{total} bytes in all, at most {max_bytes} are accepted", field="tensors")
-        self._arrays = [
-            np.empty(tuple(header.shape), dtype=dtype) for header, dtype in zip(self._headers, dtypes, strict=True)
-        ]
+        self._arrays = _allocate(self._headers, dtypes)
         self._views = [
             array.reshape(-1).view(np.uint8).data if array.nbytes else memoryview(b"") for array in self._arrays
         ]

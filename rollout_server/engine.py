@@ -36,6 +36,7 @@ from rollout_server.generation import (
     finish_reason_after,
     validate_request,
 )
+from rollout_server.packed_linears import PackedLinears
 from rollout_server.policy import check_policy_tensors, copy_policy_tensors
 
 __all__ = ["DecodeEngine", "EngineCounters", "GenerationRequest", "TokenEvent", "WrittenToken"]
@@ -104,6 +105,8 @@ class DecodeEngine:
             reason = self.cache_proof.results[cache_mode].reason
             raise ConfigError(f"cache_mode {cache_mode} is not for this model: {reason}", field="cache_mode")
         self.cache_mode = cache_mode
+        # One sequence at a time has nothing to gain from it.
+        self._packed = PackedLinears(self._model) if cache_mode is CacheMode.BATCHED else None
         self._backend: Backend = make_backend(
             cache_mode, self._model, num_cache_layers=self.cache_proof.num_cache_layers
         )
@@ -179,6 +182,8 @@ class DecodeEngine:
         if not checked:
             self.check_policy(tensors)
         copy_policy_tensors(self._model, tensors)
+        if self._packed is not None:
+            self._packed.pack()
         self._policy_version = version
         self._requeue_running()
         self.counters.swap_seconds += time.perf_counter() - started

@@ -135,10 +135,13 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             arrays = assembler.finish()
         except TensorDecodeError as error:
             raise CorruptWeightsError(f"policy {offered}: {error}; the old policy stays") from error
-        await asyncio.to_thread(verify_digest, arrays, offered)
         tensors = {name: from_numpy(array) for name, array in arrays.items()}
         engine = driver.engine
-        await asyncio.to_thread(engine.check_policy, tensors)
+        # Each reads every byte once, and hashing leaves the other cores free.
+        checks = asyncio.to_thread(verify_digest, arrays, offered), asyncio.to_thread(engine.check_policy, tensors)
+        for failure in await asyncio.gather(*checks, return_exceptions=True):
+            if isinstance(failure, BaseException):
+                raise failure
 
         def swap() -> tuple[float, int]:
             running = engine.running

@@ -197,8 +197,13 @@ class _Job:
 
     def run(self) -> Usage:
         spec = importlib.import_module(self.module).aot_specs(*SIZES[self.sizes[0]], self.dtypes[0])[self.index]
+        from triton.errors import TritonError
+
         start = time.perf_counter()
-        compiled, log = compile_spec(spec, self.arch)
+        try:
+            compiled, log = compile_spec(spec, self.arch)
+        except (TritonError, RuntimeError) as error:  # Triton's own do not travel between processes, either
+            raise RuntimeError(f"{spec.name} ({self.dtypes[0]}, {self.arch}, {self.sizes[0]}): {error}") from None
         seconds = round(time.perf_counter() - start, 2)
         return usage_of(spec, self.arch, compiled, log, dtypes=self.dtypes, sizes=self.sizes, seconds=seconds)
 
@@ -219,19 +224,19 @@ def _with(names: tuple[str, ...], name: str) -> tuple[str, ...]:
 
 
 def table(usages: Sequence[Usage]) -> str:
-    """One row for each compilation, as a Markdown table; sizes are named where a kernel differs between them."""
-    names = ("kernel", "dtype", "arch", "warps", "registers", "spilled", "stack", "shared memory", "tensor memory")
-    cells = [names, tuple("---" for _ in names)]
-    for use in usages:
-        kernel = use.kernel if set(use.sizes) == set(SIZES) else f"{use.kernel} {', '.join(use.sizes)}"
-        dtypes = ", ".join(use.dtypes)
-        spilled, tensor = use.spill_store_bytes + use.spill_load_bytes, use.tensor_memory_columns
-        numbers = (use.warps, use.registers, spilled, use.stack_bytes, use.shared_bytes, tensor or "–")
-        cells.append((kernel, dtypes, use.arch, *map(str, numbers)))
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    )
+    """A Markdown table with a row for each kernel: the most of all dtypes and sizes, one architecture after another."""
+    archs = list(dict.fromkeys(use.arch for use in usages))
+    cells: list[tuple[str, ...]] = [("kernel", "warps", f"registers ({' / '.join(archs)})", "shared memory", "spilled")]
+    for kernel in dict.fromkeys(use.kernel for use in usages):
+        uses = [use for use in usages if use.kernel == kernel]
+        registers = [max(use.registers for use in uses if use.arch == arch) for arch in archs]
+        shared = [max(use.shared_bytes for use in uses if use.arch == arch) for arch in archs]
+        spilled = max(use.spill_store_bytes + use.spill_load_bytes for use in uses)
+        each = (" / ".join(map(str, numbers)) for numbers in (registers, shared))
+        cells.append((kernel, str(max(use.warps for use in uses)), *each, str(spilled)))
+    lines = [" | ".join(row) for row in cells]
+    lines.insert(1, " | ".join("---" for _ in cells[0]))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def compile_all(archs: Sequence[str], processes: int) -> list[Usage]:

@@ -62,9 +62,10 @@ def linear_divergence(
             of the whole batch here, so that no mean of means arises.
         objective: ``ReverseKL()`` if None.
         temperature: τ, divides the logits of all sides, after scale and soft-cap.
-        chunk_tokens: rows projected at a time; None lets the implementation choose from V alone.
+        chunk_tokens: rows projected at a time; None lets the implementation choose, not knowing T.
         deterministic: batch-invariant: every GEMM has the same shape whatever T is, and a row's statistics and its
-            hidden state's gradient have bits that do not depend on the other rows.
+            hidden state's gradient have bits that do not depend on the other rows. On a CPU that needs
+            ``chunk_tokens=None``: of other numbers of rows, some go through other kernels of its GEMM.
         implementation: "auto", or a key of ``IMPLEMENTATIONS``.
 
     Raises:

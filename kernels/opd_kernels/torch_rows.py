@@ -178,7 +178,8 @@ def _top_k_kl(k: int, block: Block) -> Tensor:
         assert block.top_k_logprobs_BK is not None
         ids_BK = block.top_k_ids_BK
         log_q_BK = block.top_k_logprobs_BK.to(exp_BV.dtype).clamp(min=LOGPROB_FLOOR)
-        log_q_tail_B = (1.0 - log_q_BK.exp().sum(1)).clamp(min=TAIL_FLOOR).log()
+        # The given numbers may leave little of 1: what they do must not drown in the rounding of their sum.
+        log_q_tail_B = (1.0 - log_q_BK.double().exp().sum(1)).clamp(min=TAIL_FLOOR).log().to(exp_BV.dtype)
     exp_BK = exp_BV.gather(1, ids_BK)
     outside_B = exp_BV.scatter_(1, ids_BK, 0.0).sum(1)
     log_p_tail_B = (outside_B.log() - student.log_sum_B).clamp(min=LOGPROB_FLOOR)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 import triton
@@ -38,6 +39,8 @@ DETERMINISTIC_CHUNK_TOKENS = 256  # every call pays for whole chunks there
 # What a tile of a widened head, or of a gradient that is yet to be scaled, may take.
 TILE_BYTES = 256 << 20
 HALF = (torch.bfloat16, torch.float16)
+# Rows, bias, and two factors, as :mod:`opd_kernels.triton_tiles` says.
+_Side: TypeAlias = tuple[Tensor | None, Tensor | None, float, float]
 # (factor · hidden) is a GEMM's operand; in float16 its largest entry is brought to [2¹³, 2¹⁴).
 OPERAND_EXPONENT = 14
 
@@ -233,7 +236,6 @@ class TritonBackend:
     def _side(
         self, logits_CV: Tensor | None, head: LinearHead | None
     ) -> tuple[Tensor | None, Tensor | None, float, float]:
-        """A side's arguments of the kernels: :mod:`opd_kernels.triton_tiles` says what they are."""
         tau = self._inputs.temperature
         if logits_CV is None or head is None:
             return logits_CV, None, 1.0 / tau, 1.0
@@ -245,8 +247,10 @@ class TritonBackend:
 
     @contextlib.contextmanager
     def _top_k(self, rows: Rows) -> Iterator[tuple[int, Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
-        """k, ids, the student's entries there, and, where they are given, the teacher's log-probabilities and its tail's;
-        for as long as this lasts the student's row is −inf at those ids."""
+        """k, ids, the student's entries there, and, if given, the teacher's log-probabilities and that of its tail.
+
+        As long as this lasts, the student's row is −inf at those ids.
+        """
         if not isinstance(self._inputs.objective, TopK):
             yield 1, None, None, None, None
             return

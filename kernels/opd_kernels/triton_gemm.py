@@ -203,12 +203,11 @@ def _may_read_groups(a_MK: Tensor) -> bool:
     return end <= a_MK.untyped_storage().nbytes() // a_MK.itemsize
 
 
-# Triton's interpreter multiplies the bit patterns of bfloat16, so there its operands are widened (a product of two is
-# exact in float32, as it is in the tensor cores).
 def _constexprs(tile: Tile, a_reads_groups: bool, accumulate: bool) -> dict[str, Any]:
     return {
         "A_READS_GROUPS": a_reads_groups,
         "ACCUMULATE": accumulate,
+        # Triton's interpreter multiplies the bit patterns of bfloat16. A product of two is exact in float32, too.
         "WIDEN": not isinstance(_mm_kernel, triton.JITFunction),
         "BM": tile.m,
         "BN": tile.n,
@@ -227,7 +226,7 @@ def aot_specs(vocab_size: int, hidden: int, dtype: str) -> list[AotSpec]:
     V, D, padded_V = vocab_size, hidden, -(-vocab_size // 16) * 16
     C = 1024
     products = {
-        # name: M, N, K, strides of a, b and out, out's dtype, accumulate
+        # name: M, N, K, strides of a, b and out, accumulate
         "project": (C, V, D, (D, 1), (1, D), (padded_V, 1), False),
         "project, odd V": (C, V - 1, D, (D, 1), (1, D), (padded_V, 1), False),
         "grad_hidden": (C, D, V, (padded_V, 1), (D, 1), (D, 1), False),

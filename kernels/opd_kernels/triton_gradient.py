@@ -1,4 +1,4 @@
-"""The gradient of a row, from the moments that :mod:`opd_kernels.triton_statistics` left, and the values of JSD and TopK.
+"""The gradient of a row, from the moments that :mod:`opd_kernels.triton_statistics` left; the values of JSD and TopK.
 
 One kernel with the objective as a compile-time constant: what differs is a few lines of arithmetic, what is the same is
 how rows are read, scaled and written. The formulas are in :mod:`opd_kernels.objectives`. The gradient is the one to the
@@ -24,7 +24,7 @@ from opd_kernels.triton_statistics import (
 )
 from opd_kernels.triton_tiles import from_raw, mixture, read_logits
 
-# float16's normal numbers are 2⁻¹⁴ … 2¹⁶: a row's largest gradient is brought to [2¹², 2¹³), the rest has 26 bits below.
+# float16's normal numbers are 2⁻¹⁴ … 2¹⁶: a row's largest gradient is brought to [2¹², 2¹³), with 26 bits below it.
 LARGEST_EXPONENT = tl.constexpr(12)
 # Rows whose largest gradient is below 2⁻⁵² are left smaller than that, so that the factor stays a normal number.
 EXPONENT_LIMIT = tl.constexpr(64)
@@ -109,10 +109,9 @@ def _top_k_sums(
             t, _, _ = read_logits(teacher, ids, V, CAPPED[1])
             teacher_tail += tl.where(outside, tl.exp(t - norms[2]), 0.0)
     log_p = _log_mass(tl.sum(student_tail, axis=0), norms[1], floor)
+    log_q = top[4]
     if top[3] is None:
         log_q = _log_mass(tl.sum(teacher_tail, axis=0), norms[3], floor)
-    else:
-        log_q = top[4]
     return tl.sum(inside, axis=0) + tl.exp(log_p) * (log_p - log_q), log_p - log_q
 
 

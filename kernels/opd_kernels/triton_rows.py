@@ -45,11 +45,11 @@ STATISTICS_WARPS = 8
 # Nothing is kept from tile to tile here (32 to 64 registers), so two loads a thread and side are under way at a time.
 GRADIENT_BLOCK = 2048
 GRADIENT_WARPS = 8
-OVERLAP_WARPS = 4
+OVERLAP_WARPS = 8
 BIAS_TILE = {"BLOCK_C": 32, "BLOCK_V": 128}
 BIAS_WARPS = 4
 # Multiply-adds are fused: in one row's sums that rounds less, and every row goes the same way.
-FUSION = {"enable_fp_fusion": True, "num_stages": 1}
+FUSION: dict[str, Any] = {"enable_fp_fusion": True, "num_stages": 1}
 
 
 def stride_of(vocab_size: int) -> int:

@@ -18,9 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from opd_kernels.triton_tiles import LOWEST, ids_of, mixture, read_logits, row_top, values_of
+from opd_kernels.triton_tiles import LOWEST, ids_of, mixture, read_logits, rows_top, values_of
 
-# Rows of the moments tensor [MOMENTS, C], which the gradient starts from. The target is the teacher, or ExOPD's mixture.
+# Rows of the moments [MOMENTS, C], which the gradient starts from. The target is the teacher, or ExOPD's mixture.
 STUDENT_MAX = tl.constexpr(0)
 STUDENT_SUM = tl.constexpr(1)
 TARGET_MAX = tl.constexpr(2)
@@ -205,15 +205,15 @@ def overlap_kernel(
 ):
     """Ids among the TOP largest of both sides: their share, and the student's probability of them.
 
-    A kernel of its own: chains of small reductions want many small programs at once, where the passes over the rows want
-    few and wide ones; what it reads is a fiftieth of theirs.
+    A kernel of its own: chains of small reductions would stall the passes over the rows, and raise their registers.
+    What it reads is a fiftieth of theirs.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
     student = (student_ptr + row * STRIDE, student_bias_ptr, student_before, student_after)
     teacher = (teacher_ptr + row * STRIDE, teacher_bias_ptr, teacher_before, teacher_after)
-    student_keys = row_top(student, group_max_ptr + 2 * row * GROUPS, V, STUDENT_CAPPED, GROUPS, TOP)
-    teacher_keys = row_top(teacher, group_max_ptr + (2 * row + 1) * GROUPS, V, TEACHER_CAPPED, GROUPS, TOP)
+    CAPPED: tl.constexpr = (STUDENT_CAPPED, TEACHER_CAPPED)
+    student_keys, teacher_keys = rows_top(student, teacher, group_max_ptr + 2 * row * GROUPS, V, CAPPED, GROUPS, TOP)
     count: tl.constexpr = min(TOP, V)
     known = tl.arange(0, TOP) < count
     same = (ids_of(student_keys)[:, None] == ids_of(teacher_keys)[None, :]) & known[:, None] & known[None, :]

@@ -21,6 +21,8 @@ import triton.language as tl
 
 # Below every logit, and finite: differences of two of them are numbers.
 LOWEST = tl.constexpr(-3.0e38)
+# What a row holds beyond V, as it is read: its probability is 0, and a head's form leaves it finite.
+BEYOND = tl.constexpr(-1.0e30)
 # Below the key of every entry of a row, the lowest included.
 LEAST_KEY = tl.constexpr(-(1 << 63))
 
@@ -44,8 +46,10 @@ def from_raw(side, raw, ids, valid, CAPPED: tl.constexpr):
 
 @triton.jit
 def read_logits(side, ids, V: tl.constexpr, CAPPED: tl.constexpr):
-    """→ logits over τ, 1 − tanh² (1 if not capped), and what was read, at ids. Beyond V: any value."""
-    raw = tl.load(side[0] + ids, mask=ids < (V + 15) // 16 * 16, other=0.0)
+    """→ logits over τ, 1 − tanh² (1 if not capped), and what was read, at ids."""
+    raw = tl.load(side[0] + ids, mask=ids < (V + 15) // 16 * 16, other=BEYOND)
+    if V % 16 != 0:
+        raw = tl.where(ids < V, raw, BEYOND)
     x, slope = from_raw(side, raw, ids, ids < V, CAPPED)
     return x, slope, raw
 
@@ -59,7 +63,7 @@ def mixture(teacher_logits, reference_logits, lam):
 # --- the largest entries -----------------------------------------------------------------------------------------
 @triton.jit
 def to_keys(x, ids):
-    """int64 that sort as (x, id) do: a float32's bits sort like an integer once those of negative numbers are flipped."""
+    """int64 that sort as (x, id) do: a float32's bits sort as an integer once those of negative numbers are flipped."""
     bits = x.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(tl.int64) << 32) | ids.to(tl.int64)
@@ -77,30 +81,41 @@ def values_of(keys):
 
 
 @triton.jit
-def largest_keys(keys, COUNT: tl.constexpr):
-    """[COUNT], descending. Keys are distinct, LEAST_KEY excepted.
+def largest_keys(keys_N2, COUNT: tl.constexpr):
+    """[COUNT, 2]: of each column, descending. Keys are distinct, LEAST_KEY excepted.
 
     COUNT reductions. A sorting network would do fewer comparisons, but its steps cross warps one after the other.
     """
-    place = tl.arange(0, COUNT)
-    found = tl.full((COUNT,), LEAST_KEY, tl.int64)
+    place = tl.arange(0, COUNT)[:, None]
+    found = tl.full((COUNT, 2), LEAST_KEY, tl.int64)
     for i in range(COUNT):
-        best = tl.max(keys)
+        best = tl.max(keys_N2, axis=0)[None, :]
         found = tl.where(place == i, best, found)
-        keys = tl.where(keys == best, LEAST_KEY, keys)
+        keys_N2 = tl.where(keys_N2 == best, LEAST_KEY, keys_N2)
     return found
 
 
 @triton.jit
-def row_top(side, group_max_ptr, V: tl.constexpr, CAPPED: tl.constexpr, GROUPS: tl.constexpr, TOP: tl.constexpr):
-    """Keys [TOP] of a row's largest entries, descending; LEAST_KEY where V has fewer.
-
-    Group g holds the ids g, g + GROUPS, … The TOP largest entries lie in the TOP groups of the largest maxima, or equals
-    of them do, so only those are read again.
-    """
-    groups = tl.arange(0, GROUPS)
-    group_keys = largest_keys(to_keys(tl.load(group_max_ptr + groups), groups), TOP)
+def _keys_of_groups(side, groups, V: tl.constexpr, CAPPED: tl.constexpr, GROUPS: tl.constexpr):
     SIZE: tl.constexpr = triton.next_power_of_2((V + GROUPS - 1) // GROUPS)
-    ids = ids_of(group_keys)[:, None] + GROUPS * tl.arange(0, SIZE)[None, :]
+    ids = groups[:, None] + GROUPS * tl.arange(0, SIZE)[None, :]
     x, _, _ = read_logits(side, ids, V, CAPPED)
-    return largest_keys(tl.where(ids < V, to_keys(x, ids), LEAST_KEY), TOP)
+    return tl.where(ids < V, to_keys(x, ids), LEAST_KEY)
+
+
+@triton.jit
+def rows_top(
+    student, teacher, group_max_ptr, V: tl.constexpr, CAPPED: tl.constexpr, GROUPS: tl.constexpr, TOP: tl.constexpr
+):
+    """Keys [TOP] of the largest entries of student and teacher, descending; LEAST_KEY where V has fewer.
+
+    Group g holds the ids g, g + GROUPS, … The TOP largest entries lie in the TOP groups of the largest maxima, or
+    equals of them do, so only those are read again.
+    """
+    groups = tl.arange(0, GROUPS)[:, None]
+    group_max = tl.load(group_max_ptr + groups + GROUPS * tl.arange(0, 2)[None, :])
+    student_groups, teacher_groups = tl.split(ids_of(largest_keys(to_keys(group_max, groups), TOP)))
+    student_keys = _keys_of_groups(student, student_groups, V, CAPPED[0], GROUPS)
+    teacher_keys = _keys_of_groups(teacher, teacher_groups, V, CAPPED[1], GROUPS)
+    keys = tl.join(student_keys, teacher_keys)
+    return tl.split(largest_keys(tl.reshape(keys, (student_keys.numel, 2)), TOP))

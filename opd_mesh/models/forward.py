@@ -34,6 +34,7 @@ LARGEST_TOLERANCE = 5e-2
 class BatchLayout(StrEnum):
     """How sequences share a forward pass."""
 
+    SHARED = "shared"  # packed, and what sequences have in common at their beginning stands there once
     PACKED = "packed"  # one row, no padding; position ids start again with every sequence
     PADDED = "padded"  # one row each, padded on the right, with an attention mask
     LONE = "lone"  # one forward pass each
@@ -82,6 +83,15 @@ def sequence_hidden_states(model: Any, sequences: Sequence[Sequence[int]], layou
     lengths = [len(row) for row in rows]
     if layout is BatchLayout.LONE:
         return [last_hidden_states(model, row[None].to(device))[0] for row in rows]
+    if layout is BatchLayout.SHARED:
+        tree = _PrefixTree.of(sequences)
+        hidden_1TD = last_hidden_states(
+            model,
+            tree.input_ids[None].to(device),
+            attention_mask=tree.additive_mask(model.dtype)[None, None].to(device),
+            position_ids=tree.position_ids[None].to(device),
+        )
+        return [hidden_1TD[0, path.to(device)] for path in tree.paths]
     if layout is BatchLayout.PACKED:
         # Without an attention mask transformers finds the borders where position ids do not ascend by one, and builds a
         # block-diagonal causal (or windowed) mask for eager and sdpa, or cu_seqlens for flash attention.
@@ -96,6 +106,51 @@ def sequence_hidden_states(model: Any, sequences: Sequence[Sequence[int]], layou
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).to(device=device, dtype=torch.long)
     hidden_BTD = last_hidden_states(model, input_ids, attention_mask=mask)
     return [hidden_BTD[row, :length] for row, length in enumerate(lengths)]
+
+
+@dataclass(frozen=True, slots=True)
+class _PrefixTree:
+    """Sequences as paths through one row of T tokens, in which each sees those on its own path up to itself.
+
+    Answers to one prompt share all of it, and all prompts share the beginning of the chat template. A token's hidden
+    state depends on nothing behind it, so what is shared is computed once and its gradient is the sum over its users.
+    """
+
+    input_ids: Tensor  # [T]
+    position_ids: Tensor  # [T]
+    paths: tuple[Tensor, ...]  # per sequence: which of the T tokens it consists of
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> _PrefixTree:
+        input_ids: list[int] = []
+        position_ids: list[int] = []
+        paths: dict[int, list[int]] = {}
+        previous: list[int] = []
+        path: list[int] = []
+        # In lexical order the longest beginning that a sequence shares with any before it, it shares with the last one.
+        for index, tokens in sorted(((i, list(sequence)) for i, sequence in enumerate(sequences)), key=lambda x: x[1]):
+            shared = next(
+                (i for i, (a, b) in enumerate(zip(previous, tokens, strict=False)) if a != b),
+                min(len(previous), len(tokens)),
+            )
+            path = path[:shared] + list(range(len(input_ids), len(input_ids) + len(tokens) - shared))
+            input_ids += tokens[shared:]
+            position_ids += range(shared, len(tokens))
+            paths[index], previous = path, tokens
+        return cls(
+            torch.tensor(input_ids),
+            torch.tensor(position_ids),
+            tuple(torch.tensor(paths[index]) for index in range(len(paths))),
+        )
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+        """[T, T]: 0 where a token (row) sees another, the lowest number elsewhere."""
+        mask_TT = torch.full((len(self.input_ids),) * 2, torch.finfo(dtype).min, dtype=dtype)
+        for path in self.paths:
+            sees = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+            rows, columns = path[:, None].expand_as(sees), path[None].expand_as(sees)
+            mask_TT[rows[sees], columns[sees]] = 0.0
+        return mask_TT
 
 
 def input_device(model: Any) -> torch.device:
@@ -150,7 +205,7 @@ class CacheProof:
 
 
 def prove_layouts(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> LayoutProof:
-    """Compare every layout with LONE on four random sequences of awkward lengths.
+    """Compare every layout with LONE on four random sequences of awkward lengths that begin alike.
 
     The longest exceeds every window of the architecture below ``max_probe_tokens``. Each layout runs three times: as
     is, and with the odd or the even sequences replaced, which must not change the others.
@@ -165,7 +220,12 @@ def prove_layouts(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> 
     with evaluation(model):
         lone = sequence_hidden_states(model, sequences, BatchLayout.LONE)
         tolerance = _layout_tolerance(model, sequences, lone)
-        for layout in (BatchLayout.PACKED, BatchLayout.PADDED):
+        for layout in (BatchLayout.SHARED, BatchLayout.PACKED, BatchLayout.PADDED):
+            if layout is BatchLayout.SHARED and (windows or unreached):
+                # Its mask knows none, and a window that is longer than the probe would not be found out.
+                errors[layout] = float("inf")
+                lines.append(f"{layout}: refused, this model attends within windows")
+                continue
             try:
                 hidden = sequence_hidden_states(model, sequences, layout)
                 difference = _largest_error(hidden, lone)
@@ -266,7 +326,9 @@ def _windows(model: Any, max_probe_tokens: int) -> tuple[list[int], list[int]]:
 def _probe(model: Any, lengths: Sequence[int], seed: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    first, *others = [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    # Half of each is the beginning of the first one; a sequence of one token is that beginning.
+    return [first, *((first[: (len(ids) + 1) // 2] + ids[(len(ids) + 1) // 2 :])[: len(ids)] for ids in others)]
 
 
 def _tolerance(model: Any) -> float:

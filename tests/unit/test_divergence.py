@@ -151,13 +151,20 @@ def test_matches_reference_at_awkward_sizes(tokens: int, vocab: int, options: di
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_at_awkward_sizes(name: str) -> None:
-    for tokens, vocab, chunk in ((1, 1, None), (63, 1, 20), (257, 2, 100), (1, 97, None), (3, 20_011, 2)):
+    for tokens, vocab, chunk in ((1, 1, None), (63, 1, 20), (257, 2, 100), (1, 97, None), (3, 9001, 2)):
         case = make_case(tokens, vocab, 12, 12)
         assert_matches_reference(case, objective=OBJECTIVES[name], chunk_tokens=chunk)
 
 
-@pytest.mark.parametrize("signal", FULL_SIGNALS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "signal"),
+    [
+        (form, signal)
+        for form in FORMS
+        for signal in FULL_SIGNALS
+        if signal != "logits" or form in ("plain", "student cap", "all")  # several have given logits among them
+    ],
+)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_matches_reference_in_every_form(name: str, form: str, signal: str) -> None:
     objective = OBJECTIVES[name]

@@ -43,23 +43,23 @@ def assert_gradients_are_slopes(case: Case, **options: Any) -> None:
     assert torch.autograd.gradcheck(loss, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["plain", "scale", "student cap", "all"])
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sampled"])
 def test_gradcheck(name: str, form: str) -> None:
     objective = TopK(3) if name == "top-k" else OBJECTIVES[name]
-    case = fitted(make_case(4, 7, 3, **{"teacher_width": 3, **FORMS[form]}), objective)
+    case = fitted(make_case(4, 6, 2, **{"teacher_width": 3, **FORMS[form]}), objective)
     assert_gradients_are_slopes(case, objective=objective, temperature=0.8)
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "sampled"])
 def test_gradcheck_of_several_teachers(name: str) -> None:
     objective = TopK(3) if name == "top-k" else OBJECTIVES[name]
-    case = fitted(several_teachers(make_case(4, 7, 3, bias=True), objective), objective)
+    case = fitted(several_teachers(make_case(4, 6, 2, bias=True), objective), objective)
     assert_gradients_are_slopes(case, objective=objective)
 
 
 def test_gradcheck_of_a_given_top_k() -> None:
-    assert_gradients_are_slopes(given_top_k(make_case(4, 7, 3, **FORMS["all"]), 3), objective=TopK())
+    assert_gradients_are_slopes(given_top_k(make_case(4, 6, 2, **FORMS["all"]), 3), objective=TopK())
 
 
 @pytest.mark.parametrize("given", [lambda case: case, given_logits, given_token_logprobs])

@@ -1,18 +1,16 @@
 """The Triton kernels against the float64 reference: in Triton's interpreter where there is no GPU, else on it.
 
-Few rows and small vocabularies: the interpreter takes about 50 ms a row. tests/gpu has the sizes that are trained.
+Few rows and small vocabularies: the interpreter takes 70 ms a row. tests/gpu has the sizes that are trained.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
-
 from divergence_cases import (
     DIAGNOSTICS,
     FORMS,
@@ -43,13 +41,17 @@ from opd_kernels import (
     Signal,
     TopK,
     linear_divergence,
-    triton_backend,
-    triton_rows,
 )
-from opd_kernels.triton_backend import CHUNK_BYTES, CHUNK_MULTIPLE, MAX_CHUNK_TOKENS, default_chunk_tokens
+
+pytest.importorskip("triton")
+
+import triton
+from opd_kernels import triton_backend, triton_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.bfloat16, torch.float16]
+# One of each type.
+KINDS = ["reverse", "forward", "jsd .1", "exopd 1.25", "top-k", "sampled"]
 
 
 def assert_matches(case: Case, dtype: torch.dtype = torch.float32, tolerance: float = 2e-5, **options: Any) -> None:
@@ -61,41 +63,38 @@ def on_device(case: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 
 # --- against the reference ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (3, 5), (1, 97), (63, 97), (2, 3001), (1, 50257)])
+@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (2, 5), (63, 97), (1, 3001), (1, 50257)])
 def test_matches_reference_at_awkward_sizes(tokens: int, vocab: int) -> None:
     assert_matches(make_case(tokens, vocab), chunk_tokens=40)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("vocab", [7, 3001])
-def test_matches_reference_in_every_objective(name: str, vocab: int) -> None:
-    assert_matches(make_case(2, vocab), objective=OBJECTIVES[name])
+def test_matches_reference_in_every_objective(name: str) -> None:
+    assert_matches(make_case(2, 3001), objective=OBJECTIVES[name])
 
 
-@pytest.mark.parametrize("objective", [ReverseKL(), JSD(0.3), ExOPD(1.25), TopK(20)])
+@pytest.mark.parametrize("objective", [ReverseKL(), ExOPD(1.25), TopK(20)])
 @pytest.mark.parametrize("form", FORMS)
 def test_matches_reference_in_every_head_form(form: str, objective: Objective) -> None:
-    case = make_case(2, 131, **FORMS[form])
-    assert_matches(case, objective=objective, temperature=0.6)
+    assert_matches(make_case(2, 131, **FORMS[form]), objective=objective, temperature=0.6)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", KINDS)
 def test_half_precision_operands_keep_float32_statistics(name: str, dtype: torch.dtype) -> None:
     assert_matches(make_case(3, 131, **FORMS["all"]), dtype, objective=OBJECTIVES[name], chunk_tokens=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("objective", [ForwardKL(), ExOPD(0.5), TopK(20), SampledToken()])
 @pytest.mark.parametrize("signal", [name for name in FULL_SIGNALS if name != "hidden"])
 def test_matches_reference_with_every_full_signal(signal: str, objective: Objective, dtype: torch.dtype) -> None:
-    case = FULL_SIGNALS[signal](make_case(2, 67, bias=True), objective)
-    assert_matches(case, dtype, objective=objective, temperature=1.0)
+    assert_matches(FULL_SIGNALS[signal](make_case(1, 67, bias=True), objective), dtype, objective=objective)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_matches_reference_with_given_log_probabilities(dtype: torch.dtype) -> None:
-    case = make_case(3, 131, **FORMS["all"])
+    case = make_case(2, 131, **FORMS["all"])
     assert_matches(given_top_k(case), dtype, objective=TopK())
     assert_matches(given_top_k(make_case(2, 7), 7), dtype, objective=TopK())
     assert_matches(given_token_logprobs(case), dtype, objective=SampledToken())
@@ -107,25 +106,24 @@ def test_top_k_of_many_ids() -> None:
     assert_matches(make_case(2, 50, bias=True), objective=TopK(64))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize("soft_cap", [None, 30.0])
-def test_extreme_logits_stay_finite(soft_cap: float | None, name: str) -> None:
-    # Gradients of TopK are those of a tie there.
-    assert_matches(extreme_case(soft_cap), objective=OBJECTIVES[name], gradients=() if name == "top-k" else ("hidden",))
+@pytest.mark.parametrize(
+    ("name", "soft_cap"), [*((name, None) for name in KINDS), ("reverse", 30.0), ("exopd 1.25", 30.0)]
+)
+def test_extreme_logits_stay_finite(name: str, soft_cap: float | None) -> None:
+    assert_matches(extreme_case(soft_cap), objective=OBJECTIVES[name])
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", KINDS)
 def test_probabilities_that_underflow_are_not_logged(name: str) -> None:
     assert_matches(underflow_case(), objective=OBJECTIVES[name])
 
 
 def test_uniform_logits_of_1e4_have_exact_entropies() -> None:
-    logits = torch.full((1, 3001), 1e4, dtype=torch.float64)
-    case = on_device(logits_case(logits, logits))
-    del case["student_head"]
     result = linear_divergence(
-        **{**case, "student_hidden_TD": torch.full((1, 1), 1e4, device=DEVICE)},
-        student_head=LinearHead(torch.ones(3001, 1, device=DEVICE)),
+        torch.full((1, 1), 1e4, device=DEVICE),
+        LinearHead(torch.ones(3001, 1, device=DEVICE)),
+        teachers=Signal(logits_TV=torch.full((1, 3001), 1e4, device=DEVICE)),
+        sampled_ids_T=torch.zeros(1, dtype=torch.int64, device=DEVICE),
         implementation="triton",
     )
     assert result.student_entropy_T.item() == pytest.approx(math.log(3001), rel=1e-6)
@@ -135,7 +133,7 @@ def test_uniform_logits_of_1e4_have_exact_entropies() -> None:
 
 
 def test_teacher_equal_to_student_gives_zero() -> None:
-    case = on_device(make_case(3, 3001, scale=3.0))
+    case = on_device(make_case(2, 3001, scale=3.0))
     case |= {"teacher_hidden_TE": case["student_hidden_TD"], "teacher_head": case["student_head"]}
     for objective in (ReverseKL(), ForwardKL(), JSD(0.3)):
         result, grads = run(case, objective=objective, implementation="triton")
@@ -197,9 +195,8 @@ def test_tiny_weights_keep_their_precision(several: bool, dtype: torch.dtype, mo
         teacher = Signal(hidden_TE=case.pop("teacher_hidden_TE"), head=case.pop("teacher_head"))
         case |= {"teachers": [teacher, teacher], "token_weights_T": case["token_weights_T"].expand(2, -1)}
     expected = run(cast(case, torch.float64), factor=1e9, implementation="reference")[1]
-    case = {
-        name: value.to(DEVICE) if name == "token_weights_T" else on_device(value, dtype) for name, value in case.items()
-    }
+    weights = case["token_weights_T"].to(DEVICE)  # 1e-9 is no float16
+    case = {**on_device(case, dtype), "token_weights_T": weights}
     grads = run(case, factor=1e9, implementation="triton")[1]
     for name, grad in grads.items():
         assert_near(grad.cpu(), expected[name], 2 * torch.finfo(dtype).eps, name)
@@ -223,7 +220,7 @@ def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- what is wanted, and what not --------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", KINDS)
 def test_without_gradients_the_same_statistics(name: str) -> None:
     case = on_device(fitted(make_case(2, 97), OBJECTIVES[name]))
     expected, _ = run(case, objective=OBJECTIVES[name], implementation="triton")
@@ -235,7 +232,7 @@ def test_without_gradients_the_same_statistics(name: str) -> None:
 
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",), ("hidden", "weight")])
 def test_gradients_only_of_what_requires_them(frozen: tuple[str, ...]) -> None:
-    case = on_device(make_case(3, 97, bias=True))
+    case = on_device(make_case(1, 97, bias=True))
     _, expected = run(case, implementation="triton")
     case, leaves = with_leaves(case, frozen)
     linear_divergence(**case, implementation="triton").loss.backward()
@@ -256,36 +253,44 @@ def test_inputs_are_not_written() -> None:
 
 # --- chunks and bits ---------------------------------------------------------------------------------------------
 def test_chunk_size_does_not_matter() -> None:
-    case = on_device(make_case(7, 97, bias=True))
+    case = on_device(make_case(3, 97, bias=True))
     expected, expected_grads = run(case, implementation="triton")
-    for chunk_tokens in (1, 3):
+    for chunk_tokens in (1, 2):
         actual, actual_grads = run(case, chunk_tokens=chunk_tokens, implementation="triton")
         assert_near(actual.kl_T, expected.kl_T, 2e-6)
         for name, grad in actual_grads.items():
             assert_near(grad, expected_grads[name], 2e-6, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("objective", [ReverseKL(), TopK(20)])
-def test_deterministic_rows_do_not_see_their_neighbours(objective: Objective, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "objective"), [(torch.float32, ReverseKL()), (torch.bfloat16, TopK(20)), (torch.float16, ExOPD(1.25))]
+)
+def test_deterministic_rows_do_not_see_their_neighbours(dtype: torch.dtype, objective: Objective) -> None:
     """Their order, how many they are, and their place in a chunk: the same bits."""
-    case, options = on_device(make_case(6, 150, bias=True), dtype), {"objective": objective, "deterministic": True}
-    expected, expected_grads = run(case, implementation="triton", chunk_tokens=4, **options)
-    for order in (torch.tensor([3, 5, 0, 4, 2, 1]), torch.tensor([4]), torch.tensor([2, 5])):
-        taken = {name: value[order] if name.endswith(("TD", "TE", "_T")) else value for name, value in case.items()}
-        actual, actual_grads = run(taken, implementation="triton", chunk_tokens=4, **options)
+    case = on_device(fitted(make_case(4, 150, bias=True), objective), dtype)
+    options: dict[str, Any] = {"objective": objective, "deterministic": True, "chunk_tokens": 3}
+
+    def taken(value: Any, rows: torch.Tensor) -> Any:
+        if isinstance(value, Signal):
+            return replace(value, hidden_TE=taken(value.hidden_TE, rows))
+        return value[rows] if isinstance(value, torch.Tensor) else value
+
+    expected, expected_grads = run(case, implementation="triton", **options)
+    for rows in (torch.tensor([3, 0, 2, 1], device=DEVICE), torch.tensor([3], device=DEVICE)):
+        part = {name: taken(value, rows) for name, value in case.items()}
+        actual, actual_grads = run(part, implementation="triton", **options)
         for name in DIAGNOSTICS:
-            assert torch.equal(getattr(actual, name), getattr(expected, name)[order]), name
-        assert torch.equal(actual_grads["hidden"], expected_grads["hidden"][order])
+            assert torch.equal(getattr(actual, name), getattr(expected, name)[rows]), name
+        assert torch.equal(actual_grads["hidden"], expected_grads["hidden"][rows])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_deterministic_matches_reference(dtype: torch.dtype) -> None:
-    assert_matches(make_case(3, 131, **FORMS["all"]), dtype, deterministic=True, chunk_tokens=2)
+    assert_matches(make_case(2, 131, **FORMS["all"]), dtype, deterministic=True, chunk_tokens=2)
 
 
 def test_same_arguments_same_bits() -> None:
-    case = on_device(make_case(5, 97, bias=True))
+    case = on_device(make_case(3, 97, bias=True))
     (first, first_grads), (second, second_grads) = (
         run(case, chunk_tokens=2, implementation="triton") for _ in range(2)
     )
@@ -301,11 +306,12 @@ def test_no_tokens_no_loss() -> None:
 
 
 def test_default_chunk_is_bounded_and_knows_only_the_vocabulary() -> None:
+    whole = triton_backend.CHUNK_MULTIPLE
     for vocab in (1, 97, 49152, 129_280, 151_936, 262_144, 10**9):
-        rows = default_chunk_tokens(vocab)
-        assert rows % CHUNK_MULTIPLE == 0
-        assert 0 < rows <= MAX_CHUNK_TOKENS
-        assert rows == CHUNK_MULTIPLE or 4 * rows * vocab <= CHUNK_BYTES + 2 * vocab * CHUNK_MULTIPLE
+        rows = triton_backend.default_chunk_tokens(vocab)
+        assert rows % whole == 0
+        assert 0 < rows <= triton_backend.MAX_CHUNK_TOKENS
+        assert rows == whole or 4 * (rows - whole // 2) * vocab <= triton_backend.CHUNK_BYTES
 
 
 def test_full_float32_is_for_the_product_alone() -> None:
