@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -380,6 +381,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Print the figures."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running, or in /tmp
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:

@@ -30,8 +30,8 @@ from opd_kernels.triton_statistics import MOMENTS
 # Of one float32 [C, V] buffer; there are two, and one in 16 bits. The gradient to the head does 2·C·V·D operations for
 # the 8·V·D bytes of its float32 accumulator, which are read and written once a chunk: C/4 operations a byte. A H100
 # does 989 T/s in bfloat16 and moves 3.35 TB/s, so below C = 1180 that GEMM waits for memory. 512 MiB are 1024 rows at
-# V = 129k and 896 at V = 152k, where it still runs at three quarters of its speed. Twice as much would hardly be
-# faster, and would be gigabytes taken from activations.
+# V = 129k and 896 at V = 152k: three quarters of the peak, which no GEMM of that size reaches anyway. Twice as much
+# would be gigabytes taken from activations.
 CHUNK_BYTES = 512 << 20
 CHUNK_MULTIPLE = 128  # a tile of a GEMM
 MAX_CHUNK_TOKENS = 4096
@@ -233,13 +233,11 @@ class TritonBackend:
                 )
         return factor_C
 
-    def _side(
-        self, logits_CV: Tensor | None, head: LinearHead | None
-    ) -> tuple[Tensor | None, Tensor | None, float, float]:
+    def _side(self, logits_CV: Tensor | None, head: LinearHead | None) -> _Side:
         tau = self._inputs.temperature
+        assert logits_CV is None or logits_CV.stride(0) == triton_rows.stride_of(self._inputs.vocab_size)
         if logits_CV is None or head is None:
             return logits_CV, None, 1.0 / tau, 1.0
-        assert logits_CV.stride(0) == triton_rows.stride_of(self._inputs.vocab_size)
         bias_V = None if head.bias is None else head.bias.detach()
         if head.soft_cap is None:
             return logits_CV, bias_V, head.logit_scale / tau, 1.0

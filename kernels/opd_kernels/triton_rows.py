@@ -7,7 +7,7 @@ One program a row. With float32 logits, V of them a row and a side, HBM sees per
     gradient     8 bytes read, 2 or 4 written            (JSD and TopK: 8 read once more, for their sums)
 
 next to 8 that the projections write and 2 … 8 that the gradient's GEMMs read. The two passes cannot be one: a row's
-normalisers are known at its end, and the rows in flight (two an SM, a megabyte each) are past what L2 holds.
+normalisers are known at its end, and the rows in flight (two or more an SM, a megabyte each) are past what L2 holds.
 
 Kernels: :mod:`opd_kernels.triton_statistics`, :mod:`opd_kernels.triton_gradient`; the objectives' names in them:
 """
@@ -38,13 +38,14 @@ OBJECTIVES: dict[type[Objective], str] = {
 TWO_STEP = (JSD, TopK)
 
 # Tiles of 4 float32 a thread, one load of 16 bytes. The statistics keep 7 to 10 numbers for each element of a tile in
-# registers, 58 to 96 a thread in all: two to four blocks of 8 warps fit an SM where blocks of 16 would leave it with
+# registers, 32 to 97 a thread in all: two to four blocks of 8 warps fit an SM where blocks of 16 would leave it with
 # one or two. No barrier stands between two tiles.
 STATISTICS_BLOCK = 1024
 STATISTICS_WARPS = 8
-# Nothing is kept from tile to tile here (32 to 64 registers), so two loads a thread and side are under way at a time.
+# Nothing is kept from tile to tile here (30 to 101 registers), so two loads a thread and side are under way at a time.
 GRADIENT_BLOCK = 2048
 GRADIENT_WARPS = 8
+# 2 · 16 groups of up to 256 int64 keys in registers: with 4 warps they would be all that there is.
 OVERLAP_WARPS = 8
 BIAS_TILE = {"BLOCK_C": 32, "BLOCK_V": 128}
 BIAS_WARPS = 4
@@ -68,7 +69,7 @@ def _power_of_two(wanted: int, least: int, most: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A kernel and what is constant in it; ``options`` and ``constexprs`` are what ``aot_specs`` compiles, too."""
+    """A kernel and what is constant in it: just this is what ``aot_specs`` compiles, too."""
 
     kernel: Any
     constexprs: dict[str, Any]

@@ -16,6 +16,7 @@ from opd.v1 import common_pb2
 
 from opd_mesh.errors import TensorDecodeError
 from opd_mesh.tensors import (
+    ALIGNMENT,
     CHUNK_BYTES,
     DTYPES,
     MAX_CHUNK_BYTES,
@@ -241,3 +242,17 @@ def test_bfloat16_nan_and_infinity_survive() -> None:
     tensor = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=torch.bfloat16)
     back = from_numpy(to_numpy(tensor).copy())
     assert torch.equal(back.view(torch.int16), tensor.view(torch.int16))
+
+
+def test_assembled_tensors_share_one_aligned_block() -> None:
+    arrays = [np.arange(3, dtype=np.float32), np.zeros((0, 5), np.float32), np.arange(7, dtype=np.uint8)]
+    headers = [header_of(str(index), array) for index, array in enumerate(arrays)]
+    assembler = TensorAssembler(headers)
+    for chunk in chunks_of(arrays):
+        assembler.add(chunk)
+    found = assembler.finish()
+    for index, array in enumerate(arrays):
+        np.testing.assert_array_equal(found[str(index)], array)
+        assert found[str(index)].flags.writeable
+    first, _, last = found.values()
+    assert last.ctypes.data - first.ctypes.data == ALIGNMENT
