@@ -14,6 +14,7 @@ Liger's fused linear losses): with one teacher four GEMMs in all, and backward o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -174,7 +175,7 @@ def _forward(
 
     chunk = inputs.chunk_tokens or backend.default_chunk_tokens()
     if not inputs.deterministic:  # there, one row fills a whole chunk, too: the shape of a GEMM decides its bits
-        chunk = max(1, min(chunk, tokens))
+        chunk = _even_chunk(tokens, chunk)
     buffers = _Buffers.of(inputs, backend, chunk, needs_grad=needs_hidden or needs_weight or needs_bias)
     for start in range(0, tokens, chunk):
         count = min(chunk, tokens - start)
@@ -195,6 +196,12 @@ def _forward(
         if grad_bias_V is not None:
             backend.grad_bias(grad_CV, factor_C, grad_bias_V[:V])
     return (weights_NT * teachers_6NT[0]).sum(), student_2T, teachers_6NT, (grad_hidden_TD, grad_weight_VD, grad_bias_V)
+
+
+def _even_chunk(tokens: int, limit: int) -> int:
+    """Rows of chunks that are all alike: for the head's gradient a small last one would cost as much as a whole one."""
+    rows = math.ceil(tokens / math.ceil(tokens / limit)) if tokens else 1
+    return min(limit, math.ceil(rows / 8) * 8, max(tokens, 1))
 
 
 @dataclass(frozen=True, slots=True)

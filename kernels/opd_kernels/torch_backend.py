@@ -7,6 +7,7 @@ factors of a row: they multiply the [C, D] side of the GEMMs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,13 +21,16 @@ from opd_kernels.objectives import ReverseKL
 from opd_kernels.row_workers import for_each_share
 from opd_kernels.torch_rows import Block, Side, kl, value_and_gradient
 
-CHUNK_BYTES = 64 << 20  # one [C, V] float32 buffer; fewer rows make the head's gradient GEMM wait for memory
+CHUNK_BYTES = 40 << 20  # one [C, V] float32 buffer
+MIN_CHUNK_TOKENS = 96  # with fewer rows the head's gradient GEMM, which goes through all of [V, D], waits for memory
 DETERMINISTIC_CHUNK_TOKENS = 96  # every call pays for whole chunks there
 # MKL deals a GEMM's rows out to threads evenly, and each thread takes 4, 6 or 12 of them at a time, by the instruction
 # set. A remainder goes through other kernels, which add up in another order; so shares are whole multiples of them all.
 # With many threads it splits the sums of few rows, too, and not all rows' sums alike: 12 per thread are too few.
 ROWS_PER_THREAD = 24
-BLOCK_BYTES = 768 << 10  # one [B, V] tensor of a block: a few of them share a core's second-level cache
+# One [B, V] tensor of a block. Smaller ones would fit a core's second-level cache, but Python's lock, which every
+# operation is started under, costs more than that saves.
+BLOCK_BYTES = 5 << 20
 # Half-precision heads are widened as a whole up to this size, a tile at a time above it.
 WIDEN_BYTES = 256 << 20
 
@@ -39,7 +43,7 @@ def compute(inputs: DivergenceInputs) -> Divergence:
 def default_chunk_tokens(vocab_size: int) -> int:
     """Rows of a chunk where none are asked for."""
     rows = CHUNK_BYTES // (4 * vocab_size)
-    return max(1, rows if rows < 8 else min(rows // 8 * 8, 4096))
+    return max(MIN_CHUNK_TOKENS, min(rows // 8 * 8, 4096))
 
 
 class TorchBackend:
@@ -121,29 +125,30 @@ class TorchBackend:
     def rows(self, rows: Rows) -> Tensor:
         count, V = rows.student_logits_CV.shape
         factor_C = torch.empty(count, dtype=self._dtype, device=self._device)
-        on_cpu = self._device.type == "cpu"
-        # On other devices a launch costs more than a cache saves.
-        block = min(count, max(1, BLOCK_BYTES // (self._dtype.itemsize * V))) if on_cpu else count
+        largest = max(1, BLOCK_BYTES // (self._dtype.itemsize * V))
 
         def go_through(share: int, shares: int) -> None:
-            scratch_3BV = torch.empty(3, block, V, dtype=self._dtype, device=self._device)
+            rounds = math.ceil(count / (shares * largest)) if self._device.type == "cpu" else 1
+            block = math.ceil(count / (shares * rounds))  # all alike, so that no thread waits for another
+            scratch_BV = torch.empty(3 if rows.keep_student else 2, block, V, dtype=self._dtype, device=self._device)
             for begin in range(share * block, count, shares * block):
                 part = slice(begin, min(begin + block, count))
-                factor_C[part] = self._block(rows, part, scratch_3BV[:, : part.stop - begin])
+                factor_C[part] = self._block(rows, part, *scratch_BV[:, : part.stop - begin])
 
-        if on_cpu:
+        if self._device.type == "cpu":
             for_each_share(go_through)
-        else:
+        else:  # there a launch costs more than a cache saves
             go_through(0, 1)
         return factor_C.mul_(self._student.slope)
 
-    def _block(self, rows: Rows, part: slice, scratch_3BV: Tensor) -> Tensor:
+    def _block(
+        self, rows: Rows, part: slice, exp_BV: Tensor, work_BV: Tensor, shifted_BV: Tensor | None = None
+    ) -> Tensor:
         """Statistics and gradient of a few rows → [B], what is known here of each row's factor."""
         inputs, ids_B1, k = self._inputs, rows.sampled_ids_C[part, None], self._inputs.overlap_k
         student_2B, teacher_6B = rows.student_2C[:, part], rows.teacher_6C[:, part]
-        shifted_BV, exp_BV, work_BV = scratch_3BV
         logits_BV = rows.student_logits_CV[part]
-        student = Side.of(logits_BV, k, shifted_BV if rows.keep_student else logits_BV, exp_BV, work_BV)
+        student = Side.of(logits_BV, k, logits_BV if shifted_BV is None else shifted_BV, exp_BV, work_BV)
         student_2B[0] = student.log_sum_B - student.mean_B
         student_2B[1] = student.logprob(ids_B1)[:, 0]
         teacher = None
