@@ -12,9 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo          two teachers teach a real student through real services (minutes, two cores)"
 	@echo "make test          unit and integration tests"
+	@echo "make test-slow     the demo's losses against recorded ones (minutes)"
 	@echo "make lint          ruff and mypy"
 	@echo "make kernels       compile the GPU kernels for every architecture, without a GPU; fails if one spills"
-	@echo "make bench         benchmarks, JSON out"
+	@echo "make bench         benchmarks against TRL, Liger and plain torch, JSON out"
 	@echo "make protos        generate the protobuf modules;  protos-check: drift, lint, compatibility"
 	@echo "make setup         everything for development, in $(VENV)"
 
@@ -71,8 +72,16 @@ protos-accept: $(VENV)/.dev
 kernels: $(VENV)/.dev
 	$(BIN)/python -m opd_kernels.aot
 
-bench: $(VENV)/.dev
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "installing what the benchmarks compare with into $(VENV)"
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	@touch $@
+
+# JSON lines; about a quarter of an hour on two cores.
+bench: $(VENV)/.bench demo-models
 	$(BIN)/python benchmarks/wire.py
+	$(BIN)/python benchmarks/divergence.py
+	$(BIN)/python benchmarks/step.py
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -36,7 +36,7 @@ def main() -> None:
     from student_trainer.batch import Sample
     from student_trainer.evaluation import SET_NAMES, HeldoutSets
     from student_trainer.heads import HeadStore
-    from student_trainer.objective import REVERSE_KL
+    from student_trainer.objective import reverse_kl_measure
     from student_trainer.student import Student
     from student_trainer.update import shares_of
 
@@ -46,6 +46,7 @@ def main() -> None:
     student = Student(
         recipe.student.replace(path=run_dir / "student"), device="cpu", deterministic=False, seed=recipe.run.seed
     )
+    measure = reverse_kl_measure(recipe.objective)
     sets, heads = HeldoutSets(run_dir / "heldout"), HeadStore(run_dir / "heads", "cpu")
     samples = [sample for domain in recipe.domains for name in SET_NAMES for sample in sets.get(domain, name) or []]
 
@@ -54,7 +55,7 @@ def main() -> None:
         (rows,) = student.hidden_rows([sample.trajectory.token_ids], [sample.trajectory.predicting_positions])
         total = torch.zeros(len(rows), dtype=torch.float64)
         for share in shares_of([sample], heads, digests, rows.device):
-            found = REVERSE_KL(
+            found = measure(
                 rows,
                 student.head,
                 share.teachers,
@@ -63,6 +64,7 @@ def main() -> None:
                 token_weights_NR=share.weights_NR,
             )
             total += (share.weights_NR * found.kl_T.double()).sum(0)
+            del share  # its heads leave before the next ones arrive
         return total
 
     def rounded(sample: Sample, dtype: str) -> Sample:

@@ -25,7 +25,7 @@ from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from student_trainer.batch import Mark, Sample, order_by_teacher, split_into_passes
 from student_trainer.data import Domain
 from student_trainer.heads import HeadStore
-from student_trainer.objective import REVERSE_KL
+from student_trainer.objective import BatchObjective, reverse_kl_measure
 from student_trainer.rollouts import Rollouts
 from student_trainer.student import Student
 from student_trainer.teachers import Teachers
@@ -55,10 +55,11 @@ def heldout_kl(
     student: Student,
     heads: HeadStore,
     head_digests: Mapping[str, str],
+    measure: BatchObjective,
     *,
     tokens_per_pass: int,
 ) -> HeldoutKl:
-    """Σ_i w_i KL(student ‖ teacher_i) of the samples at temperature 1, whatever objective trains."""
+    """Σ_i w_i KL(student ‖ teacher_i) of the samples, by ``measure``, a reverse KL."""
     total, tokens = 0.0, 0
     for batch in split_into_passes(order_by_teacher(samples), tokens_per_pass):
         rows_Rd = torch.cat(
@@ -68,7 +69,7 @@ def heldout_kl(
             )
         )
         for share in shares_of(batch, heads, head_digests, rows_Rd.device):
-            divergence = REVERSE_KL(
+            divergence = measure(
                 rows_Rd[share.index_R],
                 student.head,
                 share.teachers,
@@ -77,6 +78,7 @@ def heldout_kl(
                 token_weights_NR=share.weights_NR,
             )
             total += float(divergence.loss)
+            del share  # its heads leave before the next ones arrive
         tokens += sum(sample.trajectory.num_scored for sample in batch)
     return HeldoutKl(total / max(1, tokens), tokens)
 
@@ -242,6 +244,7 @@ class Evaluator:
         self._teachers = teachers
         self._rollouts = rollouts
         self._heads = heads
+        self._measure = reverse_kl_measure(recipe.objective, deterministic=recipe.run.deterministic)
         self._sets = HeldoutSets(run_dir / "heldout")
 
     async def evaluate(self, domains: Sequence[Domain], *, lineage: int, step: int) -> dict[str, float]:
@@ -270,6 +273,7 @@ class Evaluator:
             self._student,
             self._heads,
             self._teachers.head_digests,
+            self._measure,
             tokens_per_pass=self._recipe.batch.tokens_per_pass,
         )
 

@@ -24,7 +24,7 @@ from opd_mesh.config.training import (
 )
 
 
-class Objective(Protocol):
+class BatchObjective(Protocol):
     """Loss of R response tokens against N teachers."""
 
     def __call__(
@@ -43,13 +43,14 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LinearDivergence:
-    """Σ_i w_i · D(student, teacher_i) over the full vocabulary.
+    """Σ_i w_i · D(student, teacher_i), computed from hidden states and heads.
 
     Attributes:
+        objective: D.
         deterministic: a token's loss and gradient do not depend on which others share its pass.
     """
 
-    divergence: opd_kernels.Objective
+    objective: opd_kernels.Objective
     temperature: float = 1.0
     implementation: str = "auto"
     deterministic: bool = False
@@ -64,7 +65,7 @@ class LinearDivergence:
         sampled_ids_R: Tensor,
         token_weights_NR: Tensor,
     ) -> Divergence:
-        """See :class:`Objective`."""
+        """See :class:`BatchObjective`."""
         return linear_divergence(
             student_hidden_RD,
             student_head,
@@ -72,7 +73,7 @@ class LinearDivergence:
             reference=reference,
             sampled_ids_T=sampled_ids_R,
             token_weights_T=token_weights_NR,
-            objective=self.divergence,
+            objective=self.objective,
             temperature=self.temperature,
             implementation=self.implementation,
             deterministic=self.deterministic,
@@ -81,22 +82,23 @@ class LinearDivergence:
 
 def build_objective(config: ObjectiveConfig, *, deterministic: bool = False) -> LinearDivergence:
     """The objective a recipe names."""
-    divergence: opd_kernels.Objective
+    objective: opd_kernels.Objective
     match config:
         case ReverseKlConfig():
-            divergence = opd_kernels.ReverseKL()
+            objective = opd_kernels.ReverseKL()
         case ForwardKlConfig():
-            divergence = opd_kernels.ForwardKL()
+            objective = opd_kernels.ForwardKL()
         case JsdConfig():
-            divergence = opd_kernels.JSD(config.beta)
+            objective = opd_kernels.JSD(config.beta)
         case ExOpdConfig():
-            divergence = opd_kernels.ExOPD(config.lam)
+            objective = opd_kernels.ExOPD(config.lam)
         case TopKConfig():
-            divergence = opd_kernels.TopK(config.k)
+            objective = opd_kernels.TopK(config.k)
         case SampledTokenConfig():
-            divergence = opd_kernels.SampledToken()
-    return LinearDivergence(divergence, config.temperature, config.implementation, deterministic)
+            objective = opd_kernels.SampledToken()
+    return LinearDivergence(objective, config.temperature, config.implementation, deterministic)
 
 
-# Reverse KL at temperature 1: what evaluations report, whatever trains.
-REVERSE_KL = LinearDivergence(opd_kernels.ReverseKL())
+def reverse_kl_measure(config: ObjectiveConfig, *, deterministic: bool = False) -> LinearDivergence:
+    """Reverse KL at temperature 1: what evaluations report, whatever trains."""
+    return LinearDivergence(opd_kernels.ReverseKL(), 1.0, config.implementation, deterministic)

@@ -50,48 +50,19 @@ class Optimizer:
         self._named = list(parameters)
         self._total_steps = total_steps
         self.steps_done = 0
-        self._state_keys = {name: ADAMW_STATE for name, _ in self._named}
-        if isinstance(config, MuonConfig):
-            self._state_keys |= {name: MUON_STATE for name, p in self._named if p.ndim == 2 and name not in embeddings}
-        self._optimizers = [
-            build(owned)
-            for keys, build in ((ADAMW_STATE, self._adamw), (MUON_STATE, self._muon))
-            if (owned := [p for name, p in self._named if self._state_keys[name] == keys])
-        ]
+        by_muon = {n for n, p in self._named if p.ndim == 2 and n not in embeddings and isinstance(config, MuonConfig)}
+        self._state_keys = {name: MUON_STATE if name in by_muon else ADAMW_STATE for name, _ in self._named}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if by_adamw := [p for name, p in self._named if name not in by_muon]:
+            self._optimizers.append(_adamw(config, by_adamw))
+        if by_muon and isinstance(config, MuonConfig):
+            self._optimizers.append(_muon(config, [p for name, p in self._named if name in by_muon]))
         self._owner = {
             parameter: optimizer
             for optimizer in self._optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
-
-    def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        config = self._config
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            # One pass over memory instead of a dozen.
-            fused=all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters),
-        )
-
-    def _muon(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        config = self._config
-        assert isinstance(config, MuonConfig)
-        return torch.optim.Muon(
-            parameters,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            ns_steps=config.ns_steps,
-            adjust_lr_fn="match_rms_adamw",
-        )
 
     def zero_grad(self) -> None:
         """Forget gradients."""
@@ -118,8 +89,8 @@ class Optimizer:
         """``<what is kept>.<parameter>`` → tensor, for safetensors."""
         state: dict[str, Tensor] = {}
         for name, parameter in self._named:
-            kept = self._owner[parameter].state.get(parameter, {})
-            state |= {f"{key}.{name}": kept[key] for key in self._state_keys[name] if key in kept}
+            if kept := self._owner[parameter].state.get(parameter):
+                state |= {f"{key}.{name}": kept[key] for key in self._state_keys[name]}
         return state
 
     def load_state_tensors(self, state: Mapping[str, Tensor], steps_done: int) -> None:
@@ -154,3 +125,29 @@ class Optimizer:
             self._owner[parameter].state[parameter] = {
                 key: value.clone().to(parameter.device) for key, value in kept.items()
             }
+
+
+def _adamw(config: ScheduledOptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,  # one pass over memory instead of a dozen
+    )
+
+
+def _muon(config: MuonConfig, matrices: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Muon(
+        matrices,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        ns_steps=config.ns_steps,
+        adjust_lr_fn="match_rms_adamw",
+    )

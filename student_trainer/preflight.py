@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import PreconditionError, TokenizerMismatchError
+from opd_mesh.errors import ConfigError, PreconditionError, TokenizerMismatchError
 from opd_mesh.models.tokenizer import (
     TokenizerRoles,
     first_difference,
@@ -81,3 +81,12 @@ def check_vocabularies(student: Student, teachers: Teachers) -> None:
                 f"teacher {teacher_id!r} has {card.vocab_size} ids, the student {student.vocab_size}",
                 field=f"teachers.{teacher_id}",
             )
+
+
+def check_implementation(recipe: Recipe, device: str) -> None:
+    """Raises :class:`ConfigError` where the kernels that the recipe asks for do not compile for the device."""
+    if recipe.objective.implementation == "triton" and not device.startswith("cuda"):
+        raise ConfigError(
+            f"'triton' compiles for GPUs, and the trainer is on {device}: leave it out, or say 'torch'",
+            field="objective.implementation",
+        )

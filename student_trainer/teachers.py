@@ -11,7 +11,6 @@ from opd.v1 import teacher_service_pb2
 from opd_mesh import telemetry
 from opd_mesh.clients.teacher import HeadData, ScoreRequest, TeacherClient
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.config.training import ExOpdConfig
 from opd_mesh.errors import (
     ConfigError,
     DeadlineError,
@@ -116,8 +115,7 @@ class Teachers:
 
         Raises as :meth:`rows`.
         """
-        objective = self._recipe.objective
-        reference_id = objective.reference if with_reference and isinstance(objective, ExOpdConfig) else None
+        reference_id = self._recipe.reference_id if with_reference else None
         with telemetry.span("trainer.score", {telemetry.TRAJECTORY: trajectory.trajectory_id}):
             weights = self.weights_for(trajectory.domain)
             asked = list(dict.fromkeys([*weights, *([reference_id] if reference_id is not None else [])]))

@@ -15,7 +15,6 @@ import torch
 
 from opd_mesh import telemetry
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.config.training import ExOpdConfig
 from opd_mesh.errors import DivergedError, NotFoundError, OpdError, PreconditionError, RolloutUnavailableError
 from opd_mesh.models.checkpoint import state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
@@ -30,7 +29,7 @@ from student_trainer.heads import HeadStore
 from student_trainer.identity import RunIdentity
 from student_trainer.objective import build_objective
 from student_trainer.optimizer import Optimizer
-from student_trainer.preflight import check_lengths, check_tokenizers, check_vocabularies
+from student_trainer.preflight import check_implementation, check_lengths, check_tokenizers, check_vocabularies
 from student_trainer.rollouts import Arrival, Rollouts, own_trajectory_id
 from student_trainer.run_state import MetricsLog, Phase, RunState
 from student_trainer.step_metrics import Clock, metrics_line
@@ -66,6 +65,7 @@ class Trainer:
         self.metrics = MetricsLog(run_dir / "metrics.jsonl")
         self.state = RunState(self.run_id, recipe.run.steps, self.metrics)
         self.progress = TrainerState()
+        check_implementation(recipe, device)
         self.objective = build_objective(recipe.objective, deterministic=recipe.run.deterministic)
         self.optimizer = Optimizer(
             recipe.optimizer,
@@ -74,9 +74,7 @@ class Trainer:
             embeddings=student.embedding_names(),
         )
         self.heads = HeadStore(
-            run_dir / "heads",
-            device,
-            resident=recipe.batch.heads_resident + isinstance(recipe.objective, ExOpdConfig),  # and the reference's
+            run_dir / "heads", device, resident=recipe.batch.heads_resident + (recipe.reference_id is not None)
         )
         self.teachers = Teachers(recipe, self.fingerprint)
         self.rollouts = Rollouts(

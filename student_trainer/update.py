@@ -1,4 +1,4 @@
-"""One optimizer step: passes over the mini-batch, one head at a time, gradients, clipping, the optimizer.
+"""One optimizer step: passes over the mini-batch, one or a few heads at a time, gradients, clipping, the optimizer.
 
 Letters: R response tokens of a pass, d hidden size, V vocabulary.
 
@@ -23,7 +23,7 @@ from opd_mesh.errors import DivergedError
 from opd_mesh.torch_tensors import from_numpy
 from student_trainer.batch import Mark, Sample, order_by_teacher, plan_shares, split_into_passes
 from student_trainer.heads import HeadStore
-from student_trainer.objective import Objective
+from student_trainer.objective import BatchObjective
 from student_trainer.optimizer import Optimizer
 from student_trainer.student import Student
 
@@ -79,7 +79,7 @@ def response_tokens(samples: Sequence[Sample]) -> int:
 def compute_gradients(
     samples: Sequence[Sample],
     student: Student,
-    objective: Objective,
+    objective: BatchObjective,
     heads: HeadStore,
     head_digests: Mapping[str, str],
     *,
@@ -120,6 +120,7 @@ def compute_gradients(
             means.take(share.teacher_ids, divergence)
             kl_R[share.index_R] += (share.weights_NR * divergence.kl_T.double()).sum(0)
             entropy_R[share.index_R] = divergence.student_entropy_T.double()
+            del share  # its heads leave before the next ones arrive
         if leaf_Rd.grad is not None:
             hidden_Rd.backward(leaf_Rd.grad)
         means.add("entropy/student", entropy_R)
@@ -186,7 +187,7 @@ def update(
     samples: Sequence[Sample],
     student: Student,
     optimizer: Optimizer,
-    objective: Objective,
+    objective: BatchObjective,
     heads: HeadStore,
     head_digests: Mapping[str, str],
     *,

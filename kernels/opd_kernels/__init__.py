@@ -4,7 +4,7 @@ from opd_kernels.divergence import linear_divergence
 from opd_kernels.head import LinearHead
 from opd_kernels.inputs import Divergence
 from opd_kernels.objectives import JSD, ExOPD, ForwardKL, Objective, ReverseKL, SampledToken, TopK
-from opd_kernels.signal import Signal
+from opd_kernels.signals import Signal
 
 __all__ = [
     "JSD",

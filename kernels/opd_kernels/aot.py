@@ -1,4 +1,4 @@
-"""Compile every Triton kernel ahead of time, for devices that need not be there, and read what the assembler says.
+"""Compile the Triton kernels ahead of time, for devices that need not be there, and read what the assembler says.
 
     python -m opd_kernels.aot [--arch sm_90 …] [--json FILE]
 
@@ -45,7 +45,7 @@ class AotSpec:
     """One compilation of a kernel.
 
     Attributes:
-        name: of the row in the report; names the variant, too ("reverse_kl_rows[grad]").
+        name: of the row in the report; names the variant, too ("gradient[reverse_kl, bf16]").
         fn: the ``@triton.jit`` function.
         signature: type of each argument that is not a constexpr, by name: "*bf16", "*fp32", "i32", "i64", "fp32", with
             what the runtime would find out about the value appended: ":16" for a multiple of 16 (of a pointer: an

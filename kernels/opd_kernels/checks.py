@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from opd_kernels.head import LinearHead
 from opd_kernels.inputs import DivergenceInputs
 from opd_kernels.objectives import ExOPD, Objective, SampledToken, TopK
-from opd_kernels.signal import Signal
+from opd_kernels.signals import Signal
 
 
 def one_or_more(
@@ -37,9 +38,9 @@ def check(inputs: DivergenceInputs) -> None:
         raise ValueError(f"objective: {objective!r} is not a value of {', '.join(kind.__name__ for kind in kinds)}")
     _check_head("student", hidden, inputs.student_head)
     tokens = hidden.shape[0]
-    several = len(inputs.teachers) > 1
-    for i, teacher in enumerate(inputs.teachers):
-        name = f"teachers[{i}]" if several else "teacher"
+    names = [f"teachers[{i}]" for i in range(len(inputs.teachers))] if len(inputs.teachers) > 1 else ["teacher"]
+    _check_devices(inputs, names)
+    for name, teacher in zip(names, inputs.teachers, strict=True):
         _check_signal(name, teacher, inputs)
         if teacher.is_full:
             continue
@@ -70,6 +71,24 @@ def check(inputs: DivergenceInputs) -> None:
         raise ValueError(f"temperature: {inputs.temperature} is not above 0")
     if inputs.chunk_tokens is not None and inputs.chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: {inputs.chunk_tokens} is below 1")
+
+
+def _check_devices(inputs: DivergenceInputs, teacher_names: list[str]) -> None:
+    device, head = inputs.student_hidden_TD.device, inputs.student_head
+    tensors: dict[str, Tensor | None] = {
+        "student_head: weight": head.weight,
+        "student_head: bias": head.bias,
+        "sampled_ids_T:": inputs.sampled_ids_T,
+        "token_weights_T:": inputs.token_weights_NT,
+    }
+    for name, signal in zip([*teacher_names, "reference"], inputs.signals, strict=False):
+        if signal.head is not None:
+            tensors |= {f"{name}_head: weight": signal.head.weight, f"{name}_head: bias": signal.head.bias}
+        parts = [field.name for field in fields(signal) if field.name != "head"]
+        tensors |= {f"{name}_{part}:": getattr(signal, part) for part in parts}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} on {tensor.device}, the student's hidden states are on {device}")
 
 
 def _check_signal(name: str, signal: Signal, inputs: DivergenceInputs) -> None:
@@ -116,7 +135,8 @@ def _check_values(name: str, values: Tensor, shape: tuple[int, ...], remedy: str
 def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...], vocab_size: int) -> None:
     if tuple(ids.shape) != shape or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name}: {ids.dtype} {tuple(ids.shape)}, expected int64 or int32 {shape}")
-    # On a GPU this would wait for the device; there, gather's own assertion stops a bad id.
+    # On a GPU this would wait for the device. There, gather's own assertion stops a bad id, and Triton's statistics of
+    # a row whose sampled id is bad are NaN.
     if ids.device.type == "cpu" and ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocab_size):
         raise ValueError(f"{name}: ids span {int(ids.min())}…{int(ids.max())}, the vocabulary is 0…{vocab_size - 1}")
 

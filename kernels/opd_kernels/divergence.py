@@ -17,7 +17,7 @@ from opd_kernels.checks import check, one_or_more
 from opd_kernels.head import LinearHead
 from opd_kernels.inputs import STUDENT_STATS, TEACHER_STATS, Divergence, DivergenceInputs
 from opd_kernels.objectives import Objective, ReverseKL
-from opd_kernels.signal import Signal
+from opd_kernels.signals import Signal
 
 # name → module. A module offers `compute(DivergenceInputs) -> Divergence`. Imported when asked for, so that an
 # implementation may need a package (Triton) that this machine lacks.
@@ -59,7 +59,8 @@ def linear_divergence(
         reference: the reference model of :class:`ExOPD`, with its whole distribution.
         sampled_ids_T: [T] integer, the response tokens, each below V.
         token_weights_T: [T], the same for every teacher, or [N, T]; detached; None means 1. Divide by the real tokens
-            of the whole batch here, so that no mean of means arises.
+            of the whole batch here, so that no mean of means arises. A weight of 0 leaves a row out of the loss, but
+            does not mask it: 0 · NaN is NaN, so what it was computed from must be finite, too.
         objective: ``ReverseKL()`` if None.
         temperature: τ, divides the logits of all sides, after scale and soft-cap.
         chunk_tokens: rows projected at a time; None lets the implementation choose, not knowing T.
@@ -72,8 +73,9 @@ def linear_divergence(
         ValueError: the arguments do not fit each other; the message names the one to mend.
     """
     signals, is_one = one_or_more(teachers, teacher_hidden_TE, teacher_head)
-    tokens, device = student_hidden_TD.shape[0], student_hidden_TD.device
-    weights = torch.ones(tokens, device=device) if token_weights_T is None else token_weights_T.detach()
+    if token_weights_T is None:
+        token_weights_T = torch.ones(student_hidden_TD.shape[:1], device=student_hidden_TD.device)
+    weights = token_weights_T.detach()
     inputs = DivergenceInputs(
         student_hidden_TD=student_hidden_TD,
         student_head=student_head,
@@ -86,7 +88,7 @@ def linear_divergence(
         chunk_tokens=chunk_tokens,
         deterministic=deterministic,
     )
-    compute = _implementation(implementation, device)
+    compute = _implementation(implementation, inputs)
     check(inputs)
     result = compute(inputs)
     if is_one:
@@ -96,15 +98,20 @@ def linear_divergence(
     return result
 
 
-def _implementation(name: str, device: torch.device) -> Callable[[DivergenceInputs], Divergence]:
+def _implementation(name: str, inputs: DivergenceInputs) -> Callable[[DivergenceInputs], Divergence]:
     if name == "auto":
-        name = "triton" if device.type == "cuda" and _has_triton() else "torch"
+        name = fitting_implementation(inputs.student_hidden_TD.device, has_float64=inputs.has_float64)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
     if name == "triton" and not _has_triton():
         raise ValueError("implementation: 'triton' needs the package of that name: pip install triton")
     compute: Callable[[DivergenceInputs], Divergence] = importlib.import_module(IMPLEMENTATIONS[name]).compute
     return compute
+
+
+def fitting_implementation(device: torch.device, *, has_float64: bool) -> str:
+    """What "auto" means. Triton's kernels compute in float32 and refuse float64."""
+    return "triton" if device.type == "cuda" and not has_float64 and _has_triton() else "torch"
 
 
 @cache

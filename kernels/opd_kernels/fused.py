@@ -20,11 +20,10 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from opd_kernels.head import LinearHead
 from opd_kernels.inputs import Divergence, DivergenceInputs
-from opd_kernels.signal import Signal
+from opd_kernels.signals import Signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +80,10 @@ class Backend(Protocol):
 
     def gradient_buffer(self, chunk: int, teacher_CV: Tensor | None) -> Tensor:
         """[chunk, V] for the gradient of one teacher: the buffer of its logits where that is possible."""
+        ...
+
+    def operand(self, grad_CV: Tensor) -> tuple[Tensor, Tensor]:
+        """A sum of gradients as the GEMMs and ``grad_bias`` take it, and the factor [C] of its rows."""
         ...
 
     def project(self, head: LinearHead, hidden_CD: Tensor, out_CV: Tensor) -> None:
@@ -143,15 +146,21 @@ class _Fused(torch.autograd.Function):
         return loss, student_2T, teachers_6NT
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        # once_differentiable speaks up only if grad_loss requires a gradient; otherwise it would leave out, in silence,
+        # what the gradients owe to the student.
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_divergence has no second derivatives: call backward without create_graph")
         if grad_loss is None:
             return (None,) * 6
         # Never in place: with retain_graph the saved gradients are wanted again. The usual factor 1 is spared a second
-        # [V, D] tensor, save on a GPU, where looking at it would wait for the device.
+        # [V, D] tensor, save on a GPU, where looking at it would wait for the device; there, products are written in
+        # their last dtype at once.
         keep = grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
         scaled = [
-            None if grad is None else (grad if keep else grad * grad_loss).to(dtype)
+            grad
+            if grad is None
+            else (grad.to(dtype) if keep else torch.mul(grad, grad_loss, out=torch.empty_like(grad, dtype=dtype)))
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None)
@@ -183,7 +192,8 @@ def _forward(
         rows = slice(start, start + count)
         hidden_CD = part.take(hidden_TD)
         backend.project(head, hidden_CD, buffers.student_CV[: part.size])
-        student_2C, teachers_6NC, grad_CV, factor_C = _mark(inputs, backend, buffers, part, part.take(weights_NT.T).T)
+        weights_NC = part.take(weights_NT.T).T
+        student_2C, teachers_6NC, grad_CV, factor_C = _all_teachers(inputs, backend, buffers, part, weights_NC)
         student_2T[:, rows], teachers_6NT[:, :, rows] = student_2C[:, :count], teachers_6NC[:, :, :count]
         if grad_CV is None:
             continue
@@ -252,7 +262,7 @@ class _Buffers:
         )
 
 
-def _mark(
+def _all_teachers(
     inputs: DivergenceInputs, backend: Backend, buffers: _Buffers, part: _Chunk, weights_NC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """All teachers on one chunk, whose student logits are in their buffer.
@@ -284,7 +294,7 @@ def _mark(
                 total_CV.zero_()
             total_CV.addcmul_(grad_CV, factor_C[:, None])
     if total_CV is not None:
-        return student_2C, teachers_6NC, total_CV, torch.ones(part.size, dtype=dtype, device=device)
+        return student_2C, teachers_6NC, *backend.operand(total_CV)
     return student_2C, teachers_6NC, grad_CV, factor_C
 
 

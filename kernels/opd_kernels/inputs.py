@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd_kernels.head import LinearHead
 from opd_kernels.objectives import Objective
-from opd_kernels.signal import Signal
+from opd_kernels.signals import Signal
 
 OVERLAP_K = 16  # "Rethinking OPD", arXiv 2604.13016
 # The logarithm of the smallest normal float32: a log-probability that was lost to underflow is taken for this.
@@ -89,6 +89,20 @@ class DivergenceInputs:
     @property
     def overlap_k(self) -> int:
         return min(OVERLAP_K, self.vocab_size)
+
+    @property
+    def signals(self) -> tuple[Signal, ...]:
+        """Of the teachers and, last, the reference model."""
+        return self.teachers if self.reference is None else (*self.teachers, self.reference)
+
+    @property
+    def has_float64(self) -> bool:
+        """Whether there is float64 among the hidden states, head weights and logits."""
+        operands = [self.student_hidden_TD, self.student_head.weight]
+        for signal in self.signals:
+            operands += [x for x in (signal.hidden_TE, signal.logits_TV) if x is not None]
+            operands += [] if signal.head is None else [signal.head.weight]
+        return any(x.dtype == torch.float64 for x in operands)
 
     @property
     def result_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import Tensor
 from opd_kernels.head import LinearHead
 from opd_kernels.inputs import LOGPROB_FLOOR, TAIL_FLOOR, TEACHER_STATS, Divergence, DivergenceInputs
 from opd_kernels.objectives import JSD, ExOPD, ForwardKL, ReverseKL, SampledToken, TopK
-from opd_kernels.signal import Signal
+from opd_kernels.signals import Signal
 
 
 def compute(inputs: DivergenceInputs) -> Divergence:
@@ -30,7 +30,7 @@ def compute(inputs: DivergenceInputs) -> Divergence:
         loss = loss + (weights_T.double() * (gradient_T + (value_T - gradient_T).detach())).sum()
         stats = {name: torch.full_like(value_T, math.nan) for name in TEACHER_STATS} | {"divergence_T": value_T}
         if signal.token_logprobs_T is not None:
-            stats["teacher_logprob_T"] = signal.token_logprobs_T.double().clamp(min=LOGPROB_FLOOR)
+            stats["teacher_logprob_T"] = _floored(signal.token_logprobs_T)
         if log_q_TV is not None:
             in_both_TV = _in_top_k(log_p_TV, inputs.overlap_k) & _in_top_k(log_q_TV, inputs.overlap_k)
             stats |= {
@@ -57,7 +57,7 @@ def _objective(
             log_q_y_T = log_q_TV.gather(1, inputs.sampled_ids_T.long()[:, None])[:, 0]
         else:
             assert signal.token_logprobs_T is not None
-            log_q_y_T = signal.token_logprobs_T.double().clamp(min=LOGPROB_FLOOR)
+            log_q_y_T = _floored(signal.token_logprobs_T)
         value_T = log_p_y_T - log_q_y_T
         return value_T, value_T.detach() * log_p_y_T
     if isinstance(objective, TopK):
@@ -89,7 +89,7 @@ def _top_k_kl(objective: TopK, signal: Signal, log_p_TV: Tensor, log_q_TV: Tenso
         assert signal.top_k_ids_TK is not None
         assert signal.top_k_logprobs_TK is not None
         ids_TK = signal.top_k_ids_TK.long()
-        log_q_TK = signal.top_k_logprobs_TK.double().clamp(min=LOGPROB_FLOOR)
+        log_q_TK = _floored(signal.top_k_logprobs_TK)
         log_q_tail_T = (1 - log_q_TK.exp().sum(-1)).clamp(min=TAIL_FLOOR).log()
     log_p_TK, log_p_tail_T = log_p_TV.gather(1, ids_TK), _outside(log_p_TV, ids_TK)
     inside_T = (log_p_TK.exp() * (log_p_TK - log_q_TK)).sum(-1)
@@ -111,6 +111,11 @@ def _log_probs(signal: Signal, temperature: float) -> Tensor:
             assert signal.hidden_TE is not None
             logits_TV = _float64(signal.head).logits(signal.hidden_TE.double())
         return torch.log_softmax(logits_TV / temperature, dim=-1)
+
+
+def _floored(logprobs: Tensor) -> Tensor:
+    """Log-probabilities that were given."""
+    return logprobs.detach().double().clamp(min=LOGPROB_FLOOR)
 
 
 def _float64(head: LinearHead) -> LinearHead:

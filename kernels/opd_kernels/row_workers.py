@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
@@ -18,14 +18,23 @@ import torch
 def for_each_share(work: Callable[[int, int], None]) -> None:
     """``work(i, n)`` for every i < n, where n is torch's number of threads; returns when all are done.
 
-    Inside, torch's operations run on the calling thread alone. Raises what ``work`` raises.
+    Inside, torch's operations run on the calling thread alone, and without gradients. Raises what ``work`` raises, but
+    not before every share has ended: they write to memory of the caller's.
     """
     threads = torch.get_num_threads()
     if threads == 1:
         work(0, 1)
         return
-    for _ in _pool(threads).map(lambda i: work(i, threads), range(threads)):
-        pass
+    inference = torch.is_inference_mode_enabled()  # a thread does not take it over from the one that calls it
+
+    def run(share: int) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            work(share, threads)
+
+    futures = [_pool(threads).submit(run, share) for share in range(threads)]
+    wait(futures)
+    for future in futures:
+        future.result()
 
 
 @cache
@@ -37,7 +46,6 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         # otherwise for itself. Telling also changes the number that threads to come will take over.
         torch.get_num_threads()
         torch.set_num_threads(1)
-        torch.set_grad_enabled(False)
         started.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="opd-rows", initializer=start)

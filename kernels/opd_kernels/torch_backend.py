@@ -68,6 +68,9 @@ class TorchBackend:
     def gradient_buffer(self, chunk: int, teacher_CV: Tensor | None) -> Tensor:
         return self.logits_buffer(chunk) if teacher_CV is None else teacher_CV
 
+    def operand(self, grad_CV: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_CV, torch.ones(len(grad_CV), dtype=self._dtype, device=self._device)
+
     # --- GEMMs -------------------------------------------------------------------------------------------------
     def project(self, head: LinearHead, hidden_CD: Tensor, out_CV: Tensor) -> None:
         form, hidden_CD = _Form.of(head, self._inputs.temperature), hidden_CD.to(self._dtype)
@@ -105,13 +108,13 @@ class TorchBackend:
         These operations offer no GEMM that keeps float32 logits of bfloat16 operands on every device, and rounding
         logits to 8 bits would be an error of 0.1 where they are 20.
         """
-        V, weight_VD = self._inputs.vocab_size, weight_VD.detach()
+        # Not the address: W and views of it may share that. The inputs keep the object, and so its id, alive.
+        V, key, weight_VD = self._inputs.vocab_size, id(weight_VD), weight_VD.detach()
         if weight_VD.dtype == self._dtype:
             yield slice(0, V), weight_VD[:V]
             return
         width = weight_VD.shape[1] * self._dtype.itemsize
         if V * width <= WIDEN_BYTES:
-            key = weight_VD.data_ptr()
             if key not in self._widened:
                 self._widened[key] = weight_VD[:V].to(self._dtype)
             yield slice(0, V), self._widened[key]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -68,12 +68,7 @@ def _check(inputs: DivergenceInputs) -> None:
             f"implementation: 'triton' compiles for GPUs, the tensors are on {device}; choose 'torch', or set "
             "TRITON_INTERPRET=1 before Triton is imported to debug its kernels"
         )
-    signals = [*inputs.teachers, *([] if inputs.reference is None else [inputs.reference])]
-    values = [inputs.student_hidden_TD, inputs.student_head.weight]
-    for signal in signals:
-        values += [x for x in (signal.hidden_TE, signal.logits_TV) if x is not None]
-        values += [] if signal.head is None else [signal.head.weight]
-    if any(x.dtype == torch.float64 for x in values):
+    if inputs.has_float64:
         raise ValueError(
             "implementation: 'triton' computes in float32 and would round float64; choose 'torch' or 'reference'"
         )
@@ -115,14 +110,11 @@ class TritonBackend:
         out_CV.copy_(logits_CV)
 
     def grad_hidden(self, grad_CV: Tensor, factor_C: Tensor, head: LinearHead, out_CD: Tensor) -> None:
-        grad_CV, power_C = self._operand(grad_CV)
         for ids, weight_VD in _tiles(head.weight, self._inputs.vocab_size, self._dtype):
             self._multiply(grad_CV[:, ids], weight_VD, out_CD, accumulate=ids.start > 0)
-        out_CD.mul_((factor_C if power_C is None else factor_C * power_C)[:, None])
+        out_CD.mul_(factor_C[:, None])
 
     def grad_weight(self, grad_CV: Tensor, factor_C: Tensor, hidden_CD: Tensor, accumulate_VD: Tensor) -> None:
-        grad_CV, power_C = self._operand(grad_CV)
-        factor_C = factor_C if power_C is None else factor_C * power_C
         scaled_CD = hidden_CD.float() * factor_C[:, None]
         if self._dtype != torch.float16:
             self._multiply(grad_CV.T, scaled_CD.to(self._dtype), accumulate_VD, accumulate=True)
@@ -131,12 +123,12 @@ class TritonBackend:
         # brought into range by one power of two, which is known on the device alone: cuBLAS cannot undo it, so a
         # product is added by an operation of its own.
         exponent = torch.frexp(scaled_CD.abs().amax()).exponent.clamp(min=-100)
-        one = torch.ones((), device=self._device)
+        one = torch.ones((), dtype=torch.float32, device=self._device)
         operand_CD = (scaled_CD * torch.ldexp(one, OPERAND_EXPONENT - exponent)).to(self._dtype)
         undo = torch.ldexp(one, exponent - OPERAND_EXPONENT)
         vocab_size, width = accumulate_VD.shape
         rows = max(16, TILE_BYTES // (4 * width) // 16 * 16)
-        product_VD = torch.empty(min(rows, vocab_size), width, device=self._device)
+        product_VD = torch.empty(min(rows, vocab_size), width, dtype=torch.float32, device=self._device)
         for start in range(0, vocab_size, rows):
             ids = slice(start, min(start + rows, vocab_size))
             tile_VD = product_VD[: ids.stop - start]
@@ -146,19 +138,18 @@ class TritonBackend:
     def grad_bias(self, grad_CV: Tensor, factor_C: Tensor, accumulate_V: Tensor) -> None:
         vocab_size = self._inputs.vocab_size
         programs = triton.cdiv(vocab_size, triton_rows.BIAS_TILE["BLOCK_V"])
-        with _on(self._device):
+        with triton_gemm.on_device(self._device):
             triton_rows.bias(vocab_size)(programs, grad_CV, factor_C, accumulate_V, len(factor_C))
 
-    def _operand(self, grad_CV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A gradient in the dtype of its GEMMs, and what its rows are to be multiplied by, if anything."""
-        if grad_CV.dtype == self._dtype:
-            return grad_CV, None
+    def operand(self, grad_CV: Tensor) -> tuple[Tensor, Tensor]:
+        one_C = torch.ones(len(grad_CV), dtype=torch.float32, device=self._device)
+        if self._dtype not in HALF:
+            return grad_CV, one_C
         operand_CV = self._buffer(len(grad_CV), self._dtype)
-        if self._dtype != torch.float16:
-            return operand_CV.copy_(grad_CV), None
+        if self._dtype == torch.bfloat16:
+            return operand_CV.copy_(grad_CV), one_C
         exponent_C = torch.frexp(torch.linalg.vector_norm(grad_CV, float("inf"), dim=1)).exponent
         exponent_C = (13 - exponent_C).clamp(-64, 64)  # as triton_gradient does
-        one_C = torch.ones_like(exponent_C, dtype=torch.float32)
         torch.mul(grad_CV, torch.ldexp(one_C, exponent_C)[:, None], out=operand_CV)
         return operand_CV, torch.ldexp(one_C, -exponent_C)
 
@@ -185,13 +176,14 @@ class TritonBackend:
             self._side(None, None) if reference is None else self._side(reference.logits_CV, reference.head),
         ]
         capped = (_capped(head), _capped(teacher.head), reference is not None and _capped(reference.head))
-        moments_6C = torch.empty(MOMENTS, count, device=self._device)
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": self._device}
+        moments_6C = torch.empty(MOMENTS, count, **float32)
         groups = triton_rows.statistics_block(inputs.vocab_size)
-        group_max_C2G = None if teacher.logits_CV is None else torch.empty(count, 2, groups, device=self._device)
-        factor_C = torch.full((count,), head.logit_scale / inputs.temperature, device=self._device)
+        group_max_C2G = None if teacher.logits_CV is None else torch.empty(count, 2, groups, **float32)
+        factor_C = torch.full((count,), head.logit_scale / inputs.temperature, **float32)
         lam = float(inputs.objective.lam) if isinstance(inputs.objective, ExOPD) else 0.0
         parameter = inputs.objective.beta if isinstance(inputs.objective, JSD) else lam
-        with _on(self._device):
+        with triton_gemm.on_device(self._device):
             triton_rows.statistics(inputs.vocab_size, self._objective, capped)(
                 count,
                 *sides[0],
@@ -238,7 +230,7 @@ class TritonBackend:
         assert logits_CV is None or logits_CV.stride(0) == triton_rows.stride_of(self._inputs.vocab_size)
         if logits_CV is None or head is None:
             return logits_CV, None, 1.0 / tau, 1.0
-        bias_V = None if head.bias is None else head.bias.detach()
+        bias_V = None if head.bias is None else head.bias.detach().contiguous()
         if head.soft_cap is None:
             return logits_CV, bias_V, head.logit_scale / tau, 1.0
         return logits_CV, bias_V, head.logit_scale / head.soft_cap, head.soft_cap / tau
@@ -295,11 +287,6 @@ def _tiles(weight_VD: Tensor, vocab_size: int, dtype: torch.dtype) -> Iterator[t
     for start in range(0, vocab_size, rows):
         ids = slice(start, min(start + rows, vocab_size))
         yield ids, weight_VD[ids].to(dtype)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def mm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, accumulate: bool = False) 
     tile = TILES[a_MK.dtype]
     grid = (triton.cdiv(M, tile.m) * triton.cdiv(N, tile.n),)
     strides = (*a_MK.stride(), *b_KN.stride(), *out_MN.stride())
-    with _device(a_MK):
+    with on_device(a_MK.device):
         _mm_kernel[grid](
             a_MK,
             b_KN,
@@ -216,9 +216,9 @@ def _constexprs(tile: Tile, a_reads_groups: bool, accumulate: bool) -> dict[str,
     }
 
 
-def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def aot_specs(vocab_size: int, hidden: int, dtype: str) -> list[AotSpec]:

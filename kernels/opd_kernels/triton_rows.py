@@ -38,11 +38,11 @@ OBJECTIVES: dict[type[Objective], str] = {
 TWO_STEP = (JSD, TopK)
 
 # Tiles of 4 float32 a thread, one load of 16 bytes. The statistics keep 7 to 10 numbers for each element of a tile in
-# registers, 32 to 97 a thread in all: two to four blocks of 8 warps fit an SM where blocks of 16 would leave it with
-# one or two. No barrier stands between two tiles.
+# registers: two to four blocks of 8 warps fit an SM where blocks of 16 would leave it with one or two. No barrier
+# stands between two tiles.
 STATISTICS_BLOCK = 1024
 STATISTICS_WARPS = 8
-# Nothing is kept from tile to tile here (30 to 101 registers), so two loads a thread and side are under way at a time.
+# Nothing is kept from tile to tile here, so two loads a thread and side are under way at a time.
 GRADIENT_BLOCK = 2048
 GRADIENT_WARPS = 8
 # 2 · 16 groups of up to 256 int64 keys in registers: with 4 warps they would be all that there is.
@@ -75,8 +75,8 @@ class Launch:
     constexprs: dict[str, Any]
     num_warps: int
 
-    def __call__(self, programs: int, *arguments: Any, **named: Any) -> None:
-        self.kernel[(programs,)](*arguments, **named, **self.constexprs, num_warps=self.num_warps, **FUSION)
+    def __call__(self, programs: int, *arguments: Any) -> None:
+        self.kernel[(programs,)](*arguments, **self.constexprs, num_warps=self.num_warps, **FUSION)
 
 
 def _row_constexprs(vocab_size: int, student: bool, teacher: bool) -> dict[str, Any]:

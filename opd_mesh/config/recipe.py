@@ -142,8 +142,8 @@ class BatchConfig(Strict):
     responses_per_prompt: int = Field(1, ge=1)
     # Tokens (prompt and response) in one forward and backward pass; gradients accumulate over the passes.
     tokens_per_pass: int = Field(4096, ge=1)
-    # Teachers' heads that may be on the device together. Above 1, a sample's several teachers share one projection of
-    # the student.
+    # Teachers' heads that may be on the device together, besides the reference's. Above 1, a sample's several teachers
+    # share one projection of the student.
     heads_resident: int = Field(1, ge=1)
     # Trajectories from outside taken into one step, at most.
     max_external_per_step: int = Field(64, ge=0)
@@ -196,6 +196,11 @@ class Recipe(Strict):
     redis_url: str | None = None
     redis_timeout_s: float = Field(15.0, gt=0)
 
+    @property
+    def reference_id(self) -> str | None:
+        """The teacher that is the objective's reference model, where it has one."""
+        return self.objective.reference if isinstance(self.objective, ExOpdConfig) else None
+
     @model_validator(mode="after")
     def _routing_is_closed(self) -> Recipe:
         for name, domain in self.domains.items():
@@ -205,13 +210,12 @@ class Recipe(Strict):
                         f"domains.{name}.teachers names {teacher!r}, but the teachers are {', '.join(self.teachers)}"
                     )
         used = {teacher for domain in self.domains.values() for teacher in domain.teachers}
-        if isinstance(self.objective, ExOpdConfig):
-            if self.objective.reference not in self.teachers:
+        if self.reference_id is not None:
+            if self.reference_id not in self.teachers:
                 raise ValueError(
-                    f"objective.reference names {self.objective.reference!r}, but the teachers are "
-                    f"{', '.join(self.teachers)}"
+                    f"objective.reference names {self.reference_id!r}, but the teachers are {', '.join(self.teachers)}"
                 )
-            used.add(self.objective.reference)
+            used.add(self.reference_id)
         idle = sorted(set(self.teachers) - used)
         if idle:
             raise ValueError(f"teachers {', '.join(idle)} mark no domain; route one to them or take them out")

@@ -16,7 +16,7 @@ def _choice(default: str, known: tuple[str, ...], what: str) -> Discriminator:
     return Discriminator(
         name_of,
         custom_error_type="unknown_name",
-        custom_error_message=f"name: choose the {what} among {', '.join(known)}",
+        custom_error_message=f"write {{name: …}} with the {what}'s name, one of {', '.join(known)}",
     )
 
 
@@ -25,7 +25,7 @@ class DivergenceConfig(Strict):
     """What every objective takes; the formulas are in ``opd_kernels.objectives``."""
 
     # Divides the logits of student and teacher alike.
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     # hidden_states, or logits where a teacher offers nothing else; auto: the better of what its card offers.
     signal: Literal["auto", "hidden_states", "logits"] = "auto"
     # On the wire; auto: the teacher's own.
@@ -86,20 +86,23 @@ ObjectiveConfig: TypeAlias = Annotated[
 ]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 # --- optimizers ------------------------------------------------------------------------------------------------
 class ScheduledOptimizerConfig(Strict):
     """Rate, schedule and clipping of any optimizer. Matrices decay; vectors (norms, biases) do not."""
 
-    lr: float = Field(1e-5, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    lr: float = Field(1e-5, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, gt=0)  # .inf: no clipping
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     # Of the peak, at the end of cosine and linear.
     final_lr_ratio: float = Field(0.1, ge=0, le=1)
     # Of AdamW.
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
 
 
 class AdamWConfig(ScheduledOptimizerConfig):
@@ -109,7 +112,7 @@ class AdamWConfig(ScheduledOptimizerConfig):
 
 
 class MuonConfig(ScheduledOptimizerConfig):
-    """Muon for the hidden matrices; AdamW for embeddings, the head, vectors and stacked experts.
+    """Muon for the hidden matrices; AdamW for embeddings, the head, vectors and experts that are stacked in one tensor.
 
     Its updates are scaled to the root mean square of AdamW's (Moonlight, arXiv 2502.16982), so that one learning rate
     and one weight decay serve both.

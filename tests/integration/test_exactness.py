@@ -324,10 +324,16 @@ async def test_every_objective_equals_float64(objective: dict[str, Any], heads_r
     wanted = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
     case.student.model.zero_grad(set_to_none=True)
-    loss, means, _ = compute_gradients(
+    calls, computed = [], build_objective(case.recipe.objective)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[2])
+        return computed(*args, **kwargs)
+
+    loss, means, passes = compute_gradients(
         case.samples,
         case.student,
-        build_objective(case.recipe.objective),
+        counting,
         HeadStore(case.folder / "heads", "cpu", resident=3),
         case.head_digests,
         tokens_per_pass=40,
@@ -335,6 +341,14 @@ async def test_every_objective_equals_float64(objective: dict[str, Any], heads_r
     )
     found = {n: p.grad for n, p in case.student.model.named_parameters() if p.grad is not None}
     assert gradient_error(found, wanted) < GRADIENT_TOLERANCE
-    assert means.means()["kl/one"] > 0.1
+    # One projection of the student for both teachers where their heads fit side by side.
+    assert len(calls) == passes * (2 if heads_resident == 1 else 1)
+    metrics = means.means()
+    assert metrics["kl/one"] > 0.1
+    whole = sum(
+        metrics[f"kl_domain/{name}"] * sum(s.trajectory.num_scored for s in case.samples if s.trajectory.domain == name)
+        for name in case.recipe.domains
+    ) / sum(sample.trajectory.num_scored for sample in case.samples)
+    assert whole == pytest.approx(sum(weight * metrics[f"kl/{name}"] for name, weight in weights.items()), rel=1e-5)
     if objective["name"] != "sampled_token":
         assert loss == pytest.approx(float(torch.cat(values).detach().mean()), rel=1e-5)

@@ -27,8 +27,10 @@ def assert_same_trajectory(metrics: Path, recorded: list[dict[str, float]], tole
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert len(lines) == len(recorded)
     for line, wanted in zip(lines, recorded, strict=True):
-        found = {key: line[key] for key in wanted}
-        assert found == pytest.approx(wanted, rel=tolerance), f"step {line['step']}"
+        for key, value in wanted.items():
+            # An overlap counts places among 16: a near tie may fall the other way.
+            allowed = {"abs": 0.01} if key.startswith("overlap/") else {"rel": tolerance}
+            assert line[key] == pytest.approx(value, **allowed), f"step {line['step']}: {key}"
 
 
 async def run_tiny(folder: Path, **objective: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,62 @@ def test_replace_validates_and_leaves_the_original() -> None:
 
 def test_a_teacher_server_needs_a_teacher() -> None:
     assert "teachers: " in str(refusal({"teachers": {}}, TeacherServerConfig))
+
+
+# --- objectives and optimizers: one of several models, told apart by name -----------------------------------------
+CHOICES: list[dict[str, Any]] = [
+    {"objective": {"name": "forward_kl", "temperature": 2.0}},
+    {"objective": {"name": "jsd", "beta": 0.25}},
+    {"objective": {"name": "exopd", "lam": 1.5, "reference": "arithmetic"}},
+    {"objective": {"name": "top_k", "k": 8}},
+    {"objective": {"name": "sampled_token"}, "optimizer": {"name": "muon", "momentum": 0.9}},
+]
+
+
+@pytest.mark.parametrize("sections", CHOICES, ids=lambda sections: sections["objective"]["name"])
+def test_every_objective_survives_the_way_to_disk_and_back(tmp_path: Path, sections: dict[str, Any]) -> None:
+    recipe = parse_config(Recipe, plain(**sections), source="r.yaml")
+    for section, wanted in sections.items():
+        assert getattr(recipe, section).model_dump().items() >= wanted.items()
+    dump_config(recipe, tmp_path / "r.yaml")
+    assert load_config(Recipe, tmp_path / "r.yaml") == recipe
+    assert recipe.replace(objective=recipe.objective.replace(signal="logits")).objective.signal == "logits"
+
+
+def test_without_a_name_it_is_reverse_kl_by_adamw() -> None:
+    recipe = parse_config(Recipe, plain(objective={"temperature": 0.5}, optimizer={"lr": 1e-3}), source="r.yaml")
+    assert (recipe.objective.name, recipe.objective.temperature) == ("reverse_kl", 0.5)
+    assert (recipe.optimizer.name, recipe.optimizer.lr) == ("adamw", 1e-3)
+    assert recipe.reference_id is None
+
+
+@pytest.mark.parametrize(
+    ("sections", "field", "message"),
+    [
+        ({"objective": {"name": "jds"}}, "objective", "name, one of reverse_kl, forward_kl, jsd"),
+        ({"objective": "forward_kl"}, "objective", r"write \{name: …\} with the objective's name"),
+        ({"optimizer": {"name": "sgd"}}, "optimizer", "one of adamw, muon"),
+        ({"objective": {"name": "jsd", "beta": 1.0}}, "objective.beta", "less than 1"),
+        ({"objective": {"name": "jsd", "btea": 0.1}}, "objective.btea", "did you mean 'beta'"),
+        ({"objective": {"beta": 0.1}}, "objective.beta", "unknown key 'beta'"),
+        ({"objective": {"temperature": float("inf")}}, "objective.temperature", "finite"),
+        ({"objective": {"name": "exopd"}}, "objective.reference", "required"),
+        ({"objective": {"name": "exopd", "reference": "base"}}, "(top level)", r"objective\.reference names 'base'"),
+        ({"optimizer": {"betas": [0.9, 1.5]}}, "optimizer.betas.1", "less than 1"),
+        ({"optimizer": {"name": "muon", "lr": float("inf")}}, "optimizer.lr", "finite"),
+        ({"batch": {"heads_resident": 0}}, "batch.heads_resident", "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_choice_is_refused_at_its_place(sections: dict[str, Any], field: str, message: str) -> None:
+    error = refusal(plain(**sections))
+    assert error.field == field
+    assert re.search(message, error.message), error.message
+
+
+def test_a_reference_need_not_mark_a_domain() -> None:
+    teachers = plain()["teachers"] | {"base": {"path": "models/base"}}
+    recipe = parse_config(
+        Recipe, plain(teachers=teachers, objective={"name": "exopd", "reference": "base"}), source="r.yaml"
+    )
+    assert recipe.reference_id == "base"
+    assert refusal(plain(teachers=teachers)).message.count("base")

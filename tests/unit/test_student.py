@@ -113,3 +113,18 @@ def test_tiny_models_are_not_all_alike() -> None:
     assert not torch.equal(
         tiny_model("llama", 0).get_output_embeddings().weight, tiny_model("llama", 1).get_output_embeddings().weight
     )
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields", "wanted"),
+    [
+        ("llama", {}, {"model.embed_tokens.weight", "lm_head.weight"}),
+        ("gemma2", {}, {"model.embed_tokens.weight"}),  # the head is tied to it
+        ("gpt2", {}, {"transformer.wte.weight", "transformer.wpe.weight"}),
+        ("llama", {"lora": {"rank": 2}}, set()),  # adapters alone are trained, and they are matrices
+    ],
+)
+def test_embeddings_and_head_are_known_by_name(
+    tmp_path: Path, arch: str, fields: dict[str, Any], wanted: set[str]
+) -> None:
+    assert student(tmp_path, arch, **fields).embedding_names() == wanted
