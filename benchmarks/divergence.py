@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OURS, GEMMS = "ours", "bare_gemms"
-# A process of the benchmark: an implementation, or the bare GEMMs, and its settings.
-Contestant = tuple[str, dict[str, Any]]
 # Relative to the largest entry. All but the reference compute in float32, in different orders.
 REFERENCE_TOLERANCE, AGREEMENT_TOLERANCE = 2e-5, 1e-4
 TARGETS = {"time_vs_fastest_peer": 0.85, "memory_vs_leanest_peer": 0.25, "memory_growth_8x": 1.1}
@@ -66,15 +64,30 @@ class Case:
 CASES = (Case(2048, 49152, 576), Case(512, 151_936, 1024))
 QUICK_CASES = (Case(96, 4099, 64),)
 GATE_CASE, TINY_CASE = Case(67, 1003, 60), Case(8, 257, 32)
-# The fastest of those --sweep tries, for each case; what is not named is as the package ships it.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "torch": {"kl_div": False},
-    "trl": {},
-    "liger": {"compiled": False, "chunk_size": 256},
-}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A process of the benchmark: one implementation at one setting, or the bare GEMMs."""
+
+    name: str
+    implementation: str
+    settings: dict[str, Any]
+
+
+# With torch.compile and without, which are different bargains: minutes of compilation per shape, and a C++ compiler.
+# Liger's "compiled" are its own defaults. The others are the fastest of --sweep, or all but as fast and leaner. TRL's
+# tile is a constant of its module, no option, and as shipped.
+PEERS = (
+    Contestant("torch", "torch", {"kl_div": False, "compiled": False}),
+    Contestant("torch_compiled", "torch", {"kl_div": False, "compiled": True}),
+    Contestant("trl", "trl", {}),
+    Contestant("liger", "liger", {"compiled": False, "chunk_size": 256}),
+    Contestant("liger_compiled", "liger", {"compiled": True, "chunk_size": 1024}),
+)
 SWEEP: dict[str, list[dict[str, Any]]] = {
-    "torch": [{"kl_div": False}, {"kl_div": True}],
-    "trl": [{}, {"tile": (512, 32768)}, {"tile": (128, 32768)}, {"tile": (2048, 8192)}, {"tile": (256, 8192)}],
+    "torch": [{"kl_div": kl_div, "compiled": compiled} for compiled in (False, True) for kl_div in (False, True)],
+    "trl": [{}, {"tile": (512, 32768)}, {"tile": (128, 32768)}, {"tile": (512, 8192)}],
     "liger": [
         {"compiled": compiled, "chunk_size": chunk_size}
         for compiled in (False, True)
@@ -136,14 +149,30 @@ def ours_loss(inputs: Inputs, chunk_tokens: int | None = None, implementation: s
     ).loss
 
 
-def torch_loss(inputs: Inputs, kl_div: bool) -> Tensor:
+def torch_loss(inputs: Inputs, kl_div: bool, compiled: bool) -> Tensor:
     """Whole logits, by autograd."""
+    import torch
+
+    loss_of = torch.compile(plain_loss) if compiled else plain_loss
+    return loss_of(
+        inputs.student_hidden_TD, inputs.student_weight_VD, inputs.teacher_hidden_TD, inputs.teacher_weight_VD, kl_div
+    )
+
+
+def plain_loss(
+    student_hidden_TD: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_TD: Tensor,
+    teacher_weight_VD: Tensor,
+    kl_div: bool,
+) -> Tensor:
+    """As a page of a notebook has it."""
     import torch
     from torch.nn import functional as F
 
-    log_p_TV = torch.log_softmax(F.linear(inputs.student_hidden_TD, inputs.student_weight_VD), dim=-1)
+    log_p_TV = torch.log_softmax(F.linear(student_hidden_TD, student_weight_VD), dim=-1)
     with torch.no_grad():
-        log_q_TV = torch.log_softmax(F.linear(inputs.teacher_hidden_TD, inputs.teacher_weight_VD), dim=-1)
+        log_q_TV = torch.log_softmax(F.linear(teacher_hidden_TD, teacher_weight_VD), dim=-1)
     if kl_div:
         return F.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
     return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum() / len(log_p_TV)
@@ -219,6 +248,9 @@ class Implementation:
 
     def load(self, inputs: Inputs) -> None:
         """Take the inputs, which lie in memory that all processes share."""
+        import torch
+
+        torch._dynamo.reset()  # a second shape would be compiled for shapes of any size, and slower
         self.inputs = inputs.touched()
 
     def step(self) -> float:
@@ -368,8 +400,8 @@ def serve(pipe: Connection, contestant: Contestant, threads: int | None) -> None
 
     if threads is not None:
         torch.set_num_threads(threads)
-    name, settings = contestant
-    target = Gemms(**settings) if name == GEMMS else Implementation(name, settings)
+    settings = contestant.settings
+    target = Gemms(**settings) if contestant.name == GEMMS else Implementation(contestant.implementation, settings)
     try:
         while (call := pipe.recv()) is not None:
             method, arguments = call
@@ -393,7 +425,7 @@ class Child:
 
     @property
     def name(self) -> str:
-        return self.contestant[0]
+        return self.contestant.name
 
     def __enter__(self) -> Child:
         import torch.multiprocessing
@@ -449,7 +481,7 @@ def peak_bytes(contestant: Contestant, case: Case, inputs: Inputs, threads: int 
         child.ask("load", Inputs.of(TINY_CASE))
         child.ask("round")
         child.ask("load", inputs)
-        if contestant[1].get("compiled"):
+        if contestant.settings.get("compiled"):
             child.ask("round")
         return child.ask("peak_bytes", case.returned_bytes)
 
@@ -527,6 +559,12 @@ def measure(case: Case, children: list[Child], rounds: int) -> dict[str, Any]:
         **asdict(case),
         **time_ratios(wall),
         **memory_ratios({name: peak["allocator"] for name, peak in peaks.items()}),
+        "without_compiled_peers": {
+            **time_ratios({name: values for name, values in wall.items() if not name.endswith("_compiled")}),
+            **memory_ratios(
+                {name: peak["allocator"] for name, peak in peaks.items() if not name.endswith("_compiled")}
+            ),
+        },
         "of_cpu_time": time_ratios(cpu),
         "of_process_memory": memory_ratios({name: peak["process"] for name, peak in peaks.items()}),
         "seconds": {name: spread(values) for name, values in wall.items()},
@@ -539,8 +577,8 @@ def run(cases: tuple[Case, ...], rounds: int, threads: int | None, chunk_tokens:
     """All measurements."""
     import torch
 
-    ours: Contestant = (OURS, {"chunk_tokens": chunk_tokens})
-    contestants: list[Contestant] = [ours, *SETTINGS.items(), (GEMMS, {"chunk_tokens": chunk_tokens})]
+    ours = Contestant(OURS, OURS, {"chunk_tokens": chunk_tokens})
+    contestants = [ours, *PEERS, Contestant(GEMMS, GEMMS, {"chunk_tokens": chunk_tokens})]
     entries = []
     for case in cases:
         with contextlib.ExitStack() as stack:
@@ -562,7 +600,7 @@ def run(cases: tuple[Case, ...], rounds: int, threads: int | None, chunk_tokens:
         "cases": entries,
         "memory_growth_8x": round(many / few, 4),
         "targets": TARGETS,
-        "settings": SETTINGS,
+        "settings": {peer.name: peer.settings for peer in PEERS},
         "threads": threads or torch.get_num_threads(),
         "rounds": rounds,
         "versions": {name: version(name) for name in ("torch", "trl", "liger-kernel")},
@@ -576,15 +614,15 @@ def sweep(cases: tuple[Case, ...], rounds: int, threads: int | None) -> dict[str
         inputs = Inputs.of(case)
         for name, settings in SWEEP.items():
             say(f"{case}: {name}")
-            peaks = [peak_bytes((name, setting), case, inputs, threads) for setting in settings]
+            contestants = [Contestant(f"{name} {setting}", name, setting) for setting in settings]
+            peaks = [peak_bytes(contestant, case, inputs, threads) for contestant in contestants]
             with contextlib.ExitStack() as stack:
-                children = [stack.enter_context(Child((name, setting), threads)) for setting in settings]
+                children = [stack.enter_context(Child(contestant, threads)) for contestant in contestants]
                 seconds = time_rounds(children, case, inputs, rounds)
-            for setting, peak, times in zip(settings, peaks, seconds, strict=True):
+            for contestant, peak, times in zip(contestants, peaks, seconds, strict=True):
                 entry = {
                     **asdict(case),
-                    "peer": name,
-                    "setting": setting,
+                    **asdict(contestant),
                     "seconds": spread([x.wall for x in times]),
                     "cpu_seconds": spread([x.cpu for x in times]),
                     "peak_extra_mib": mebibytes(peak),
@@ -603,11 +641,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, for a smoke test")
     parser.add_argument("--sweep", action="store_true", help="the peers' settings instead")
     arguments = parser.parse_args()
-    cases = QUICK_CASES if arguments.quick else CASES
+    cases: tuple[Case, ...] = QUICK_CASES if arguments.quick else CASES
     if arguments.vocab_size is not None:
         cases = tuple(case for case in cases if case.vocab_size == arguments.vocab_size)
         if not cases:
             parser.error(f"--vocab-size: no case has {arguments.vocab_size}")
+    if arguments.quick and arguments.chunk_tokens is None:
+        arguments.chunk_tokens = 8
     for module in ("trl", "liger_kernel"):
         try:
             importlib.import_module(module)

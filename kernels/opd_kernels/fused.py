@@ -147,8 +147,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        # once_differentiable speaks up only if grad_loss requires a gradient; otherwise it would leave out, in silence,
-        # what the gradients owe to the student.
+        # The saved gradients are constants to autograd: what is differentiated again would lack, in silence, all that
+        # they owe to the student. (once_differentiable objects only where grad_loss requires a gradient.)
         if torch.is_grad_enabled():
             raise RuntimeError("linear_divergence has no second derivatives: call backward without create_graph")
         if grad_loss is None:

@@ -46,13 +46,14 @@ def _jsd_logs(log_ratio, beta):
 @triton.jit
 def _jsd_sums(student, teacher, norms, beta, V: tl.constexpr, CAPPED: tl.constexpr, BLOCK_V: tl.constexpr):
     """→ KL(p ‖ m) and KL(q ‖ m)."""
+    s_max, s_log_sum, t_max, t_log_sum = norms
     student_part = tl.zeros((BLOCK_V,), tl.float32)
     teacher_part = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         ids = start + tl.arange(0, BLOCK_V)
         s, _, _ = read_logits(student, ids, V, CAPPED[0])
         t, _, _ = read_logits(teacher, ids, V, CAPPED[1])
-        log_p, log_q = s - norms[0] - norms[1], t - norms[2] - norms[3]
+        log_p, log_q = s - s_max - s_log_sum, t - t_max - t_log_sum
         log_p_m, log_q_m = _jsd_logs(log_p - log_q, beta)
         student_part += tl.where(ids < V, tl.exp(log_p) * log_p_m, 0.0)
         teacher_part += tl.where(ids < V, tl.exp(log_q) * log_q_m, 0.0)
@@ -62,16 +63,18 @@ def _jsd_sums(student, teacher, norms, beta, V: tl.constexpr, CAPPED: tl.constex
 @triton.jit
 def _top_k_logs(top, student, teacher, norms, place, V: tl.constexpr, CAPPED: tl.constexpr):
     """→ ids, log p, the student's 1 − tanh², and log q, at places of K. Beyond k: any value."""
-    valid = place < top[0]
-    ids = tl.load(top[1] + place, mask=valid, other=0)
-    raw = tl.load(top[2] + place, mask=valid, other=0.0)
+    k, ids_ptr, student_ptr, logprobs_ptr, _tail_logprob = top
+    s_max, s_log_sum, t_max, t_log_sum = norms
+    valid = place < k
+    ids = tl.load(ids_ptr + place, mask=valid, other=0)
+    raw = tl.load(student_ptr + place, mask=valid, other=0.0)
     s, slope = from_raw(student, raw, ids, valid, CAPPED[0])
-    if top[3] is not None:
-        log_q = tl.load(top[3] + place, mask=valid, other=0.0)
+    if logprobs_ptr is not None:
+        log_q = tl.load(logprobs_ptr + place, mask=valid, other=0.0)
     else:
         t, _, _ = read_logits(teacher, ids, V, CAPPED[1])
-        log_q = t - norms[2] - norms[3]
-    return ids, s - norms[0] - norms[1], slope, log_q
+        log_q = t - t_max - t_log_sum
+    return ids, s - s_max - s_log_sum, slope, log_q
 
 
 @triton.jit
@@ -93,25 +96,27 @@ def _top_k_sums(
     BLOCK_K: tl.constexpr,
 ):
     """→ the value, and log P − log Q of the tail."""
+    k, _ids_ptr, _student_ptr, logprobs_ptr, tail_logprob = top
+    s_max, s_log_sum, t_max, t_log_sum = norms
     inside = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, top[0], BLOCK_K):
+    for start in range(0, k, BLOCK_K):
         place = start + tl.arange(0, BLOCK_K)
         _, log_p, _, log_q = _top_k_logs(top, student, teacher, norms, place, V, CAPPED)
-        inside += tl.where(place < top[0], tl.exp(log_p) * (log_p - log_q), 0.0)
+        inside += tl.where(place < k, tl.exp(log_p) * (log_p - log_q), 0.0)
     student_tail = tl.zeros((BLOCK_V,), tl.float32)
     teacher_tail = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         ids = start + tl.arange(0, BLOCK_V)
         s, _, raw = read_logits(student, ids, V, CAPPED[0])
         outside = (ids < V) & (raw != float("-inf"))
-        student_tail += tl.where(outside, tl.exp(s - norms[0]), 0.0)
-        if top[3] is None:
+        student_tail += tl.where(outside, tl.exp(s - s_max), 0.0)
+        if logprobs_ptr is None:
             t, _, _ = read_logits(teacher, ids, V, CAPPED[1])
-            teacher_tail += tl.where(outside, tl.exp(t - norms[2]), 0.0)
-    log_p = _log_mass(tl.sum(student_tail, axis=0), norms[1], floor)
-    log_q = top[4]
-    if top[3] is None:
-        log_q = _log_mass(tl.sum(teacher_tail, axis=0), norms[3], floor)
+            teacher_tail += tl.where(outside, tl.exp(t - t_max), 0.0)
+    log_p = _log_mass(tl.sum(student_tail, axis=0), s_log_sum, floor)
+    log_q = tail_logprob
+    if logprobs_ptr is None:
+        log_q = _log_mass(tl.sum(teacher_tail, axis=0), t_log_sum, floor)
     return tl.sum(inside, axis=0) + tl.exp(log_p) * (log_p - log_q), log_p - log_q
 
 
@@ -122,35 +127,38 @@ def _gradient(
     teacher,
     reference,
     norms,
-    known,  # of the row: (y, what is subtracted or multiplied by, TopK's ℓ of the tail, β or λ)
+    known,
     ids,
     OBJECTIVE: tl.constexpr,
     V: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
     """→ the gradient at ids, and which of it to write: what is neither padding nor one of TopK's K."""
+    s_max, s_log_sum, t_max, t_log_sum = norms
+    # Of the row: the sampled id, what is subtracted or multiplied by, TopK's log P − log Q of the tail, β or λ.
+    y, center, tail_ratio, parameter = known
     s, slope, raw = read_logits(student, ids, V, CAPPED[0])
-    s -= norms[0]
+    s -= s_max
     write = ids < V
     if OBJECTIVE == "top_k":
         write = write & (raw != float("-inf"))
-        grad = tl.exp(s - norms[1]) * (known[2] - known[1])
+        grad = tl.exp(s - s_log_sum) * (tail_ratio - center)
     elif OBJECTIVE == "sampled_token":
-        grad = known[1] * (tl.where(ids == known[0], 1.0, 0.0) - tl.exp(s - norms[1]))
+        grad = center * (tl.where(ids == y, 1.0, 0.0) - tl.exp(s - s_log_sum))
     else:
         t, _, _ = read_logits(teacher, ids, V, CAPPED[1])
         if OBJECTIVE == "exopd":
             r, _, _ = read_logits(reference, ids, V, CAPPED[2])
-            t = mixture(t, r, known[3])
-        t -= norms[2]
-        p = tl.exp(s - norms[1])
+            t = mixture(t, r, parameter)
+        t -= t_max
+        p = tl.exp(s - s_log_sum)
         if OBJECTIVE == "forward_kl":
-            grad = p - tl.exp(t - norms[3])
+            grad = p - tl.exp(t - t_log_sum)
         elif OBJECTIVE == "jsd":
-            log_p_m, _ = _jsd_logs((s - norms[1]) - (t - norms[3]), known[3])
-            grad = (1.0 - known[3]) * p * (log_p_m - known[1])
+            log_p_m, _ = _jsd_logs((s - s_log_sum) - (t - t_log_sum), parameter)
+            grad = (1.0 - parameter) * p * (log_p_m - center)
         else:
-            grad = p * ((s - t) - known[1])
+            grad = p * ((s - t) - center)
     return tl.where(write, grad * slope, 0.0), write
 
 
@@ -217,23 +225,24 @@ def gradient_kernel(
         norms = (s_max, s_log_sum, t_max, t_log_sum)
 
     y = tl.load(sampled_ids_ptr + row)
-    known = (y, None, None, parameter)
     top = None
+    tail_ratio = 0.0
     if OBJECTIVE == "jsd":
         student_part, teacher_part = _jsd_sums(student, teacher, norms, parameter, V, CAPPED, BLOCK_V)
         tl.store(value_ptr + row, (1.0 - parameter) * student_part + parameter * teacher_part)
-        known = (y, student_part, None, parameter)
+        center = student_part
     elif OBJECTIVE == "top_k":
         top = (k, top_ids_ptr + row * k, top_student_ptr + row * k, None, None)
         if top_logprobs_ptr is not None:
-            top = (top[0], top[1], top[2], top_logprobs_ptr + row * k, tl.load(tail_logprob_ptr + row))
-        value, tail_ratio = _top_k_sums(top, student, teacher, norms, logprob_floor, V, CAPPED, BLOCK_V, BLOCK_K)
-        tl.store(value_ptr + row, value)
-        known = (y, value, tail_ratio, parameter)
+            logprobs_ptr, tail_logprob = top_logprobs_ptr + row * k, tl.load(tail_logprob_ptr + row)
+            top = (k, top_ids_ptr + row * k, top_student_ptr + row * k, logprobs_ptr, tail_logprob)
+        center, tail_ratio = _top_k_sums(top, student, teacher, norms, logprob_floor, V, CAPPED, BLOCK_V, BLOCK_K)
+        tl.store(value_ptr + row, center)
     elif OBJECTIVE == "sampled_token":
-        known = (y, tl.load(moments_ptr + VALUE * rows + row), None, parameter)
+        center = tl.load(moments_ptr + VALUE * rows + row)
     else:
-        known = (y, tl.load(moments_ptr + MEAN_DIFFERENCE * rows + row), None, parameter)
+        center = tl.load(moments_ptr + MEAN_DIFFERENCE * rows + row)
+    known = (y, center, tail_ratio, parameter)
 
     if grad_ptr is not None:
         scale = 1.0
@@ -248,7 +257,7 @@ def gradient_kernel(
                 for start in range(0, k, BLOCK_K):
                     place = start + tl.arange(0, BLOCK_K)
                     _, log_p, cap_slope, log_q = _top_k_logs(top, student, teacher, norms, place, V, CAPPED)
-                    grad = tl.exp(log_p) * (log_p - log_q - known[1]) * cap_slope
+                    grad = tl.exp(log_p) * (log_p - log_q - center) * cap_slope
                     largest = tl.maximum(largest, tl.max(tl.where(place < k, tl.abs(grad), 0.0), axis=0))
             scale = _power_of_two(largest)
             tl.store(factor_ptr + row, slope / scale)
@@ -264,7 +273,7 @@ def gradient_kernel(
             for start in range(0, k, BLOCK_K):
                 place = start + tl.arange(0, BLOCK_K)
                 ids, log_p, cap_slope, log_q = _top_k_logs(top, student, teacher, norms, place, V, CAPPED)
-                grad = tl.exp(log_p) * (log_p - log_q - known[1]) * cap_slope
+                grad = tl.exp(log_p) * (log_p - log_q - center) * cap_slope
                 tl.store(out_ptr + ids, (grad * scale).to(out_ptr.dtype.element_ty), mask=place < k)
 
 

@@ -36,14 +36,16 @@ def from_raw(side, raw, ids, valid, CAPPED: tl.constexpr):
     x *= side[2]
     slope = 1.0
     if CAPPED:
-        # By e^(−2|x|) nothing overflows, and the derivative does not cancel where the cap saturates. The value does near
-        # 0, where a large cap's logits are: there, the first terms of tanh's series, the next 1e-8 of it at most.
-        small = tl.exp(-2.0 * tl.abs(x))
-        bounded = (1.0 - small) / (1.0 + small)
+        # By e^(−2|x|) nothing overflows, and the derivative does not cancel where the cap saturates. The value does
+        # near 0, where a large cap has its logits: there, tanh's series, whose next term is 1e-8 of it at most.
+        size = tl.abs(x)
+        small = tl.exp(-2.0 * size)
         slope = 4.0 * small / ((1.0 + small) * (1.0 + small))
-        xx = x * x
-        series = x + x * xx * (-1.0 / 3.0 + xx * (2.0 / 15.0 + xx * (-17.0 / 315.0 + xx * (62.0 / 2835.0))))
-        x = tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -bounded, bounded)) * side[3]
+        near = tl.minimum(size, 0.25)
+        square = near * near
+        terms = -1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * (62.0 / 2835.0)))
+        bounded = tl.where(size < 0.25, near + near * square * terms, (1.0 - small) / (1.0 + small))
+        x = tl.where(x < 0, -bounded, bounded) * side[3]
     return x, slope
 
 

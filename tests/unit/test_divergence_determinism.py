@@ -22,6 +22,7 @@ from divergence_cases import (
     several_teachers,
 )
 from opd_kernels import JSD, SampledToken, TopK
+from opd_kernels.inputs import STUDENT_STATS, TEACHER_STATS
 from torch import Tensor
 
 
@@ -34,8 +35,16 @@ def _threads(request: pytest.FixtureRequest) -> Any:
 
 
 def bits(case: Case, **options: Any) -> dict[str, Tensor]:
-    """Whatever there is of a row, by name, the rows last."""
+    """Whatever there is of a row, by name, the rows last. NaN only where a teacher's signal does not tell."""
     result, grads = run(case, deterministic=True, **options)
+    given = case.get("teachers")
+    signals = given if isinstance(given, list) else [given]
+    known_N = torch.tensor([signal is None or signal.is_full for signal in signals])
+    for name in ("divergence_T", *STUDENT_STATS):
+        assert torch.isfinite(getattr(result, name)).all(), name
+    for name in TEACHER_STATS:
+        assert torch.isfinite(getattr(result, name).reshape(len(signals), -1)[known_N]).all(), name
+    assert torch.isfinite(grads["hidden"]).all()
     return {name: getattr(result, name) for name in DIAGNOSTICS} | {"hidden gradient": grads["hidden"].T}
 
 

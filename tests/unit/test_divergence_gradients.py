@@ -25,7 +25,7 @@ from divergence_cases import (
     with_leaves,
 )
 from opd_kernels import ExOPD, LinearHead, Objective, ReverseKL, SampledToken, TopK, linear_divergence
-from opd_kernels.torch_backend import CHUNK_BYTES, default_chunk_tokens
+from opd_kernels.torch_backend import CHUNK_BYTES, MIN_CHUNK_TOKENS, TorchBackend, default_chunk_tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -201,6 +201,42 @@ def test_backward_twice_with_any_factor(name: str) -> None:
         torch.testing.assert_close(leaf.grad, 2.0 * keep)
 
 
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_no_signal_gets_a_gradient(implementation: str) -> None:
+    case, _ = with_leaves(cast(make_case(5, 97), torch.float32))
+    for given, objective in (
+        (given_logits, ReverseKL()),
+        (given_top_k, TopK()),
+        (given_token_logprobs, SampledToken()),
+    ):
+        signal = given(case)["teachers"]
+        parts = [x for x in (signal.logits_TV, signal.top_k_logprobs_TK, signal.token_logprobs_T) if x is not None]
+        for part in parts:
+            part.requires_grad_()
+        narrow = {**case, "teacher_hidden_TE": None, "teacher_head": None, "teachers": signal}
+        linear_divergence(**narrow, objective=objective, implementation=implementation).loss.backward()
+        assert [part.grad for part in parts] == [None]
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Also where the factor of the loss requires no gradient, which autograd takes for a constant gradient."""
+    case, leaves = with_leaves(cast(make_case(5, 97), torch.float32))
+    loss = linear_divergence(**case).loss
+    with pytest.raises(RuntimeError, match="linear_divergence has no second derivatives"):
+        torch.autograd.grad(loss, leaves["hidden"], create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_factor_of_the_loss_is_rounded_with_the_gradient_once(dtype: torch.dtype) -> None:
+    case = cast(make_case(9, 97, bias=True), dtype)
+    expected = run(cast(case, torch.float64), factor=3.0, implementation="reference")[1]
+    for name, grad in run(case, factor=3.0)[1].items():
+        assert grad.dtype == dtype
+        largest = expected[name].abs().max()
+        error = (grad.double() - expected[name]).abs() - torch.finfo(dtype).eps / 2 * expected[name].abs()
+        assert (error <= 2e-5 * largest).all(), name
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_never_a_whole_logits_tensor(name: str) -> None:
@@ -249,4 +285,22 @@ def test_peak_memory_does_not_grow_with_tokens(name: str) -> None:
 def test_default_chunk_is_bounded_and_knows_only_the_vocabulary() -> None:
     for vocab in (1, 97, 49152, 151_936, 10**9):
         rows = default_chunk_tokens(vocab)
-        assert rows == 1 or rows * vocab * 4 <= CHUNK_BYTES
+        assert MIN_CHUNK_TOKENS <= rows <= 4096
+        assert rows == MIN_CHUNK_TOKENS or CHUNK_BYTES - 8 * vocab * 4 < rows * vocab * 4 <= CHUNK_BYTES or rows == 4096
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1, [1]), (127, [127]), (129, [72, 57]), (300, [104, 104, 92])])
+def test_default_chunks_are_even(tokens: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a vocabulary whose chunks have 128 rows."""
+    sizes: list[int] = []
+    project = TorchBackend.project
+
+    def counted(self: TorchBackend, head: LinearHead, hidden_CD: Tensor, out_CV: Tensor) -> None:
+        sizes.append(len(hidden_CD))
+        project(self, head, hidden_CD, out_CV)
+
+    monkeypatch.setattr(TorchBackend, "project", counted)
+    monkeypatch.setattr("opd_kernels.torch_backend.CHUNK_BYTES", 128 * 97 * 4)
+    case = given_logits(cast(make_case(tokens, 97), torch.float32))
+    linear_divergence(**case)
+    assert sizes == expected

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import opd_kernels.divergence
 import pytest
 import torch
 from divergence_cases import (
     DIAGNOSTICS,
     OBJECTIVES,
     assert_near,
+    assert_rows_match_reference,
     cast,
     extreme_case,
     fitted,
@@ -24,6 +26,7 @@ from divergence_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opd_kernels import JSD, ExOPD, ForwardKL, Objective, ReverseKL, SampledToken, Signal, TopK, linear_divergence
+from opd_kernels.divergence import fitting_implementation
 from opd_kernels.inputs import LOGPROB_FLOOR, TAIL_FLOOR
 from opd_kernels.torch_rows import top_k
 from torch import Tensor
@@ -195,34 +198,17 @@ def test_sampled_token_is_the_reverse_kl_in_expectation(sides: list[Tensor]) -> 
 
 
 # --- extremes ----------------------------------------------------------------------------------------------------
-def assert_rows_match_reference(name: str, case_name: str, soft_cap: float | None = None) -> None:
-    """Row by row, against what is large in the row: other rows' thousands must not hide an error."""
-    objective = OBJECTIVES[name]
-    case = fitted(extreme_case(soft_cap) if case_name == "extreme" else underflow_case(), objective)
-    narrow = cast(case, torch.float32)
-    expected, expected_grads = run(cast(narrow, torch.float64), objective=objective, implementation="reference")
-    for implementation in ("torch", "reference"):
-        actual, actual_grads = run(narrow, objective=objective, implementation=implementation)
-        assert all(torch.isfinite(grad).all() for grad in actual_grads.values())
-        for field in ("loss", *DIAGNOSTICS):
-            assert_near(getattr(actual, field), getattr(expected, field), 1e-6, field)
-        values = zip(actual.divergence_T, expected.divergence_T, strict=True)
-        gradients = zip(actual_grads["hidden"], expected_grads["hidden"], strict=True)
-        for row, ((value, wanted), (grad_V, wanted_V)) in enumerate(zip(values, gradients, strict=True)):
-            scale = max(1.0, float(wanted.abs()), float(wanted_V.abs().max()))
-            assert float((value.double() - wanted).abs()) <= 1e-6 * scale, row
-            assert float((grad_V.double() - wanted_V).abs().max()) <= 1e-5 * scale, row
-
-
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_logits_of_ten_thousand(name: str, soft_cap: float | None) -> None:
-    assert_rows_match_reference(name, "extreme", soft_cap)
+    for implementation in ("torch", "reference"):
+        assert_rows_match_reference(extreme_case(soft_cap), OBJECTIVES[name], implementation=implementation)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_probabilities_that_underflow(name: str) -> None:
-    assert_rows_match_reference(name, "underflow")
+    for implementation in ("torch", "reference"):
+        assert_rows_match_reference(underflow_case(), OBJECTIVES[name], implementation=implementation)
 
 
 def test_logits_of_ten_thousand_by_hand() -> None:
@@ -306,6 +292,22 @@ def test_top_k_finds_the_largest(seed: int, vocab: int, k: int, levels: int) -> 
     assert torch.equal(values_Bk, x_BV.topk(k).values)
     assert torch.equal(x_BV.gather(1, ids_Bk), values_Bk)
     assert all(len(set(ids)) == k for ids in ids_Bk.tolist())
+
+
+@pytest.mark.parametrize(
+    ("device", "has_float64", "has_triton", "expected"),
+    [
+        ("cpu", False, True, "torch"),
+        ("cuda", False, True, "triton"),
+        ("cuda", True, True, "torch"),
+        ("cuda", False, False, "torch"),
+    ],
+)
+def test_auto_is_what_can_run(
+    device: str, has_float64: bool, has_triton: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opd_kernels.divergence, "_has_triton", lambda: has_triton)
+    assert fitting_implementation(torch.device(device), has_float64=has_float64) == expected
 
 
 def test_auto_is_torch_on_a_cpu() -> None:

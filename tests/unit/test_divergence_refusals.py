@@ -37,11 +37,14 @@ NO_TEACHER = {"teacher_hidden_TE": None, "teacher_head": None}
 
 
 def zeros(*shape: int) -> Tensor:
-    return torch.zeros(*shape)
+    return torch.zeros(shape)
 
 
 def ids(*shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=torch.int64)
+
+
+META_VD = torch.empty(97, 60, device="meta")
 
 
 def refused(case: Case, message: str, **options: Any) -> None:
@@ -62,6 +65,10 @@ def refused(case: Case, message: str, **options: Any) -> None:
         ({"chunk_tokens": 0}, "chunk_tokens: 0 is below 1"),
         ({"student_hidden_TD": ids(5, 60)}, r"student_hidden: torch.int64 \(5, 60\), expected floating"),
         ({"student_hidden_TD": zeros(5)}, r"student_hidden: .*expected floating \[tokens, width\]"),
+        ({"student_hidden_TD": zeros()}, r"student_hidden: torch.float32 \(\), expected floating \[tokens, width\]"),
+        ({"student_hidden_TD": zeros(), "token_weights_T": None}, r"student_hidden: torch.float32 \(\), expected"),
+        ({"teacher_hidden_TE": zeros()}, r"teacher_hidden: torch.float32 \(\), expected floating \[tokens, width\]"),
+        ({"token_weights_T": zeros()}, r"token_weights_T: \(\) weights, expected \(1, 5\)"),
         ({"student_head": LinearHead(zeros(97, 61))}, r"student_head: weight \(97, 61\) does not fit hidden \(5, 60\)"),
         ({"student_head": LinearHead(zeros(97, 60), valid_vocab_size=98)}, "student_head: 98 valid ids"),
         ({"student_head": LinearHead(zeros(97, 60), valid_vocab_size=0)}, "student_head: 0 valid ids"),
@@ -149,6 +156,45 @@ def test_log_probabilities_are_refused_by_name(signal: Signal, objective: Object
 def test_teachers_in_both_ways_are_refused() -> None:
     case = make_case(5, 97)
     refused({**case, "teachers": teacher_of(case)}, "teachers: give either")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"student_head": LinearHead(META_VD)}, "student_head: weight"),
+        ({"student_head": LinearHead(zeros(97, 60), bias=META_VD[:, 0])}, "student_head: bias"),
+        ({"teacher_hidden_TE": META_VD[:5]}, "teacher_hidden_TE:"),
+        ({"teacher_head": LinearHead(META_VD)}, "teacher_head: weight"),
+        ({"teacher_head": LinearHead(zeros(97, 60), bias=META_VD[:, 0])}, "teacher_head: bias"),
+        ({"sampled_ids_T": META_VD[:5, 0].long()}, "sampled_ids_T:"),
+        ({"token_weights_T": META_VD[:5, 0]}, "token_weights_T:"),
+        ({**NO_TEACHER, "teachers": Signal(logits_TV=META_VD.new_zeros(5, 97))}, "teacher_logits_TV:"),
+        (
+            {
+                **NO_TEACHER,
+                "teachers": [Signal(logits_TV=zeros(5, 97)), Signal(logits_TV=META_VD.new_zeros(5, 97))],
+                "token_weights_T": None,
+            },
+            r"teachers\[1\]_logits_TV:",
+        ),
+        (
+            {**NO_TEACHER, "teachers": Signal(token_logprobs_T=META_VD[:5, 0]), "objective": SampledToken()},
+            "teacher_token_logprobs_T:",
+        ),
+        (
+            {
+                **NO_TEACHER,
+                "teachers": Signal(top_k_ids_TK=ids(5, 3), top_k_logprobs_TK=META_VD[:5, :3]),
+                "objective": TopK(),
+            },
+            "teacher_top_k_logprobs_TK:",
+        ),
+        ({"objective": ExOPD(), "reference": Signal(logits_TV=META_VD.new_zeros(5, 97))}, "reference_logits_TV:"),
+    ],
+)
+def test_tensors_of_another_device_are_refused_by_name(change: dict[str, Any], name: str) -> None:
+    case = {**cast(make_case(5, 97), torch.float32), **change}
+    refused(case, f"{name} on meta, the student's hidden states are on cpu")
 
 
 @pytest.mark.parametrize("objective", [None, ReverseKL(), ForwardKL(), JSD(), ExOPD(), TopK(), SampledToken()])

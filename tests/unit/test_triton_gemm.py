@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import pytest
@@ -88,7 +87,9 @@ def test_an_empty_sum_is_zero() -> None:
     out = torch.full((3, 4), torch.nan, device=DEVICE)
     mm(torch.empty(3, 0, device=DEVICE), torch.empty(0, 4, device=DEVICE), out)
     assert torch.equal(out, torch.zeros_like(out))
-    mm(torch.empty(3, 0, device=DEVICE), torch.empty(0, 4, device=DEVICE), out + 1, accumulate=True)
+    out.fill_(2.0)
+    mm(torch.empty(3, 0, device=DEVICE), torch.empty(0, 4, device=DEVICE), out, accumulate=True)
+    assert torch.equal(out, torch.full_like(out, 2.0))
     mm(torch.empty(0, 5, device=DEVICE), torch.empty(5, 4, device=DEVICE), torch.empty(0, 4, device=DEVICE))
 
 
@@ -158,11 +159,6 @@ def test_the_configuration_depends_on_the_dtype_alone(monkeypatch: pytest.Monkey
         tile = triton_gemm.TILES[dtype]
         for (grid, _, _), (M, N, _) in zip(launches, shapes, strict=True):
             assert grid == (-(-M // tile.m) * -(-N // tile.n),)  # K is not split: one program sums all of it
-
-
-def test_nothing_is_tuned_or_added_atomically() -> None:
-    source = inspect.getsource(triton_gemm)
-    assert not any(word in source for word in ("autotune", "heuristics", "atomic_", "tf32"))
 
 
 @pytest.mark.parametrize(
