@@ -184,8 +184,10 @@ def _forward(
 
     chunk = inputs.chunk_tokens or backend.default_chunk_tokens()
     if not inputs.deterministic:  # there, one row fills a whole chunk, too: the shape of a GEMM decides its bits
-        chunk = _even_chunk(tokens, chunk)
+        chunk = max(1, min(chunk, tokens))
     buffers = _Buffers.of(inputs, backend, chunk, needs_grad=needs_hidden or needs_weight or needs_bias)
+    if not inputs.deterministic:
+        chunk = _even_chunk(tokens, chunk)
     for start in range(0, tokens, chunk):
         count = min(chunk, tokens - start)
         part = _Chunk(start, count, chunk if inputs.deterministic else count)

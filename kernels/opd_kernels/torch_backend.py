@@ -21,8 +21,8 @@ from opd_kernels.objectives import ReverseKL
 from opd_kernels.row_workers import for_each_share
 from opd_kernels.torch_rows import Block, Side, kl, value_and_gradient
 
-CHUNK_BYTES = 40 << 20  # one [C, V] float32 buffer
-MIN_CHUNK_TOKENS = 128  # with fewer rows the GEMMs, which go through all of [V, D] for each chunk, wait for memory
+CHUNK_BYTES = 32 << 20  # one [C, V] float32 buffer
+MIN_CHUNK_TOKENS = 96  # with fewer rows the GEMMs, which go through all of [V, D] for each chunk, wait for memory
 DETERMINISTIC_CHUNK_TOKENS = 96  # every call pays for whole chunks there
 # MKL deals a GEMM's rows out to threads evenly, and each thread takes 4, 6 or 12 of them at a time, by the instruction
 # set. A remainder goes through other kernels, which add up in another order; so shares are whole multiples of them all.
