@@ -42,3 +42,28 @@ class LinearHead:
         if self.soft_cap is not None:
             logits_TV = self.soft_cap * torch.tanh(logits_TV / self.soft_cap)
         return logits_TV
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A head's form with the temperature folded in: after_cap · tanh(before · (h Wᵀ + b)), or before · (h Wᵀ + b).
+
+    Attributes:
+        before: logit_scale / soft_cap, or logit_scale / τ without a soft-cap.
+        after_cap: soft_cap / τ, or None.
+    """
+
+    before: float
+    after_cap: float | None
+
+    @classmethod
+    def of(cls, head: LinearHead, temperature: float) -> Form:
+        return cls(
+            before=head.logit_scale / (temperature if head.soft_cap is None else head.soft_cap),
+            after_cap=None if head.soft_cap is None else head.soft_cap / temperature,
+        )
+
+    @property
+    def slope(self) -> float:
+        """Derivative of the output by (h Wᵀ + b), tanh' left out."""
+        return self.before * (1.0 if self.after_cap is None else self.after_cap)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opd_kernels.fused import Rows, compute_fused
-from opd_kernels.head import LinearHead
+from opd_kernels.head import Form, LinearHead
 from opd_kernels.inputs import LOGPROB_FLOOR, Divergence, DivergenceInputs
 from opd_kernels.objectives import ReverseKL
 from opd_kernels.row_workers import for_each_share
@@ -53,7 +52,7 @@ class TorchBackend:
         self._inputs = inputs
         self._dtype = inputs.result_dtype
         self._device = inputs.student_hidden_TD.device
-        self._student = _Form.of(inputs.student_head, inputs.temperature)
+        self._student = Form.of(inputs.student_head, inputs.temperature)
         self._widened: dict[int, Tensor] = {}
 
     def default_chunk_tokens(self) -> int:
@@ -73,7 +72,7 @@ class TorchBackend:
 
     # --- GEMMs -------------------------------------------------------------------------------------------------
     def project(self, head: LinearHead, hidden_CD: Tensor, out_CV: Tensor) -> None:
-        form, hidden_CD = _Form.of(head, self._inputs.temperature), hidden_CD.to(self._dtype)
+        form, hidden_CD = Form.of(head, self._inputs.temperature), hidden_CD.to(self._dtype)
         for ids, weight_VD in self._tiles(head.weight):
             tile_CV = out_CV[:, ids]
             if head.bias is None:
@@ -188,31 +187,6 @@ class TorchBackend:
             tanh_BV = torch.add(student.shifted_BV, student.max_B1, out=work_BV).div_(self._student.after_cap)
             block.grad_BV.addcmul_(block.grad_BV, tanh_BV.square_(), value=-1.0)
         return student.sum_B.reciprocal()
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """A head's form with the temperature folded in: after_cap · tanh(before · (h Wᵀ + b)), or before · (h Wᵀ + b).
-
-    Attributes:
-        before: logit_scale / soft_cap, or logit_scale / τ without a soft-cap.
-        after_cap: soft_cap / τ, or None.
-    """
-
-    before: float
-    after_cap: float | None
-
-    @classmethod
-    def of(cls, head: LinearHead, temperature: float) -> _Form:
-        return cls(
-            before=head.logit_scale / (temperature if head.soft_cap is None else head.soft_cap),
-            after_cap=None if head.soft_cap is None else head.soft_cap / temperature,
-        )
-
-    @property
-    def slope(self) -> float:
-        """Derivative of the output by (h Wᵀ + b), tanh' left out."""
-        return self.before * (1.0 if self.after_cap is None else self.after_cap)
 
 
 def _part(x_C: Tensor | None, part: slice) -> Tensor | None:

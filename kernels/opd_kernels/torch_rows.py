@@ -177,9 +177,7 @@ def _top_k_kl(k: int, block: Block) -> Tensor:
         assert block.top_k_ids_BK is not None
         assert block.top_k_logprobs_BK is not None
         ids_BK = block.top_k_ids_BK
-        log_q_BK = block.top_k_logprobs_BK.to(exp_BV.dtype).clamp(min=LOGPROB_FLOOR)
-        # The given numbers may leave little of 1: what they do must not drown in the rounding of their sum.
-        log_q_tail_B = (1.0 - log_q_BK.double().exp().sum(1)).clamp(min=TAIL_FLOOR).log().to(exp_BV.dtype)
+        log_q_BK, log_q_tail_B = given_top_k(block.top_k_logprobs_BK, exp_BV.dtype)
     exp_BK = exp_BV.gather(1, ids_BK)
     outside_B = exp_BV.scatter_(1, ids_BK, 0.0).sum(1)
     log_p_tail_B = (outside_B.log() - student.log_sum_B).clamp(min=LOGPROB_FLOOR)
@@ -189,6 +187,13 @@ def _top_k_kl(k: int, block: Block) -> Tensor:
         torch.mul(exp_BV, (tail_ratio_B - value_B)[:, None], out=block.grad_BV)
         block.grad_BV.scatter_(1, ids_BK, exp_BK * (ratio_BK - value_B[:, None]))
     return value_B
+
+
+def given_top_k(logprobs_BK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probabilities that a teacher gave, [B, K], floored, and that of all other ids together, [B]."""
+    log_q_BK = logprobs_BK.to(dtype).clamp(min=LOGPROB_FLOOR)
+    # They may leave little of 1: what they do must not drown in the rounding of their sum.
+    return log_q_BK, (1.0 - log_q_BK.double().exp().sum(1)).clamp(min=TAIL_FLOOR).log().to(dtype)
 
 
 def _sampled_token(block: Block) -> Tensor:

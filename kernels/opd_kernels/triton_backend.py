@@ -21,10 +21,10 @@ from torch import Tensor
 
 from opd_kernels import triton_gemm, triton_rows
 from opd_kernels.fused import Rows, RowSignal, compute_fused
-from opd_kernels.head import LinearHead
-from opd_kernels.inputs import LOGPROB_FLOOR, TAIL_FLOOR, Divergence, DivergenceInputs
+from opd_kernels.head import Form, LinearHead
+from opd_kernels.inputs import LOGPROB_FLOOR, Divergence, DivergenceInputs
 from opd_kernels.objectives import JSD, ExOPD, TopK
-from opd_kernels.torch_rows import top_k
+from opd_kernels.torch_rows import given_top_k, top_k
 from opd_kernels.triton_statistics import MOMENTS
 
 # Of one float32 [C, V] buffer; there are two, and one in 16 bits. The gradient to the head does 2·C·V·D operations for
@@ -231,9 +231,8 @@ class TritonBackend:
         if logits_CV is None or head is None:
             return logits_CV, None, 1.0 / tau, 1.0
         bias_V = None if head.bias is None else head.bias.detach().contiguous()
-        if head.soft_cap is None:
-            return logits_CV, bias_V, head.logit_scale / tau, 1.0
-        return logits_CV, bias_V, head.logit_scale / head.soft_cap, head.soft_cap / tau
+        form = Form.of(head, tau)
+        return logits_CV, bias_V, form.before, 1.0 if form.after_cap is None else form.after_cap
 
     @contextlib.contextmanager
     def _top_k(self, rows: Rows) -> Iterator[tuple[int, Tensor | None, Tensor | None, Tensor | None, Tensor | None]]:
@@ -247,9 +246,7 @@ class TritonBackend:
         logprobs_CK = tail_C = None
         if rows.teacher.top_k_ids_CK is not None and rows.teacher.top_k_logprobs_CK is not None:
             ids_CK = rows.teacher.top_k_ids_CK
-            logprobs_CK = rows.teacher.top_k_logprobs_CK.float().clamp(min=LOGPROB_FLOOR)
-            # What is outside is what float32 numbers leave of 1: the sum must not lose more of it.
-            tail_C = (1.0 - logprobs_CK.double().exp().sum(1)).clamp(min=TAIL_FLOOR).log().float()
+            logprobs_CK, tail_C = given_top_k(rows.teacher.top_k_logprobs_CK, torch.float32)
         else:
             ids_CK = self._teacher_top_k(rows.teacher, self._inputs.objective.k)
         student_CK = rows.student_logits_CV.gather(1, ids_CK)
