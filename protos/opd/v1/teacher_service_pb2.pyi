@@ -184,7 +184,7 @@ class ScoreTrajectoriesRequest(_message.Message):
     def __init__(self, item: _Optional[_Union[ScoreItem, _Mapping]] = ..., cancel_item_id: _Optional[str] = ...) -> None: ...
 
 class ScoreItem(_message.Message):
-    __slots__ = ("item_id", "teacher_id", "token_ids", "scored_spans", "signal", "dtype", "timeout", "tokenizer_fingerprint", "expected_teacher_digest", "expected_head_digest", "top_k")
+    __slots__ = ("item_id", "teacher_id", "token_ids", "scored_spans", "signal", "dtype", "timeout", "tokenizer_fingerprint", "expected_teacher_digest", "expected_head_digest", "top_k", "candidate_token_ids")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     TEACHER_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class ScoreItem(_message.Message):
     EXPECTED_TEACHER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_HEAD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     teacher_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -207,7 +208,8 @@ class ScoreItem(_message.Message):
     expected_teacher_digest: str
     expected_head_digest: str
     top_k: int
-    def __init__(self, item_id: _Optional[str] = ..., teacher_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., scored_spans: _Optional[_Iterable[_Union[_common_pb2.Span, _Mapping]]] = ..., signal: _Optional[_Union[Signal, str]] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., expected_teacher_digest: _Optional[str] = ..., expected_head_digest: _Optional[str] = ..., top_k: _Optional[int] = ...) -> None: ...
+    candidate_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, item_id: _Optional[str] = ..., teacher_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., scored_spans: _Optional[_Iterable[_Union[_common_pb2.Span, _Mapping]]] = ..., signal: _Optional[_Union[Signal, str]] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., expected_teacher_digest: _Optional[str] = ..., expected_head_digest: _Optional[str] = ..., top_k: _Optional[int] = ..., candidate_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ScoreTrajectoriesResponse(_message.Message):
     __slots__ = ("item_id", "credits", "header", "chunk", "status")
