@@ -26,6 +26,7 @@ STEP = "opd.step"
 TEACHER = "opd.teacher_id"
 TOKENS = "opd.tokens"
 TRAJECTORY = "opd.trajectory_id"
+WEIGHTS = "opd.weights"
 
 _SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 

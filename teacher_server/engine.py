@@ -1,6 +1,6 @@
 """The engine interface: what a teacher must be able to do. A further engine costs one more file.
 
-Letters: N tokens of a sequence, R scored tokens, V vocabulary, d hidden size.
+Letters: N tokens of a sequence, R scored tokens, V vocabulary, d hidden size, k ids of a top-k signal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
-from opd_kernels import LinearHead
 
 from opd_mesh.errors import OpdError
 from opd_mesh.models.tokenizer import TokenizerRoles
@@ -34,6 +33,8 @@ class ScoreJob:
     predicting_positions: tuple[int, ...]  # [R] whose output predicts the scored tokens
     signal: Signal
     dtype: str  # of the answer
+    top_k: int = 0  # of TOP_K_LOGPROBS
+    candidate_ids: tuple[int, ...] = ()  # [R · k], or none: the teacher's own choice
 
     @property
     def num_tokens(self) -> int:
@@ -42,16 +43,28 @@ class ScoreJob:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadFacts:
+    """The form of a head (see ``opd.v1.HeadForm``), without its weights."""
+
+    digest: str
+    rows: int  # of the weight, padding included
+    width: int
+    dtype: str
+    has_bias: bool
+    logit_scale: float
+    soft_cap: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What the engine knows of its teacher after loading; the service makes the card of it."""
+    """What is known of a teacher after it has been proved once; the service makes the card of it."""
 
     model_type: str
     vocab_size: int
     hidden_size: int
     dtype: str
     teacher_digest: str
-    head: LinearHead | None  # None: hidden states are not offered
-    head_digest: str
+    head: HeadFacts | None  # None: hidden states are not offered
     head_error: float
     signals: tuple[Signal, ...]
     note: str
@@ -61,15 +74,45 @@ class EngineFacts:
     vocabulary: Mapping[str, int]
 
 
-class TeacherEngine(Protocol):
-    """Runs in one thread of its own; the event loop never waits for it."""
+class WeightSet(Protocol):
+    """What comes into memory and leaves it as one. Teachers that share weights share the object."""
 
-    facts: EngineFacts
+    name: str
+    num_bytes: int
+
+    def load(self) -> None:
+        """Bring it into memory, in the pool's thread. Raises :class:`OpdError` where it cannot be had."""
+        ...
+
+    def unload(self) -> None:
+        """Give the memory back, in the pool's thread."""
+        ...
+
+
+class TeacherEngine(Protocol):
+    """One teacher. Constructing it loads and proves it once; from then on the pool says when its weights are there."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What it proved to be."""
+        ...
+
+    @property
+    def weight_sets(self) -> tuple[WeightSet, ...]:
+        """What must be in memory for :meth:`score`; empty for weights that never leave it."""
+        ...
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[dict[str, np.ndarray] | OpdError]:
-        """One answer per job, in order: tensors by name with R rows each, or the error of that job alone."""
+        """One answer per job, in order: tensors by name with R rows each, or the error of that job alone.
+
+        Runs in the one thread that computes; the event loop never waits for it.
+        """
+        ...
+
+    def head_tensors(self) -> list[tuple[str, np.ndarray]]:
+        """ "weight" [V, d] and, where there is one, "bias" [V]. Needs no weight set; may be called from any thread."""
         ...
 
     def close(self) -> None:
-        """Frees what the engine holds."""
+        """Free what the engine holds."""
         ...

@@ -1,8 +1,8 @@
-"""Which waiting items share the next forward pass: a pure function, without I/O or clock."""
+"""Which waiting items share the next forward pass, and whose turn it is: pure functions, without I/O or clock."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -14,22 +14,54 @@ class Waiting:
     num_tokens: int
 
 
-def choose_batch(waiting: Sequence[Waiting], *, token_budget: int, max_items: int) -> list[int]:
-    """Indices into ``waiting`` (oldest first) of the next batch.
+def teachers_in_order(waiting: Sequence[Waiting]) -> list[str]:
+    """Teachers by their oldest item."""
+    return list(dict.fromkeys(item.teacher_id for item in waiting))
 
-    The oldest item is always taken, so nothing starves, even if it alone is over the budget; then further items of
-    the same teacher in order of arrival while they fit. An item that does not fit is passed over, not waited for.
+
+def choose_turn(
+    waiting: Sequence[Waiting], current: str | None, *, served_tokens: int, turn_tokens: int, ready: Collection[str]
+) -> str | None:
+    """The teacher that computes next, so that weights are exchanged as seldom as fairness allows.
+
+    The present one goes on while it has items, for ``turn_tokens`` at most where others wait. Then comes the teacher
+    with the oldest item among those whose weights are in memory; the oldest of all where none is.
+
+    Args:
+        waiting: oldest first.
+        served_tokens: that ``current`` has computed in this turn.
+        ready: teachers whose weights are in memory.
     """
-    if not waiting:
-        return []
-    teacher_id = waiting[0].teacher_id
-    chosen = [0]
-    tokens = waiting[0].num_tokens
-    for index in range(1, len(waiting)):
+    teachers = teachers_in_order(waiting)
+    if not teachers:
+        return None
+    others = [teacher for teacher in teachers if teacher != current]
+    if current in teachers and (served_tokens < turn_tokens or not others):
+        return current
+    return next((teacher for teacher in others if teacher in ready), others[0])
+
+
+def choose_batch(
+    waiting: Sequence[Waiting], teacher_id: str, *, token_budget: int, max_items: int, in_order: bool = False
+) -> list[int]:
+    """Indices into ``waiting`` (oldest first) of the teacher's next batch.
+
+    Its oldest item is always taken, so nothing starves, even if it alone is over the budget; then further items of the
+    same teacher in order of arrival while they fit. An item that does not fit is passed over, not waited for.
+
+    Args:
+        in_order: take only items that arrived one after the other.
+    """
+    chosen: list[int] = []
+    tokens = 0
+    for index, item in enumerate(waiting):
         if len(chosen) >= max_items:
             break
-        item = waiting[index]
-        if item.teacher_id == teacher_id and tokens + item.num_tokens <= token_budget:
+        if item.teacher_id != teacher_id:
+            if in_order and chosen:
+                break
+            continue
+        if not chosen or tokens + item.num_tokens <= token_budget:
             chosen.append(index)
             tokens += item.num_tokens
     return chosen

@@ -14,42 +14,44 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd_mesh import telemetry
+from opd_mesh.config.services import TeacherServerConfig
 from opd_mesh.errors import InternalError, OpdError, OverloadedError, UnavailableError
 from teacher_server.engine import ScoreJob, TeacherEngine
-from teacher_server.scheduling import Waiting, choose_batch
+from teacher_server.pool import WeightPool
+from teacher_server.scheduling import Waiting, choose_batch, choose_turn, teachers_in_order
 
 log = logging.getLogger("teacher_server")
+Answer = dict[str, np.ndarray]
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
     teacher_id: str
     job: ScoreJob
-    future: asyncio.Future[dict[str, np.ndarray]]
+    future: asyncio.Future[Answer]
 
 
 class ScoringQueue:
-    """First come, first served, batched by teacher under a token budget.
+    """Batched by teacher under a token budget; teachers take turns, so that the pool exchanges weights seldom.
 
     Args:
         engines: by teacher id.
-        token_budget: tokens in one forward pass.
-        max_items: waiting, over all clients; beyond it :class:`OverloadedError`.
-        max_batch_items: 1 in deterministic mode, so that a batch's composition never depends on arrival.
+        pool: holds the engines' weights.
     """
 
-    def __init__(
-        self, engines: Mapping[str, TeacherEngine], *, token_budget: int, max_items: int, max_batch_items: int
-    ) -> None:
+    def __init__(self, engines: Mapping[str, TeacherEngine], pool: WeightPool, config: TeacherServerConfig) -> None:
         self._engines = engines
-        self._token_budget = token_budget
-        self._max_items = max_items
-        self._max_batch_items = max_batch_items
+        self.pool = pool
+        self._config = config
+        # One in deterministic mode, so that a batch's composition never depends on arrival.
+        self._max_batch_items = 1 if config.deterministic else config.max_items_in_flight
         self._entries: list[_Entry] = []
         self._in_engine: list[_Entry] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._runner: asyncio.Task[None] | None = None
+        self._turn: str | None = None
+        self._turn_tokens = 0
         self._closed = False
         self.batches = 0
         self.tokens = 0
@@ -58,7 +60,7 @@ class ScoringQueue:
         """Begin to serve the queue."""
         self._runner = asyncio.create_task(self._run())
 
-    async def score(self, teacher_id: str, job: ScoreJob) -> dict[str, np.ndarray]:
+    async def score(self, teacher_id: str, job: ScoreJob) -> Answer:
         """Wait for the answer. Cancelling takes the item out of the queue.
 
         Raises:
@@ -67,11 +69,13 @@ class ScoringQueue:
         """
         if self._closed:
             raise UnavailableError("the teacher server is stopping")
-        if len(self._entries) >= self._max_items:
+        if len(self._entries) >= self._config.max_queue_items:
             raise OverloadedError(f"{len(self._entries)} items are waiting already", retry_delay_s=1.0)
         entry = _Entry(teacher_id, job, asyncio.get_running_loop().create_future())
         self._entries.append(entry)
         self._arrived.set()
+        if self._in_engine:
+            self._look_ahead()
         try:
             return await entry.future
         finally:
@@ -79,52 +83,113 @@ class ScoringQueue:
                 self._entries.remove(entry)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
             # Items that arrive in one burst are decoded one by one: give the burst one turn of the loop to land.
             await asyncio.sleep(0)
-            waiting = [Waiting(entry.teacher_id, entry.job.num_tokens) for entry in self._entries]
-            chosen = choose_batch(waiting, token_budget=self._token_budget, max_items=self._max_batch_items)
-            if not chosen:
+            teacher_id = self._choose_turn()
+            if teacher_id is None:
                 self._arrived.clear()
                 continue
-            batch = [self._entries[index] for index in chosen]
-            for entry in batch:
-                self._entries.remove(entry)
-            self._in_engine = batch
-            engine = self._engines[batch[0].teacher_id]
-            tokens = sum(entry.job.num_tokens for entry in batch)
-            answers: list[dict[str, np.ndarray] | OpdError]
+            engine = self._engines[teacher_id]
             try:
-                with telemetry.span(
-                    "teacher.forward", {telemetry.TEACHER: batch[0].teacher_id, telemetry.TOKENS: tokens}
-                ):
-                    answers = await loop.run_in_executor(self._thread, engine.score, [entry.job for entry in batch])
-            except Exception as error:
-                log.exception("the engine of teacher %r failed on %d items", batch[0].teacher_id, len(batch))
-                failure = InternalError(f"the engine failed: {type(error).__name__}; the server's log has the stack")
-                answers = [failure] * len(batch)
-            self._in_engine = []
-            self.batches += 1
-            self.tokens += tokens
-            for entry, answer in zip(batch, answers, strict=True):
-                if entry.future.done():
-                    continue  # given up meanwhile
-                if isinstance(answer, OpdError):
-                    entry.future.set_exception(answer)
-                else:
-                    entry.future.set_result(answer)
+                async with self.pool.using(engine.weight_sets):
+                    # Chosen only now: while the weights were loaded, more may have come for them, or all been given up.
+                    batch = self._take_batch(teacher_id)
+                    if batch:
+                        self._in_engine = batch
+                        self._look_ahead()
+                        self._answer(batch, await self._compute(teacher_id, engine, batch))
+            except OpdError as error:
+                log.warning("the weights of teacher %r cannot be had: %s", teacher_id, error)
+                self._fail_all(teacher_id, error)
+            finally:
+                self._in_engine = []
+
+    def _waiting(self) -> list[Waiting]:
+        return [Waiting(entry.teacher_id, entry.job.num_tokens) for entry in self._entries]
+
+    def _choose_turn(self) -> str | None:
+        waiting = self._waiting()
+        if self._config.pool.order == "arrival":
+            teacher_id = waiting[0].teacher_id if waiting else None
+        else:
+            teacher_id = choose_turn(
+                waiting,
+                self._turn,
+                served_tokens=self._turn_tokens,
+                turn_tokens=self._config.pool.turn_tokens,
+                ready=[name for name, engine in self._engines.items() if self.pool.is_ready(engine.weight_sets)],
+            )
+        if teacher_id is not None and (teacher_id != self._turn or self._turn_tokens >= self._config.pool.turn_tokens):
+            self._turn, self._turn_tokens = teacher_id, 0
+        return teacher_id
+
+    def _take_batch(self, teacher_id: str) -> list[_Entry]:
+        chosen = choose_batch(
+            self._waiting(),
+            teacher_id,
+            token_budget=self._config.batch_tokens,
+            max_items=self._max_batch_items,
+            in_order=self._config.pool.order == "arrival",
+        )
+        batch = [self._entries[index] for index in chosen]
+        for entry in batch:
+            self._entries.remove(entry)
+        return batch
+
+    def _look_ahead(self) -> None:
+        """While a teacher computes, bring the weights of the next one that lacks them."""
+        if not self._config.pool.prefetch:
+            return
+        needed_before = {weights.name for weights in self._engines[self._in_engine[0].teacher_id].weight_sets}
+        for teacher_id in teachers_in_order(self._waiting()):
+            sets = self._engines[teacher_id].weight_sets
+            if not self.pool.has_begun(sets):
+                self.pool.prefetch(sets, keep=needed_before)
+                return
+            needed_before |= {weights.name for weights in sets}
+
+    async def _compute(self, teacher_id: str, engine: TeacherEngine, batch: list[_Entry]) -> list[Answer | OpdError]:
+        tokens = sum(entry.job.num_tokens for entry in batch)
+        self.batches += 1
+        self.tokens += tokens
+        self._turn_tokens += tokens
+        try:
+            with telemetry.span("teacher.forward", {telemetry.TEACHER: teacher_id, telemetry.TOKENS: tokens}):
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self._thread, engine.score, [entry.job for entry in batch])
+        except Exception as error:
+            log.exception("the engine of teacher %r failed on %d items", teacher_id, len(batch))
+            failure = InternalError(f"the engine failed: {type(error).__name__}; the server's log has the stack")
+            return [failure] * len(batch)
+
+    def _answer(self, batch: list[_Entry], answers: list[Answer | OpdError]) -> None:
+        for entry, answer in zip(batch, answers, strict=True):
+            if entry.future.done():
+                continue  # given up meanwhile
+            if isinstance(answer, OpdError):
+                entry.future.set_exception(answer)
+            else:
+                entry.future.set_result(answer)
+
+    def _fail_all(self, teacher_id: str, error: OpdError) -> None:
+        for entry in [entry for entry in self._entries if entry.teacher_id == teacher_id]:
+            self._entries.remove(entry)
+            if not entry.future.done():
+                entry.future.set_exception(error)
 
     async def close(self) -> None:
         """Refuse new items, fail those that are not answered yet, end the thread after the pass in progress."""
         self._closed = True
+        unanswered = [*self._in_engine, *self._entries]
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-        for entry in [*self._in_engine, *self._entries]:
+        for entry in unanswered:
             if not entry.future.done():
                 entry.future.set_exception(UnavailableError("the teacher server is stopping"))
         await asyncio.to_thread(self._thread.shutdown)
+        await self.pool.close()
         for engine in self._engines.values():
             engine.close()

@@ -12,7 +12,10 @@ from opd_mesh.errors import OpdError
 from opd_mesh.models.runtime import configure_torch
 from opd_mesh.process import ServiceArguments
 from opd_mesh.rpc.server import MeshServer
+from teacher_server.base_model import BaseModels
+from teacher_server.catalogue import Catalogue
 from teacher_server.engine import TeacherEngine
+from teacher_server.pool import WeightPool
 from teacher_server.scoring_queue import ScoringQueue
 from teacher_server.service import TeacherServicer
 from teacher_server.transformers_engine import TransformersEngine
@@ -22,13 +25,14 @@ SERVICE = "opd.v1.TeacherService"
 
 
 def load_engines(config: TeacherServerConfig) -> dict[str, TeacherEngine]:
-    """Load and prove every teacher. Raises the errors of its engine, naming the teacher."""
+    """Load and prove every teacher, one after the other. Raises the errors of its engine, naming the teacher."""
     device = configure_torch(config.device, threads=config.threads, deterministic=config.deterministic)
+    bases = BaseModels(device=device, keep_in_memory=config.pool.memory_bytes is None, cache_dir=config.pool.cache_dir)
     engines: dict[str, TeacherEngine] = {}
     for teacher_id, teacher in config.teachers.items():
         log.info("loading teacher %s from %s", teacher_id, teacher.path)
         try:
-            engine = TransformersEngine(teacher_id, teacher, device=device, deterministic=config.deterministic)
+            engine = TransformersEngine(teacher_id, teacher, bases, deterministic=config.deterministic)
         except OpdError as error:
             error.message = f"teacher {teacher_id!r}: {error.message}"
             raise
@@ -42,29 +46,38 @@ def load_engines(config: TeacherServerConfig) -> dict[str, TeacherEngine]:
     return engines
 
 
+def open_catalogue(catalogue: Catalogue, engines: dict[str, TeacherEngine]) -> ScoringQueue:
+    """Begin to serve the engines; the queue is to be closed at the end.
+
+    Raises:
+        ConfigError: a teacher is larger than the pool's memory.
+    """
+    config = catalogue.config
+    pool = WeightPool(config.pool.memory_bytes)
+    for teacher_id, engine in engines.items():
+        pool.check_fits(teacher_id, engine.weight_sets)
+    queue = ScoringQueue(engines, pool, config)
+    queue.start()
+    catalogue.install(engines, queue)
+    return queue
+
+
 async def serve(arguments: ServiceArguments[TeacherServerConfig]) -> None:
     """Serve until SIGTERM."""
     config = arguments.config
     server = MeshServer(config.server, services=[SERVICE], insecure=arguments.insecure)
-    servicer = TeacherServicer(config)
+    catalogue = Catalogue(config)
+    servicer = TeacherServicer(catalogue)
     teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
     # The port first: one that is taken should not cost minutes of loading.
     address = await server.start(arguments.listen)
     try:
-        engines = await asyncio.to_thread(load_engines, config)
+        queue = open_catalogue(catalogue, await asyncio.to_thread(load_engines, config))
     except BaseException:
         await server.grpc.stop(None)  # or its destructor would add a stack to the one clear message
         raise
-    queue = ScoringQueue(
-        engines,
-        token_budget=config.batch_tokens,
-        max_items=config.max_queue_items,
-        max_batch_items=1 if config.deterministic else config.max_items_in_flight,
-    )
-    queue.start()
-    servicer.install(engines, queue)
     await server.set_serving(True)
     arguments.announce(address)
     await server.run_until_signal(on_drain=servicer.drain)
     await queue.close()
-    log.info("served %d tokens in %d batches", queue.tokens, queue.batches)
+    log.info("served %d tokens in %d batches; %s", queue.tokens, queue.batches, queue.pool.counters)

@@ -24,8 +24,8 @@ from rollout_server.server import load_engine
 from rollout_server.service import RolloutServicer
 from student_trainer.server import load_student
 from student_trainer.trainer import Trainer
-from teacher_server.scoring_queue import ScoringQueue
-from teacher_server.server import load_engines
+from teacher_server.catalogue import Catalogue
+from teacher_server.server import load_engines, open_catalogue
 from teacher_server.service import TeacherServicer
 
 QUICK = ServerConfig(drain_propagation_s=0.0, drain_grace_s=2.0)
@@ -36,18 +36,11 @@ async def serving_teachers(config: TeacherServerConfig, listen: str = "127.0.0.1
     """A teacher server; yields its address."""
     config = config.replace(server=config.server.replace(drain_propagation_s=0.0, drain_grace_s=2.0))
     server = MeshServer(config.server, services=["opd.v1.TeacherService"])
-    servicer = TeacherServicer(config)
+    catalogue = Catalogue(config)
+    servicer = TeacherServicer(catalogue)
     teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
     address = await server.start(listen)
-    engines = await asyncio.to_thread(load_engines, config)
-    queue = ScoringQueue(
-        engines,
-        token_budget=config.batch_tokens,
-        max_items=config.max_queue_items,
-        max_batch_items=1 if config.deterministic else config.max_items_in_flight,
-    )
-    queue.start()
-    servicer.install(engines, queue)
+    queue = open_catalogue(catalogue, await asyncio.to_thread(load_engines, config))
     await server.set_serving(True)
     try:
         yield address

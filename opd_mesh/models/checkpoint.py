@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from opd_mesh.errors import ConfigError, CorruptWeightsError, ModelNotFoundError
 
 _LOG = logging.getLogger(__name__)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 _FINITE_CHUNK = 1 << 24  # elements checked at a time, so that the mask of a large embedding stays small
 
 
@@ -62,10 +61,12 @@ def load_causal_lm(
         CorruptWeightsError: a file is truncated, a tensor missing, misshapen or not finite, or the digest another.
     """
     folder = Path(path)
-    _check_files(folder)
+    weight_files(folder)
     model = _load_base(folder, dtype, attn_implementation)
     if adapter is not None:
-        model = _merge_adapter(model, Path(adapter))
+        from opd_mesh.models.adapters import merge_adapter
+
+        model = merge_adapter(model, Path(adapter))
     model.to(device).eval()
     _check_finite(model, f"{folder}" + (f" with adapter {adapter}" if adapter else "") + f" as {dtype}")
     weights_digest = state_digest(served_tensors(model))
@@ -118,12 +119,17 @@ def state_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 # --- files -----------------------------------------------------------------------------------------------------
-def _check_files(folder: Path) -> None:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, opened and found whole.
+
+    Raises:
+        ModelNotFoundError, CorruptWeightsError: as :func:`load_causal_lm`.
+    """
     if not folder.is_dir():
         raise ModelNotFoundError(
             f"model folder {folder} does not exist; give the folder of a local Hugging Face checkpoint"
         )
-    if (folder / _ADAPTER_CONFIG).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         # transformers would load the base model named inside, from wherever that is.
         raise ModelNotFoundError(
             f"{folder} is a PEFT adapter; give its base model as the path, and this folder as the adapter"
@@ -142,7 +148,8 @@ def _check_files(folder: Path) -> None:
             + "; write the weights with save_pretrained(safe_serialization=True)"
         )
     for file in files:
-        _check_safetensors(file)
+        check_safetensors(file)
+    return files
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -158,8 +165,11 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _check_safetensors(file: Path) -> set[str]:
-    """The names inside. Opening checks the header, and that its offsets cover exactly the bytes that are there."""
+def check_safetensors(file: Path) -> set[str]:
+    """The names inside; raises :class:`CorruptWeightsError`.
+
+    Opening checks the header, and that its offsets cover exactly the bytes that are there.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -172,18 +182,41 @@ def _check_safetensors(file: Path) -> set[str]:
 
 
 # --- the base model --------------------------------------------------------------------------------------------
-def _load_base(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+_OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def skeleton(folder: Path) -> Any:
+    """The model without weights (on the meta device), to be looked at.
+
+    Raises:
+        ModelNotFoundError, CorruptWeightsError, ConfigError: as :func:`load_causal_lm`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    weight_files(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(folder))
+
+
+def _config(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    offline: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(str(folder), **offline)
+        config = AutoConfig.from_pretrained(str(folder), **_OFFLINE)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(
                 f"{folder}: model_type {config.model_type!r} has no causal language model in transformers"
             )
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise ConfigError(f"{folder}/config.json cannot be used (remote code is never run): {error}") from error
+    return config
+
+
+def _load_base(folder: Path, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = _config(folder)
+    offline = dict(_OFFLINE)
     if attn_implementation is not None:
         offline["attn_implementation"] = attn_implementation
     try:
@@ -237,85 +270,3 @@ def _check_finite(model: nn.Module, where: str) -> None:
                 raise CorruptWeightsError(
                     f"{where}: {name} holds NaN or infinity; load an earlier checkpoint, or in a wider dtype"
                 )
-
-
-# --- the adapter -----------------------------------------------------------------------------------------------
-def _merge_adapter(model: Any, folder: Path) -> Any:
-    """Merge a PEFT adapter; the result computes what the unmerged model computes."""
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
-    if not (folder / _ADAPTER_CONFIG).is_file():
-        raise ModelNotFoundError(
-            f"adapter folder {folder} holds no {_ADAPTER_CONFIG}; give the folder PEFT's save wrote"
-        )
-    if not (folder / _ADAPTER_WEIGHTS).is_file():
-        raise ModelNotFoundError(f"adapter folder {folder} holds no {_ADAPTER_WEIGHTS}; pickles are never loaded")
-    stored = _check_safetensors(folder / _ADAPTER_WEIGHTS)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}/{_ADAPTER_CONFIG} cannot be used: {error}") from error
-    if config.is_prompt_learning:
-        raise ConfigError(f"{folder}: a {config.peft_type} adapter has no weights to merge; train a LoRA adapter")
-    config.inference_mode = True
-    was_tied = _is_tied(model)
-    with warnings.catch_warnings():
-        # PEFT warns that ties make merging hard; _untie and _retie below are the answer.
-        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied|missing adapter keys).*")
-        try:
-            peft_model = PeftModel(model, config)
-            # PEFT reports a missing LoRA factor, but dies of a missing modules_to_save.
-            missing = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys() - stored
-            if missing:
-                raise CorruptWeightsError(
-                    f"{folder}: {min(missing)} is missing from the adapter; it is of another model, or copied in part"
-                )
-            device = next(model.parameters()).device
-            unused = peft_model.load_adapter(str(folder), "default", torch_device=str(device)).unexpected_keys
-        except RuntimeError as error:  # load_state_dict: size mismatch, with both shapes
-            raise CorruptWeightsError(f"{folder}: the adapter does not fit the base model: {error}") from error
-        except ValueError as error:  # target modules that the model does not have
-            raise ConfigError(f"{folder}: the adapter does not fit the base model: {error}") from error
-        if unused:
-            raise CorruptWeightsError(f"{folder}: {min(unused)} has no place in the base model; it is of another model")
-        if was_tied:
-            _untie(model)
-        merged = peft_model.merge_and_unload()
-    if was_tied:
-        _retie(merged)
-    return merged
-
-
-def _innermost(module: Any) -> Any:
-    """The layer under PEFT's wrappers, whose weight a merge changes in place."""
-    while True:
-        inner = getattr(module, "base_layer", None)
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
-
-
-def _is_tied(model: Any) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and head.weight is embedding.weight
-
-
-def _untie(model: Any) -> None:
-    """Give the head its own copy of the tied weight: a delta for one of the two must not change the other.
-
-    Merging in place would put a LoRA delta of the head into the embedding as well, and with ``ensure_weight_tying``
-    would add it twice. Modules in ``modules_to_save`` are replaced, not changed in place: they need nothing.
-    """
-    head, embedding = _innermost(model.get_output_embeddings()), _innermost(model.get_input_embeddings())
-    if "weight" in head._parameters and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-
-
-def _retie(model: Any) -> None:
-    """Tie again where the adapter left head and embedding equal; otherwise say in the config that they are two."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = head.weight.shape == embedding.weight.shape and torch.equal(head.weight, embedding.weight)
-    if tied:
-        head.weight = embedding.weight
-    model.config.get_text_config().tie_word_embeddings = tied
-    model.config.tie_word_embeddings = tied

@@ -11,26 +11,26 @@ ITEMS = st.lists(st.builds(Waiting, st.sampled_from(["a", "b", "c"]), st.integer
 
 
 def test_nothing_waits() -> None:
-    assert choose_batch([], token_budget=10, max_items=4) == []
+    assert choose_batch([], "a", token_budget=10, max_items=4) == []
 
 
 def test_the_oldest_goes_even_if_it_is_over_the_budget() -> None:
     waiting = [Waiting("a", 50), Waiting("a", 1), Waiting("b", 1)]
-    assert choose_batch(waiting, token_budget=10, max_items=4) == [0]
+    assert choose_batch(waiting, waiting[0].teacher_id, token_budget=10, max_items=4) == [0]
 
 
 def test_one_that_does_not_fit_is_passed_over_and_not_waited_for() -> None:
     waiting = [Waiting("a", 4), Waiting("b", 1), Waiting("a", 7), Waiting("a", 5), Waiting("a", 1), Waiting("a", 1)]
-    assert choose_batch(waiting, token_budget=10, max_items=9) == [0, 3, 4]
-    assert choose_batch(waiting, token_budget=10, max_items=2) == [0, 3]
-    assert choose_batch(waiting, token_budget=10, max_items=1) == [0]
+    assert choose_batch(waiting, waiting[0].teacher_id, token_budget=10, max_items=9) == [0, 3, 4]
+    assert choose_batch(waiting, waiting[0].teacher_id, token_budget=10, max_items=2) == [0, 3]
+    assert choose_batch(waiting, waiting[0].teacher_id, token_budget=10, max_items=1) == [0]
 
 
 @given(ITEMS, st.integers(1, 60), st.integers(1, 8))
 def test_a_batch_is_one_teachers_within_the_budget_and_holds_the_oldest(
     waiting: list[Waiting], token_budget: int, max_items: int
 ) -> None:
-    chosen = choose_batch(waiting, token_budget=token_budget, max_items=max_items)
+    chosen = choose_batch(waiting, waiting[0].teacher_id, token_budget=token_budget, max_items=max_items)
     assert chosen[0] == 0
     assert chosen == sorted(set(chosen))
     assert len(chosen) <= max_items
@@ -55,7 +55,9 @@ def test_nothing_starves_while_more_arrives(
     served: list[int] = []
     ahead = {name: position for position, (name, _) in enumerate(queue)}  # how many stood before each
     for batch in range(number + sum(map(len, arrivals))):
-        chosen = choose_batch([item for _, item in queue], token_budget=token_budget, max_items=max_items)
+        chosen = choose_batch(
+            [item for _, item in queue], queue[0][1].teacher_id, token_budget=token_budget, max_items=max_items
+        )
         for index in chosen:
             name = queue[index][0]
             served.append(name)

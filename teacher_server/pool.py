@@ -1,0 +1,179 @@
+"""The pool: which teachers' weights are in memory, under a budget.
+
+One thread loads and evicts, in order, so that the budget holds at every moment, and while it works another teacher
+computes. What is in use is never evicted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from opd_mesh import telemetry
+from opd_mesh.errors import ConfigError
+from teacher_server.engine import WeightSet
+from teacher_server.residency import Resident, choose_victims
+
+log = logging.getLogger("teacher_server")
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    weights: WeightSet
+    loading: asyncio.Task[None] | None
+    users: int = 0
+    last_used: int = 0
+
+
+@dataclass(slots=True)
+class PoolCounters:
+    """Since the start."""
+
+    loads: int = 0
+    evictions: int = 0
+    prefetches: int = 0
+    wait_s: float = 0.0  # that forward passes waited for weights
+    loaded: dict[str, int] = field(default_factory=dict)  # loads by name
+
+
+class WeightPool:
+    """Of one event loop.
+
+    Args:
+        budget_bytes: of weights in memory, those being loaded included; None: without bound.
+    """
+
+    def __init__(self, budget_bytes: int | None) -> None:
+        self._budget = budget_bytes
+        self._entries: dict[str, _Entry] = {}
+        self._freed = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
+        self._clock = 0
+        self.counters = PoolCounters()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of all weights that are in memory or on their way."""
+        return sum(entry.weights.num_bytes for entry in self._entries.values())
+
+    def is_ready(self, sets: Sequence[WeightSet]) -> bool:
+        """Whether nothing is to be waited for."""
+        return all((entry := self._entries.get(weights.name)) is not None and entry.loading is None for weights in sets)
+
+    def has_begun(self, sets: Sequence[WeightSet]) -> bool:
+        """Whether everything is in memory or on its way."""
+        return all(weights.name in self._entries for weights in sets)
+
+    def check_fits(self, what: str, sets: Sequence[WeightSet]) -> None:
+        """Raises :class:`ConfigError` for a teacher that never fits."""
+        needed = sum(weights.num_bytes for weights in sets)
+        if self._budget is not None and needed > self._budget:
+            raise ConfigError(
+                f"teacher {what!r} needs {needed} bytes of weights, pool.memory_bytes is {self._budget}: raise it, or "
+                "serve the teacher elsewhere",
+                field="pool.memory_bytes",
+            )
+
+    @asynccontextmanager
+    async def using(self, sets: Sequence[WeightSet]) -> AsyncIterator[None]:
+        """Inside, the weights are in memory and stay there.
+
+        Raises:
+            OpdError: they could not be loaded.
+        """
+        started = time.monotonic()
+        held: dict[str, _Entry] = {}
+        try:
+            while True:
+                # Held from now on, those on their way too: what is here already must not leave for what is missing.
+                for weights in sets:
+                    entry = self._entries.get(weights.name)
+                    if entry is not None and held.get(weights.name) is not entry:
+                        held[weights.name] = entry
+                        entry.users += 1
+                missing = [weights for weights in sets if weights.name not in self._entries]
+                if not missing:
+                    break
+                if not self._begin(missing, keep=()):
+                    self._freed.clear()
+                    await self._freed.wait()
+            for entry in held.values():
+                if entry.loading is not None:
+                    await asyncio.shield(entry.loading)
+                self._clock += 1
+                entry.last_used = self._clock
+            self.counters.wait_s += time.monotonic() - started
+            yield
+        finally:
+            for entry in held.values():
+                entry.users -= 1
+            self._freed.set()
+
+    def prefetch(self, sets: Sequence[WeightSet], *, keep: Collection[str] = ()) -> bool:
+        """Begin to load what will be needed next, if there is room without evicting ``keep``; False if there is not."""
+        missing = [weights for weights in sets if weights.name not in self._entries]
+        if not missing:
+            return True
+        begun = self._begin(missing, keep={*keep, *(weights.name for weights in sets)})
+        self.counters.prefetches += begun
+        return begun
+
+    def _begin(self, missing: Sequence[WeightSet], *, keep: Collection[str]) -> bool:
+        """Reserve the room and let the thread evict, then load."""
+        if self._budget is not None:
+            residents = [
+                Resident(name, entry.weights.num_bytes, entry.last_used, bool(entry.users or entry.loading))
+                for name, entry in self._entries.items()
+            ]
+            needed = sum(weights.num_bytes for weights in missing)
+            victims = choose_victims(residents, needed, self._budget, keep=keep)
+            if victims is None:
+                return False
+        else:
+            victims = []
+        leaving = [self._entries.pop(name).weights for name in victims]
+        self.counters.evictions += len(leaving)
+        loop = asyncio.get_running_loop()
+        for index, weights in enumerate(missing):
+            out = leaving if index == 0 else []
+            self._clock += 1
+            entry = _Entry(weights, None, last_used=self._clock)
+            entry.loading = loop.create_task(self._exchange(entry, out))
+            entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # told to who waits
+            self._entries[weights.name] = entry
+        return True
+
+    async def _exchange(self, entry: _Entry, leaving: Sequence[WeightSet]) -> None:
+        weights = entry.weights
+
+        def exchange() -> None:
+            for old in leaving:
+                old.unload()
+            weights.load()
+
+        try:
+            with telemetry.span("teacher.load_weights", {telemetry.WEIGHTS: weights.name}):
+                await asyncio.get_running_loop().run_in_executor(self._thread, exchange)
+        except BaseException:
+            self._entries.pop(weights.name, None)
+            raise
+        finally:
+            entry.loading = None
+            self._freed.set()
+        self.counters.loads += 1
+        self.counters.loaded[weights.name] = self.counters.loaded.get(weights.name, 0) + 1
+        log.debug("loaded %s; evicted %s", weights.name, ", ".join(old.name for old in leaving) or "nothing")
+
+    async def close(self) -> None:
+        """Wait for the thread and unload everything."""
+        loading = [entry.loading for entry in self._entries.values() if entry.loading is not None]
+        await asyncio.gather(*loading, return_exceptions=True)
+        await asyncio.to_thread(self._thread.shutdown)
+        for entry in self._entries.values():
+            entry.weights.unload()
+        self._entries.clear()
