@@ -103,8 +103,7 @@ def reason_not_to_share(model: Any, folder: Path) -> str | None:
         try:
             module = model.get_submodule(path)
         except AttributeError:
-            return None  # not of this model: injecting it says so
-        module = getattr(module, "base_layer", module)
+            return f"it holds {key}"  # such as a copy of an embedding; or it is of another model, which merging tells
         if not factor or id(module) in outer or not isinstance(module, nn.Linear | _conv1d()):
             return f"it changes {path}"
     return None

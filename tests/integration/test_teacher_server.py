@@ -47,15 +47,17 @@ from opd_mesh.rpc.server import MeshServer
 from opd_mesh.rpc.status import error_of
 from opd_mesh.tensors import byte_view
 from student_trainer.heads import head_of
-from teacher_server.engine import EngineFacts, ScoreJob, Signal, TeacherEngine
+from teacher_server.catalogue import Catalogue
+from teacher_server.engine import EngineFacts, HeadFacts, ScoreJob, Signal, TeacherEngine
 from teacher_server.scoring_queue import ScoringQueue
-from teacher_server.server import load_engines
+from teacher_server.server import load_engines, open_catalogue
 from teacher_server.service import TeacherServicer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 pb = teacher_service_pb2
 HIDDEN, LOGITS = pb.SIGNAL_HIDDEN_STATES, pb.SIGNAL_LOGITS
+TOP_K, TOKENS = pb.SIGNAL_TOP_K_LOGPROBS, pb.SIGNAL_TOKEN_LOGPROBS
 ONE_ATTEMPT = ChannelConfig(max_attempts=1, timeout_s=10)
 FINGERPRINT = tokenizer_fingerprint(tiny_tokenizer().get_vocab())
 VALID, PADDED = 131, 140
@@ -89,17 +91,10 @@ async def serving(
     engines: dict[str, TeacherEngine], config: TeacherServerConfig, servicer: TeacherServicer | None = None
 ) -> AsyncIterator[Served]:
     server = MeshServer(QUICK.replace(drain_grace_s=0.2), services=["opd.v1.TeacherService"])
-    servicer = servicer or TeacherServicer(config)
+    servicer = servicer or TeacherServicer(Catalogue(config))
     teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
     address = await server.start("127.0.0.1:0")
-    queue = ScoringQueue(
-        engines,
-        token_budget=config.batch_tokens,
-        max_items=config.max_queue_items,
-        max_batch_items=config.max_items_in_flight,
-    )
-    queue.start()
-    servicer.install(engines, queue)
+    queue = open_catalogue(servicer.catalogue, engines)
     await server.set_serving(True)
     served = Served(address, queue, server)
     async with TeacherClient([address], ONE_ATTEMPT) as client:
@@ -194,7 +189,7 @@ async def test_cards_say_what_is_served(real: Served) -> None:
     assert (llama.model_type, llama.vocab_size, llama.hidden_size) == ("llama", VALID, 48)
     assert llama.dtype == common_pb2.D_TYPE_FLOAT32
     assert llama.tokenizer_fingerprint == FINGERPRINT
-    assert list(llama.signals) == [HIDDEN, LOGITS]
+    assert list(llama.signals) == [HIDDEN, LOGITS, TOP_K, TOKENS]
     assert (llama.limits.max_tokens_per_item, llama.limits.max_items_in_flight) == (48, 16)
     assert cards["phi"].limits.max_tokens_per_item == 4096
     assert llama.tokenizer_roles.eos_token_id == 2
@@ -220,7 +215,7 @@ async def test_cards_say_what_is_served(real: Served) -> None:
     assert caught.value.field == "teacher_id"
 
 
-async def test_an_adapter_is_merged_and_shares_the_head_of_its_base(real: Served, folder: Path) -> None:
+async def test_an_adapter_stands_above_its_base_and_shares_its_head(real: Served, folder: Path) -> None:
     import peft
 
     cards = {card.teacher_id: card for card in await real.client.list_teachers()}
@@ -235,11 +230,11 @@ async def test_an_adapter_is_merged_and_shares_the_head_of_its_base(real: Served
 
 async def test_a_head_that_cannot_be_proved_leaves_logits(real: Served, models: dict[str, Any]) -> None:
     card = await real.client.get_teacher("cohere")
-    assert list(card.signals) == [LOGITS]
+    assert list(card.signals) == [LOGITS, TOP_K, TOKENS]
     assert not card.HasField("head")
     assert "hidden states are not offered" in card.note
     assert "logit scale differs" in card.note
-    with pytest.raises(SignalNotOfferedError, match=r"offers LOGITS, not HIDDEN_STATES.*logit scale") as caught:
+    with pytest.raises(SignalNotOfferedError, match=r"offers LOGITS, .*not HIDDEN_STATES.*logit scale") as caught:
         await real.client.score(real.request("cohere"))
     assert caught.value.field == "signal"
     with pytest.raises(SignalNotOfferedError, match="no head to give"):
@@ -316,7 +311,7 @@ async def test_a_broken_download_goes_on_where_it_broke(real: Served, monkeypatc
     engines, config = real.queue._engines, teacher_config({"phi": Path("phi")})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TeacherServicer, "GetHead", break_twice)
-        async with serving({"phi": engines["phi"]}, config, TeacherServicer(config)) as broken:
+        async with serving({"phi": engines["phi"]}, config, TeacherServicer(Catalogue(config))) as broken:
             data = await broken.client.get_head("phi", timeout_s=30)
             broken.queue._engines = {}  # the engine belongs to the other server
     assert offsets == [0, 3000, 6000]
@@ -394,7 +389,10 @@ BAD_ITEMS: dict[str, tuple[dict[str, Any], type[OpdError], str, str]] = {
     "no fingerprint": ({"tokenizer_fingerprint": ""}, InvalidInputError, "tokenizer_fingerprint", "required"),
     "no signal": ({"signal": 0}, InvalidInputError, "signal", "name a signal"),
     "no such signal": ({"signal": 77}, InvalidInputError, "signal", "name a signal"),
-    "not offered": ({"signal": pb.SIGNAL_TOP_K_LOGPROBS}, SignalNotOfferedError, "signal", "HIDDEN_STATES, LOGITS"),
+    "not offered": ({"teacher_id": "cohere"}, SignalNotOfferedError, "signal", "offers LOGITS, TOP_K_LOGPROBS"),
+    "no k": ({"signal": TOP_K}, InvalidInputError, "top_k", "from 1 to 131 .*got 0"),
+    "large k": ({"signal": TOP_K, "top_k": 132}, InvalidInputError, "top_k", "from 1 to 131"),
+    "k of logits": ({"signal": LOGITS, "top_k": 3}, InvalidInputError, "top_k", "goes with TOP_K_LOGPROBS alone"),
     "wire dtype": ({"dtype": "int64"}, InvalidInputError, "dtype", "float32, bfloat16 or float16"),
     "teacher digest": (
         {"expected_teacher_digest": "0" * 64}, HeadMismatchError, "expected_teacher_digest", "is served",
@@ -454,15 +452,13 @@ class SlowEngine:
         self.batches: list[list[ScoreJob]] = []
         self.failure: Exception | None = None
         self._width = rows_width
-        head = LinearHead(torch.zeros(VALID, 4))
         self.facts = EngineFacts(
             model_type="slow",
             vocab_size=VALID,
             hidden_size=4,
             dtype="float32",
             teacher_digest="d" * 64,
-            head=head,
-            head_digest="e" * 64,
+            head=HeadFacts("e" * 64, VALID, 4, "float32", False, 1.0, None),
             head_error=0.0,
             signals=(Signal.HIDDEN_STATES,),
             note="",
@@ -471,6 +467,10 @@ class SlowEngine:
             tokenizer_roles=TokenizerRoles(1, 2, 0, None),
             vocabulary={},
         )
+        self.weight_sets = ()
+
+    def head_tensors(self) -> list[tuple[str, np.ndarray]]:
+        return [("weight", np.zeros((VALID, 4), np.float32))]
 
     def score(self, jobs: Sequence[ScoreJob]) -> list[dict[str, np.ndarray] | OpdError]:
         self.batches.append(list(jobs))
@@ -739,7 +739,7 @@ async def test_batches_keep_to_the_token_budget_and_to_one_teacher() -> None:
         ended = [await stream.status() for _ in range(len(lengths) + 1)]
         assert all(error is None for _, error in ended)
     tokens = [[job.token_ids[0] - 20 for job in batch] for batch in engine.batches[1:]]
-    assert tokens == [[0, 1, 8], [2, 5, 9], [3], [4], [6], [7]]  # the oldest first, and what still fits beside it
+    assert tokens == [[0, 1, 8], [2, 5, 9], [3], [6], [7], [4]]  # a teacher's turn: oldest first, and what fits beside it
 
 
 async def test_health_answers_while_the_engine_computes() -> None:
@@ -773,7 +773,7 @@ async def test_an_engine_that_fails_fails_its_batch_alone() -> None:
 async def test_while_the_teachers_load_everything_is_unavailable() -> None:
     config = teacher_config({"slow": Path("nowhere")})
     server = MeshServer(QUICK, services=["opd.v1.TeacherService"])
-    servicer = TeacherServicer(config)
+    servicer = TeacherServicer(Catalogue(config))
     teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
     address = await server.start("127.0.0.1:0")
     async with TeacherClient([address], ONE_ATTEMPT) as client:
@@ -807,7 +807,7 @@ async def test_a_queue_that_closes_fails_what_is_not_answered() -> None:
 
 async def test_a_drained_server_answers_what_it_accepted_and_ends_standing_streams() -> None:
     config = teacher_config({"slow": Path("nowhere")})
-    engine, servicer = SlowEngine(), TeacherServicer(config)
+    engine, servicer = SlowEngine(), TeacherServicer(Catalogue(config))
     async with serving({"slow": engine}, config, servicer) as served:
         served.server.config = QUICK.replace(drain_grace_s=60)
         idle, busy = RawStream(served), RawStream(served)
