@@ -33,7 +33,7 @@ def main() -> None:
     from opd_mesh.config.base import load_config
     from opd_mesh.config.recipe import Recipe
     from opd_mesh.torch_tensors import TORCH_DTYPES, from_numpy, to_numpy
-    from student_trainer.batch import Sample
+    from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
     from student_trainer.evaluation import SET_NAMES, HeldoutSets
     from student_trainer.heads import HeadStore
     from student_trainer.objective import reverse_kl_measure
@@ -41,8 +41,6 @@ def main() -> None:
     from student_trainer.update import shares_of
 
     recipe = load_config(Recipe, run_dir / "recipe.yaml")
-    summary = json.loads((run_dir / "summary.json").read_text())
-    digests = {name: teacher["head_digest"] for name, teacher in summary["teachers"].items()}
     student = Student(
         recipe.student.replace(path=run_dir / "student"), device="cpu", deterministic=False, seed=recipe.run.seed
     )
@@ -54,24 +52,30 @@ def main() -> None:
     def token_kls(sample: Sample) -> torch.Tensor:
         (rows,) = student.hidden_rows([sample.trajectory.token_ids], [sample.trajectory.predicting_positions])
         total = torch.zeros(len(rows), dtype=torch.float64)
-        for share in shares_of([sample], heads, digests, rows.device):
-            found = measure(
-                rows,
-                student.head,
-                share.teachers,
-                reference=None,
-                sampled_ids_R=share.sampled_ids_R,
-                token_weights_NR=share.weights_NR,
-            )
-            total += (share.weights_NR * found.kl_T.double()).sum(0)
-            del share  # its heads leave before the next ones arrive
+        plan = plan_batch([sample], tokens_per_pass=1, heads_together=1)
+        for visit in plan.visits:
+            for share in shares_of([sample], plan.shares(visit), heads, rows.device):
+                found = measure(
+                    rows,
+                    student.head,
+                    share.teachers,
+                    reference=None,
+                    sampled_ids_R=share.sampled_ids_R,
+                    token_weights_NR=share.weights_NR,
+                )
+                total += (share.weights_NR * found.kl_T.double()).sum(0)
+                del share  # its heads leave before the next ones arrive
         return total
 
     def rounded(sample: Sample, dtype: str) -> Sample:
-        marks = [
-            replace(mark, rows=to_numpy(from_numpy(mark.rows).to(TORCH_DTYPES[dtype]).float())) for mark in sample.marks
-        ]
-        return Sample(sample.trajectory, tuple(marks))
+        def narrowed(mark: Mark) -> Mark:
+            said = {
+                name: to_numpy(from_numpy(array).to(TORCH_DTYPES[dtype]).float())
+                for name, array in mark.answer.tensors().items()
+            }
+            return replace(mark, answer=HeldAnswer(said))
+
+        return Sample(sample.trajectory, tuple(narrowed(mark) for mark in sample.marks))
 
     exact = torch.cat([token_kls(sample) for sample in samples])
     result: dict[str, float | int] = {"tokens": exact.numel(), "kl_float32": float(exact.mean())}

@@ -1,4 +1,4 @@
-"""Generate and check the protobuf modules of ``opd.v1`` (``make protos``, ``make protos-check``).
+"""Generate and check the protobuf modules of ``opd.v1`` and ``opd.inference`` (``make protos``, ``make protos-check``).
 
 ``generate`` rewrites the committed modules; ``check`` fails where they have drifted, where ``buf lint`` objects, and
 where a change breaks clients of the committed baseline (``opd_v1_baseline.binpb``, a descriptor set with its source
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-PROTOS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("opd/v1/*.proto"))
+PROTOS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("opd/*/*.proto"))
 BASELINE = ROOT / "opd_v1_baseline.binpb"
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -16,13 +17,14 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.convert import trajectory_from_json, trajectory_to_json
 from opd_mesh.sampling import sample_tokens
 from opd_mesh.torch_tensors import from_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
-from student_trainer.batch import Mark, Sample, order_by_teacher, split_into_passes
+from student_trainer.batch import HeldAnswer, Mark, MarkSignal, Sample, plan_batch
 from student_trainer.data import Domain
 from student_trainer.heads import HeadStore
 from student_trainer.objective import BatchObjective, reverse_kl_measure
@@ -31,6 +33,7 @@ from student_trainer.student import Student
 from student_trainer.teachers import Teachers
 from student_trainer.update import shares_of
 
+log = logging.getLogger("student_trainer")
 DRAW_ROWS = 64  # of logits [rows, V] at a time when a teacher's response is drawn
 SetName = Literal["student_responses", "teacher_responses"]
 SET_NAMES: tuple[SetName, ...] = get_args(SetName)
@@ -54,21 +57,25 @@ def heldout_kl(
     samples: Sequence[Sample],
     student: Student,
     heads: HeadStore,
-    head_digests: Mapping[str, str],
     measure: BatchObjective,
     *,
     tokens_per_pass: int,
 ) -> HeldoutKl:
     """Σ_i w_i KL(student ‖ teacher_i) of the samples, by ``measure``, a reverse KL."""
     total, tokens = 0.0, 0
-    for batch in split_into_passes(order_by_teacher(samples), tokens_per_pass):
-        rows_Rd = torch.cat(
-            student.hidden_rows(
+    plan = plan_batch(samples, tokens_per_pass=tokens_per_pass, heads_together=1)
+    hidden: dict[int, Tensor] = {}
+    for visit in plan.visits:
+        batch = plan.passes[visit.pass_index]
+        if visit.opens:
+            rows = student.hidden_rows(
                 [sample.trajectory.token_ids for sample in batch],
                 [sample.trajectory.predicting_positions for sample in batch],
             )
-        )
-        for share in shares_of(batch, heads, head_digests, rows_Rd.device):
+            hidden[visit.pass_index] = torch.cat(rows)
+            tokens += len(hidden[visit.pass_index])
+        rows_Rd = hidden[visit.pass_index]
+        for share in shares_of(batch, plan.shares(visit), heads, rows_Rd.device):
             divergence = measure(
                 rows_Rd[share.index_R],
                 student.head,
@@ -79,7 +86,9 @@ def heldout_kl(
             )
             total += float(divergence.loss)
             del share  # its heads leave before the next ones arrive
-        tokens += sum(sample.trajectory.num_scored for sample in batch)
+        if visit.closes:
+            del hidden[visit.pass_index]
+    heads.release_all()
     return HeldoutKl(total / max(1, tokens), tokens)
 
 
@@ -167,8 +176,8 @@ def _draw(
     sampling: SamplingParams,
     first_position: int,
 ) -> list[int]:
-    digest = teachers.head_digests.get(teacher_id)
-    head = None if digest is None else heads.get(digest)
+    hidden = teachers.full_signals[teacher_id] is MarkSignal.HIDDEN_STATES
+    head = heads.get(teachers.head_digests[teacher_id]) if hidden else None
     tokens: list[int] = []
     for said in from_numpy(rows).split(DRAW_ROWS):
         logits = said if head is None else head.logits(said.to(head.weight.device, head.weight.dtype))
@@ -198,11 +207,19 @@ class HeldoutSets:
         path = self.path(domain, name)
         tensors, meta = {}, []
         for index, sample in enumerate(samples):
+            marks = []
             for mark in sample.marks:
-                tensors[f"{index}.{mark.teacher_id}"] = np.ascontiguousarray(mark.rows, dtype=np.float32)
-            marks = [
-                {"teacher": mark.teacher_id, "weight": mark.weight, "logits": mark.is_logits} for mark in sample.marks
-            ]
+                for part, array in mark.answer.tensors().items():
+                    tensors[f"{index}.{mark.teacher_id}.{part}"] = np.ascontiguousarray(array, dtype=np.float32)
+                marks.append(
+                    {
+                        "teacher": mark.teacher_id,
+                        "weight": mark.weight,
+                        "signal": mark.signal,
+                        "head": mark.head_digest,
+                        "tensors": list(mark.answer.tensors()),
+                    }
+                )
             meta.append(json.dumps({"trajectory": trajectory_to_json(sample.trajectory), "marks": marks}))
         save_file(tensors, path.with_suffix(".safetensors"))
         partial = path.with_suffix(".partial")
@@ -219,7 +236,13 @@ class HeldoutSets:
             for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
                 value = json.loads(line)
                 marks = tuple(
-                    Mark(mark["teacher"], mark["weight"], tensors[f"{index}.{mark['teacher']}"], mark["logits"])
+                    Mark(
+                        mark["teacher"],
+                        mark["weight"],
+                        MarkSignal(mark["signal"]),
+                        mark["head"],
+                        HeldAnswer({part: tensors[f"{index}.{mark['teacher']}.{part}"] for part in mark["tensors"]}),
+                    )
                     for mark in value["marks"]
                 )
                 samples.append(Sample(trajectory_from_json(value["trajectory"]), marks))
@@ -252,6 +275,11 @@ class Evaluator:
         ``on_policy_kl/<domain>``, ``response_length/<domain>``."""
         line: dict[str, float] = {}
         for domain in domains:
+            if not self._teachers.tells_all(domain.name):
+                log.warning(
+                    "domain %s is not evaluated: a teacher of it does not tell its whole distribution", domain.name
+                )
+                continue
             fresh = await self._fresh_responses(domain, lineage=lineage, step=step)
             if step == 0:
                 await self._make_sets(domain, fresh)
@@ -272,7 +300,6 @@ class Evaluator:
             samples,
             self._student,
             self._heads,
-            self._teachers.head_digests,
             self._measure,
             tokens_per_pass=self._recipe.batch.tokens_per_pass,
         )
@@ -288,9 +315,7 @@ class Evaluator:
             for prompt in domain.heldout
         ]
         written = [trajectory for trajectory in await self._rollouts.write_unpublished(specs) if trajectory.num_scored]
-        return list(
-            await asyncio.gather(*(self._teachers.mark(trajectory, with_reference=False) for trajectory in written))
-        )
+        return list(await asyncio.gather(*(self._teachers.mark(trajectory) for trajectory in written)))
 
     async def _make_sets(self, domain: Domain, fresh: Sequence[Sample]) -> None:
         if self._sets.get(domain.name, "student_responses") is None:
@@ -301,7 +326,5 @@ class Evaluator:
             heaviest = max(weights, key=lambda teacher_id: weights[teacher_id])
             drafts = [sample.trajectory for sample in fresh]
             responses = await sample_from_teacher(self._teachers, heaviest, self._heads, drafts)
-            samples = await asyncio.gather(
-                *(self._teachers.mark(response, with_reference=False) for response in responses)
-            )
+            samples = await asyncio.gather(*(self._teachers.mark(response) for response in responses))
             self._sets.add(domain.name, "teacher_responses", samples)

@@ -43,6 +43,7 @@ class HeadStore:
 
     Attributes:
         loads: how often a head was brought to the device since the store was made.
+        peak: of heads that were there together since :meth:`release_all`.
     """
 
     def __init__(self, folder: Path, device: str, *, resident: int = 1) -> None:
@@ -52,6 +53,7 @@ class HeadStore:
         self._resident: OrderedDict[str, LinearHead] = OrderedDict()
         self._lock = threading.Lock()  # evaluation and update run in threads of the pool
         self.loads = 0
+        self.peak = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, digest: str) -> bool:
@@ -79,8 +81,15 @@ class HeadStore:
                     self._resident.popitem(last=False)
                 self._resident[digest] = self._load(digest)
                 self.loads += 1
+                self.peak = max(self.peak, len(self._resident))
             self._resident.move_to_end(digest)
             return self._resident[digest]
+
+    def release_all(self) -> None:
+        """The mini-batch is done: its heads' memory is the trunk's and the rollout's until the next."""
+        with self._lock:
+            self._resident.clear()
+            self.peak = 0
 
     def _load(self, digest: str) -> LinearHead:
         with safe_open(self._path(digest), framework="pt", device=self._device) as file:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from opd_mesh.clients.replica import speaks_of_the_replica
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import ConfigError, PreconditionError, TokenizerMismatchError
+from opd_mesh.errors import (
+    ConfigError,
+    OpdError,
+    PreconditionError,
+    TeacherUnavailableError,
+    TokenizerMismatchError,
+)
 from opd_mesh.models.tokenizer import (
     TokenizerRoles,
     first_difference,
@@ -11,8 +24,35 @@ from opd_mesh.models.tokenizer import (
     tokenizer_fingerprint,
     tokenizer_roles,
 )
+from opd_mesh.tensors import dtype_name
 from student_trainer.student import Student
 from student_trainer.teachers import Teachers
+
+log = logging.getLogger("student_trainer")
+PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What other kernels, devices and thread counts may change in a sound teacher's answer.
+
+    Attributes:
+        row: root mean square of a row's difference, over that of the row itself.
+        outliers: share of the rows that may differ by more.
+    """
+
+    row: float
+    outliers: float = 0.0
+
+
+# SmolLM2-135M's hidden states after these 32 tokens, one attention kernel against another on a CPU: 4e-6 at worst in
+# float32; in bfloat16 0.02 in the median row and 0.3 in the worst, which hangs on a rounding. Its own adapter, forgotten:
+# 0.13 in the median row.
+REPLICA_TOLERANCE = {
+    "float32": Tolerance(1e-4),
+    "float16": Tolerance(0.0125, outliers=1 / 8),
+    "bfloat16": Tolerance(0.1, outliers=1 / 8),
+}
 
 
 async def check_tokenizers(recipe: Recipe, student: Student, teachers: Teachers) -> list[str]:
@@ -90,3 +130,113 @@ def check_implementation(recipe: Recipe, device: str) -> None:
             f"'triton' compiles for GPUs, and the trainer is on {device}: leave it out, or say 'torch'",
             field="objective.implementation",
         )
+
+
+# --- replicas ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Disagreement:
+    """The first row in which two replicas' answers differ by more than they may."""
+
+    row: int
+    size: float  # root mean square of the difference, over that of the reference's row
+    count: int  # of rows that differ so
+
+
+def first_disagreement(reference: np.ndarray, rows: np.ndarray, tolerance: Tolerance | None) -> Disagreement | None:
+    """Compare two answers [R, …], row by row; without a tolerance they must have the same bits."""
+    if reference.shape != rows.shape:
+        return Disagreement(0, float("inf"), len(reference))
+    one, other = (np.asarray(array, dtype=np.float64).reshape(len(array), -1) for array in (reference, rows))
+    with np.errstate(invalid="ignore"):  # what is not finite differs from everything
+        norms = np.maximum(np.linalg.norm(one, axis=1), np.finfo(np.float32).tiny)
+        sizes = np.linalg.norm(one - other, axis=1) / norms
+    if tolerance is None:
+        wrong = np.array([left.tobytes() != right.tobytes() for left, right in zip(reference, rows, strict=True)])
+        allowed = 0
+    else:
+        wrong = ~(sizes <= tolerance.row)
+        allowed = int(tolerance.outliers * len(sizes)) if np.isfinite(sizes).all() else 0
+    if wrong.sum() <= allowed:
+        return None
+    row = int(np.argmax(wrong))
+    return Disagreement(row, float(sizes[row]), int(wrong.sum()))
+
+
+async def check_replicas(recipe: Recipe, teachers: Teachers) -> None:
+    """One fixed sequence, scored by every teacher on every replica: the answers must agree, or there is no run.
+
+    To the bit in deterministic mode, else to :data:`REPLICA_TOLERANCE`. A replica that does not answer is left out with
+    a warning as long as another does; it, and whoever joins or comes back later, is asked the same before its first
+    item.
+
+    Raises:
+        PreconditionError: names the teacher, both replicas, the first differing position, and by how much.
+        TeacherUnavailableError: no replica of a teacher answers.
+    """
+    references: dict[str, tuple[str, np.ndarray]] = {}
+
+    async def probe(teacher_id: str, address: str) -> None:
+        if teacher_id not in references:
+            return
+        reference_address, reference = references[teacher_id]
+        rows = await teachers.rows_at(teacher_id, address, _probe_ids(teachers, teacher_id))
+        card, wire = teachers.cards[teacher_id], recipe.objective.wire_dtype
+        dtypes = {dtype_name(card.dtype), dtype_name(card.dtype) if wire == "auto" else wire}
+        tolerance = (
+            None
+            if recipe.run.deterministic
+            else max((REPLICA_TOLERANCE[dtype] for dtype in dtypes), key=lambda each: each.row)
+        )
+        found = first_disagreement(reference, rows, tolerance)
+        if found is not None:
+            allowed = f"{tolerance.row:g} is allowed" if tolerance else "run.deterministic asks for the same bits"
+            raise PreconditionError(
+                f"replica {address} of teacher {teacher_id!r} does not say what replica {reference_address} says of "
+                f"the same sequence: they differ first at position {found.row} (which predicts token {found.row + 1}), "
+                f"by {found.size:.2g} of its size, where {allowed}; in all at {found.count} of {len(reference)} positions. "
+                "The weights are the same by digest, so it is how they compute: compare "
+                "versions, devices, dtypes, threads and `deterministic` of both servers, or take one out of the "
+                "addresses",
+                field=f"teachers.{teacher_id}.addresses",
+                metadata={"teacher_id": teacher_id, "replica": address, "position": str(found.row)},
+            )
+
+    teachers.probe_newcomers(probe)
+    for teacher_id in teachers.cards:
+        if teachers.has_one_address(teacher_id):
+            continue
+        silent: dict[str, OpdError] = {}
+        for address in teachers.replicas_of(teacher_id):
+            try:
+                ids = _probe_ids(teachers, teacher_id)
+                references[teacher_id] = address, await teachers.rows_at(teacher_id, address, ids)
+                break
+            except OpdError as error:
+                _keep_if_silent(error, address, silent)
+        if teacher_id not in references:
+            said = "; ".join(f"{address}: {why}" for address, why in silent.items()) or "none serves"
+            raise TeacherUnavailableError(f"no replica of teacher {teacher_id!r} scores a sequence ({said})")
+        first = references[teacher_id][0]
+        others = [each for each in teachers.replicas_of(teacher_id) if each != first and each not in silent]
+        answers = await asyncio.gather(*(probe(teacher_id, each) for each in others), return_exceptions=True)
+        for address, answer in zip(others, answers, strict=True):
+            if isinstance(answer, OpdError):
+                _keep_if_silent(answer, address, silent)
+            elif answer is not None:
+                raise answer
+        for address, why in silent.items():
+            log.warning("replica %s of teacher %s is left out until it scores: %s", address, teacher_id, why)
+            teachers.leave_out(teacher_id, address, why)
+
+
+def _keep_if_silent(error: OpdError, address: str, silent: dict[str, OpdError]) -> None:
+    if not speaks_of_the_replica(error):
+        raise error
+    silent[address] = error
+
+
+def _probe_ids(teachers: Teachers, teacher_id: str) -> list[int]:
+    """The same ids in every run, all over the vocabulary."""
+    card = teachers.cards[teacher_id]
+    length = min(PROBE_TOKENS, card.limits.max_tokens_per_item or PROBE_TOKENS)
+    return [(7 + 2_654_435_761 * place) % card.vocab_size for place in range(length)]

@@ -27,6 +27,11 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Part of a phase belongs to another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
     def total(self) -> float:
         """Since the step began."""
         return time.monotonic() - self._started
@@ -51,6 +56,7 @@ def metrics_line(
         "samples": len(samples),
         "external_dropped": progress.dropped_external,
         "passes": result.passes,
+        "heads_needed": result.heads,
         "seconds/step": total_s,
     }
     return line | result.metrics | {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import numpy as np
 from opd.v1 import teacher_service_pb2
 
 from opd_mesh import telemetry
+from opd_mesh.clients.replica import ReplicaCounts
 from opd_mesh.clients.teacher import HeadData, ScoreRequest, TeacherClient
 from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.training import SampledTokenConfig, TopKConfig
 from opd_mesh.errors import (
     ConfigError,
     DeadlineError,
@@ -21,12 +25,25 @@ from opd_mesh.errors import (
     TensorDecodeError,
     UnavailableError,
 )
-from opd_mesh.tensors import dtype_name
+from opd_mesh.tensors import DTYPES, dtype_code, dtype_name
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import Mark, Sample
+from student_trainer.batch import Answer, HeldAnswer, Mark, MarkSignal, Sample
+from student_trainer.mark_buffer import MarkBuffer
 
 log = logging.getLogger("student_trainer")
-HIDDEN, LOGITS = teacher_service_pb2.SIGNAL_HIDDEN_STATES, teacher_service_pb2.SIGNAL_LOGITS
+HIDDEN, LOGITS = MarkSignal.HIDDEN_STATES, MarkSignal.LOGITS
+SIGNAL_CODES: dict[MarkSignal, teacher_service_pb2.Signal] = {
+    MarkSignal.HIDDEN_STATES: teacher_service_pb2.SIGNAL_HIDDEN_STATES,
+    MarkSignal.LOGITS: teacher_service_pb2.SIGNAL_LOGITS,
+    MarkSignal.TOP_K_LOGPROBS: teacher_service_pb2.SIGNAL_TOP_K_LOGPROBS,
+    MarkSignal.TOKEN_LOGPROBS: teacher_service_pb2.SIGNAL_TOKEN_LOGPROBS,
+}
+TENSORS = {
+    MarkSignal.HIDDEN_STATES: {"hidden_states"},
+    MarkSignal.LOGITS: {"logits"},
+    MarkSignal.TOP_K_LOGPROBS: {"token_ids", "logprobs"},
+    MarkSignal.TOKEN_LOGPROBS: {"logprobs"},
+}
 RETRY_DELAY_S = 0.5
 
 
@@ -39,13 +56,16 @@ class Teachers:
         self._by_addresses: dict[tuple[str, ...], TeacherClient] = {}
         self._clients: dict[str, TeacherClient] = {}
         self.cards: dict[str, teacher_service_pb2.TeacherCard] = {}
-        self.signals: dict[str, teacher_service_pb2.Signal] = {}
+        self.signals: dict[str, MarkSignal] = {}
+        self.full_signals: dict[str, MarkSignal | None] = {}
+        self._asked_again = 0
 
     async def connect(self) -> None:
-        """Wait for every server, read the cards, choose the signals.
+        """Wait for a replica of every teacher, read the cards, choose the signals.
 
         Raises:
             TeacherUnavailableError, UnknownTeacherError, SignalNotOfferedError: naming the teacher.
+            PreconditionError: two replicas have other weights, heads, tokenizers or dtypes.
         """
         for teacher_id, teacher in self._recipe.teachers.items():
             addresses = tuple(teacher.addresses)
@@ -63,27 +83,41 @@ class Teachers:
                 await client.wait_ready()
             except UnavailableError as error:
                 raise TeacherUnavailableError(f"teacher {teacher_id!r}: {error.message}") from error
+            client.require_agreement(teacher_id)
             card = await client.get_teacher(teacher_id)
             self.cards[teacher_id] = card
             self.signals[teacher_id] = self._choose_signal(teacher_id, card)
+            full = [signal for signal in (HIDDEN, LOGITS) if SIGNAL_CODES[signal] in card.signals]
+            chosen = self.signals[teacher_id]
+            self.full_signals[teacher_id] = chosen if chosen.is_full else next(iter(full), None)
 
-    def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> teacher_service_pb2.Signal:
-        wanted = self._recipe.objective.signal
-        order = {"auto": [HIDDEN, LOGITS], "hidden_states": [HIDDEN], "logits": [LOGITS]}[wanted]
-        for signal in order:
-            if signal in card.signals:
+    def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> MarkSignal:
+        """The best that the card offers and the objective can use."""
+        objective = self._recipe.objective
+        k = objective.k if isinstance(objective, TopKConfig) else 0
+        narrow = {
+            MarkSignal.TOP_K_LOGPROBS: 0 < k <= card.limits.max_top_k,
+            MarkSignal.TOKEN_LOGPROBS: isinstance(objective, SampledTokenConfig),
+        }
+        usable = [HIDDEN, LOGITS, *(s for s, fits in narrow.items() if fits and objective.temperature == 1.0)]
+        wanted = usable if objective.signal == "auto" else [MarkSignal(objective.signal)]
+        for signal in wanted:
+            if signal in usable and SIGNAL_CODES[signal] in card.signals:
                 return signal
+        offered = ", ".join(signal for signal, code in SIGNAL_CODES.items() if code in card.signals)
         raise SignalNotOfferedError(
-            f"teacher {teacher_id!r} does not offer {wanted}. {card.note}".strip(), field="objective.signal"
+            f"teacher {teacher_id!r} offers {offered} (top k up to {card.limits.max_top_k}); {objective.name} with "
+            f"signal: {objective.signal} can use {', '.join(wanted)}. {card.note}".strip(),
+            field="objective.signal",
         )
 
     @property
     def head_digests(self) -> dict[str, str]:
-        """Of the teachers that send hidden states."""
+        """Of the teachers that send hidden states, for training or for evaluation."""
         return {
             teacher_id: self.cards[teacher_id].head.digest
             for teacher_id, signal in self.signals.items()
-            if signal == HIDDEN
+            if HIDDEN in (signal, self.full_signals[teacher_id])
         }
 
     async def get_head(self, teacher_id: str) -> HeadData:
@@ -102,6 +136,49 @@ class Teachers:
         """Message bytes to and from all teachers since the start."""
         return sum(client.wire.sent + client.wire.received for client in self._by_addresses.values())
 
+    @property
+    def retries(self) -> int:
+        """Items asked again since the start, of the same teacher server or of another replica."""
+        return self._asked_again + sum(client.retries for client in self._by_addresses.values())
+
+    @property
+    def replica_counts(self) -> dict[str, ReplicaCounts]:
+        """Items, retries and failures since the start, by address."""
+        return {address: count for client in self._by_addresses.values() for address, count in client.counts().items()}
+
+    # --- one by one, for the pre-flight ------------------------------------------------------------------------
+    def replicas_of(self, teacher_id: str) -> list[str]:
+        """Addresses that serve this teacher now."""
+        return self._clients[teacher_id].replicas_of(teacher_id)
+
+    def has_one_address(self, teacher_id: str) -> bool:
+        """Whether there is nothing to choose, now or later."""
+        return self._clients[teacher_id].is_lone
+
+    async def rows_at(self, teacher_id: str, address: str, token_ids: Sequence[int]) -> np.ndarray:
+        """What one replica says of all tokens but the first; one attempt. Raises what the replica says."""
+        channel = self._recipe.teacher_channel.channel
+        timeout_s = channel.item_timeout_s + channel.item_timeout_per_token_s * len(token_ids)
+        signal = self.full_signals[teacher_id] or self.signals[teacher_id]
+        request = self._request(teacher_id, token_ids, [(1, len(token_ids))], timeout_s, signal)
+        result = await self._clients[teacher_id].score_at(address, request)
+        return next(array for name, array in result.tensors.items() if name != "token_ids")
+
+    def leave_out(self, teacher_id: str, address: str, error: OpdError) -> None:
+        """This replica gets no items until it has passed the probe."""
+        self._clients[teacher_id].leave_out(address, error)
+
+    def probe_newcomers(self, probe: Callable[[str, str], Awaitable[None]]) -> None:
+        """Ask ``probe`` (teacher id, address) of replicas that join or come back; one that raises gets no items."""
+        for client in self._by_addresses.values():
+
+            async def ask(address: str, teacher_id: str, client: TeacherClient = client) -> None:
+                if self._clients.get(teacher_id) is client:
+                    await probe(teacher_id, address)
+
+            client.probe = ask
+
+    # --- marks -------------------------------------------------------------------------------------------------
     def weights_for(self, domain: str) -> dict[str, float]:
         """Teacher id → w_i. Raises :class:`ConfigError` for a domain that routes to nobody: no signal is an error."""
         config = self._recipe.domains.get(domain)
@@ -110,28 +187,110 @@ class Teachers:
             raise ConfigError(f"no teacher is routed to domain {domain!r}; the recipe knows {known}", field="domain")
         return config.teachers
 
-    async def mark(self, trajectory: Trajectory, *, with_reference: bool = True) -> Sample:
+    def ask(self, trajectory: Trajectory, buffer: MarkBuffer) -> Sample:
         """Ask every teacher of the trajectory's domain, and the objective's reference if it has one.
 
-        Raises as :meth:`rows`.
+        Returns at once; the marks come through ``buffer``, and raise as :meth:`tensors` where they are used.
         """
-        reference_id = self._recipe.reference_id if with_reference else None
-        with telemetry.span("trainer.score", {telemetry.TRAJECTORY: trajectory.trajectory_id}):
-            weights = self.weights_for(trajectory.domain)
-            asked = list(dict.fromkeys([*weights, *([reference_id] if reference_id is not None else [])]))
-            rows = await asyncio.gather(*(self.rows(trajectory, teacher_id) for teacher_id in asked))
-        marks = {
-            teacher_id: Mark(teacher_id, weights.get(teacher_id, 0.0), said, self.signals[teacher_id] == LOGITS)
-            for teacher_id, said in zip(asked, rows, strict=True)
-        }
+        weights = self.weights_for(trajectory.domain)
+        reference_id = self._recipe.reference_id
+
+        def mark(teacher_id: str) -> Mark:
+            signal = self.signals[teacher_id]
+            size = self._answer_bytes(teacher_id, signal, trajectory.num_scored)
+            answer = buffer.ask(size, partial(self.tensors, trajectory, teacher_id, signal))
+            return self._mark(teacher_id, weights.get(teacher_id, 0.0), signal, answer)
+
+        asked = list(dict.fromkeys([*weights, *([reference_id] if reference_id is not None else [])]))
+        marks = {teacher_id: mark(teacher_id) for teacher_id in asked}
         return Sample(
             trajectory,
             marks=tuple(marks[teacher_id] for teacher_id in weights),
             reference=None if reference_id is None else marks[reference_id],
         )
 
+    def tells_all(self, domain: str) -> bool:
+        """Whether every teacher of the domain offers its whole distribution."""
+        return all(self.full_signals[teacher_id] is not None for teacher_id in self.weights_for(domain))
+
+    async def mark(self, trajectory: Trajectory) -> Sample:
+        """The whole distributions of the domain's teachers, whatever signal trains; for evaluation.
+
+        Raises as :meth:`tensors`.
+        """
+        weights = self.weights_for(trajectory.domain)
+        signals = {teacher_id: self._full(teacher_id) for teacher_id in weights}
+        answers = await asyncio.gather(*(self.tensors(trajectory, *asked) for asked in signals.items()))
+        return Sample(
+            trajectory,
+            tuple(
+                self._mark(teacher_id, weights[teacher_id], signal, HeldAnswer(answer))
+                for (teacher_id, signal), answer in zip(signals.items(), answers, strict=True)
+            ),
+        )
+
+    def _full(self, teacher_id: str) -> MarkSignal:
+        signal = self.full_signals[teacher_id]
+        if signal is None:
+            raise SignalNotOfferedError(f"teacher {teacher_id!r} does not tell its whole distribution")
+        return signal
+
+    def _mark(self, teacher_id: str, weight: float, signal: MarkSignal, answer: Answer) -> Mark:
+        digest = self.cards[teacher_id].head.digest if signal is HIDDEN else None
+        return Mark(teacher_id, weight, signal, digest, answer)
+
+    def _answer_bytes(self, teacher_id: str, signal: MarkSignal, rows: int) -> int:
+        card = self.cards[teacher_id]
+        itemsize = np.dtype(DTYPES[dtype_code(self._wire_dtype(teacher_id, signal))]).itemsize
+        match signal:
+            case MarkSignal.HIDDEN_STATES:
+                return rows * card.hidden_size * itemsize
+            case MarkSignal.LOGITS:
+                return rows * card.vocab_size * itemsize
+            case MarkSignal.TOP_K_LOGPROBS:
+                return rows * self._top_k * (8 + itemsize)
+            case MarkSignal.TOKEN_LOGPROBS:
+                return rows * itemsize
+
+    def _wire_dtype(self, teacher_id: str, signal: MarkSignal) -> str:
+        wire = self._recipe.objective.wire_dtype
+        if wire != "auto":
+            return wire
+        return dtype_name(self.cards[teacher_id].dtype) if signal.is_full else "float32"
+
+    @property
+    def _top_k(self) -> int:
+        return self._recipe.objective.k if isinstance(self._recipe.objective, TopKConfig) else 0
+
+    def _request(
+        self,
+        teacher_id: str,
+        token_ids: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+        timeout_s: float,
+        signal: MarkSignal,
+    ) -> ScoreRequest:
+        card = self.cards[teacher_id]
+        return ScoreRequest(
+            teacher_id=teacher_id,
+            token_ids=token_ids,
+            scored_spans=spans,
+            tokenizer_fingerprint=self._fingerprint,
+            signal=SIGNAL_CODES[signal],
+            dtype=self._wire_dtype(teacher_id, signal),
+            timeout_s=timeout_s,
+            expected_teacher_digest=card.teacher_digest,
+            expected_head_digest=card.head.digest if signal is HIDDEN else "",
+            top_k=self._top_k if signal is MarkSignal.TOP_K_LOGPROBS else 0,
+        )
+
     async def rows(self, trajectory: Trajectory, teacher_id: str) -> np.ndarray:
-        """[R, d] or [R, V] from one teacher, asked again while it is unreachable or overloaded.
+        """[R, d] hidden states or [R, V] logits, whatever signal trains. Raises as :meth:`tensors`."""
+        (rows,) = (await self.tensors(trajectory, teacher_id, self._full(teacher_id))).values()
+        return rows
+
+    async def tensors(self, trajectory: Trajectory, teacher_id: str, signal: MarkSignal) -> dict[str, np.ndarray]:
+        """R rows of each tensor of a signal: of one replica after the other, and again while none can answer.
 
         Scoring is pure, so asking again is safe.
 
@@ -139,28 +298,21 @@ class Teachers:
             TeacherUnavailableError: silent for ``teacher_timeout_s``, all attempts together.
             OpdError: what the teacher says of this item.
         """
-        card = self.cards[teacher_id]
+        with telemetry.span("trainer.score", {telemetry.TRAJECTORY: trajectory.trajectory_id}):
+            return await self._tensors(trajectory, teacher_id, signal)
+
+    async def _tensors(self, trajectory: Trajectory, teacher_id: str, signal: MarkSignal) -> dict[str, np.ndarray]:
+        client = self._clients[teacher_id]
         budget_s = self._recipe.teacher_timeout_s
-        wire = self._recipe.objective.wire_dtype
-        signal = self.signals[teacher_id]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + budget_s
         last: OpdError | None = None
         while (left := deadline - loop.time()) > 0:
-            request = ScoreRequest(
-                teacher_id=teacher_id,
-                token_ids=trajectory.token_ids,
-                scored_spans=trajectory.scored_spans,
-                tokenizer_fingerprint=self._fingerprint,
-                signal=signal,
-                dtype=dtype_name(card.dtype) if wire == "auto" else wire,
-                timeout_s=left,
-                expected_teacher_digest=card.teacher_digest,
-                expected_head_digest=card.head.digest if signal == HIDDEN else "",
-            )
+            self._asked_again += last is not None
+            request = self._request(teacher_id, trajectory.token_ids, trajectory.scored_spans, left, signal)
             try:
                 async with asyncio.timeout(left):
-                    result = await self._clients[teacher_id].score(request)
+                    result = await client.score(request)
             except TimeoutError:
                 break
             except (UnavailableError, OverloadedError, DeadlineError) as error:
@@ -169,16 +321,20 @@ class Teachers:
                 last = error
                 await asyncio.sleep(min(error.retry_delay_s or RETRY_DELAY_S, max(0.0, deadline - loop.time())))
                 continue
-            (rows,) = result.tensors.values()
-            if rows.shape[0] != trajectory.num_scored:
+            if set(result.tensors) != TENSORS[signal]:
                 raise TensorDecodeError(
-                    f"teacher {teacher_id!r} answered {rows.shape[0]} rows for {trajectory.num_scored} scored tokens",
+                    f"teacher {teacher_id!r} answered {', '.join(result.tensors)} for {signal}", field="tensors"
+                )
+            rows = {len(array) for array in result.tensors.values()}
+            if rows != {trajectory.num_scored}:
+                raise TensorDecodeError(
+                    f"teacher {teacher_id!r} answered {min(rows)} rows for {trajectory.num_scored} scored tokens",
                     field="rows",
                 )
-            return rows
+            return result.tensors
         raise TeacherUnavailableError(
-            f"teacher {teacher_id!r} at {self._clients[teacher_id].target} gave no answer for {budget_s:g} s "
-            f"(last: {last or 'no answer'}). See whether it is running; then `opd run --resume`",
+            f"teacher {teacher_id!r} at {client.target} gave no answer for {budget_s:g} s "
+            f"(last: {client.troubles() or last or 'no answer'}). See whether it is running; then `opd run --resume`",
             metadata={"teacher_id": teacher_id},
         )
 

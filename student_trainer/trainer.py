@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,31 +15,45 @@ import torch
 
 from opd_mesh import telemetry
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import DivergedError, NotFoundError, OpdError, PreconditionError, RolloutUnavailableError
+from opd_mesh.errors import (
+    CancelledByCallerError,
+    DivergedError,
+    NotFoundError,
+    OpdError,
+    PreconditionError,
+    RolloutUnavailableError,
+)
 from opd_mesh.models.checkpoint import state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy import PolicyId
 from opd_mesh.torch_tensors import to_numpy
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import Sample
+from student_trainer.batch import Sample, marks_in_order, plan_batch
 from student_trainer.checkpoint import LoadedCheckpoint, TrainerState, load_newest, save_checkpoint
 from student_trainer.data import Domain, next_prompts
 from student_trainer.evaluation import Evaluator
 from student_trainer.heads import HeadStore
 from student_trainer.identity import RunIdentity
+from student_trainer.mark_buffer import BufferedAnswer, MarkBuffer
 from student_trainer.objective import build_objective
 from student_trainer.optimizer import Optimizer
-from student_trainer.preflight import check_implementation, check_lengths, check_tokenizers, check_vocabularies
+from student_trainer.preflight import (
+    check_implementation,
+    check_lengths,
+    check_replicas,
+    check_tokenizers,
+    check_vocabularies,
+)
 from student_trainer.rollouts import Arrival, Rollouts, own_trajectory_id
 from student_trainer.run_state import MetricsLog, Phase, RunState
 from student_trainer.step_metrics import Clock, metrics_line
 from student_trainer.student import Student
 from student_trainer.summary import summarize, write_summary
 from student_trainer.teachers import Teachers
-from student_trainer.update import update
+from student_trainer.update import UpdateResult, apply_gradients, compute_gradients
 
 log = logging.getLogger("student_trainer")
-# Cursors and prompts drawn behind the step, its trajectories, and these with their marks.
+# Cursors and prompts drawn behind the step, its trajectories, and these with the marks that are asked for.
 Gathered: TypeAlias = tuple[dict[str, int], dict[str, int], list[Arrival], list[Sample]]
 
 
@@ -77,6 +91,9 @@ class Trainer:
             run_dir / "heads", device, resident=recipe.batch.heads_resident + (recipe.reference_id is not None)
         )
         self.teachers = Teachers(recipe, self.fingerprint)
+        self.marks = MarkBuffer(
+            recipe.batch.marks_memory_bytes, run_dir / "spill" if recipe.batch.marks_spill else None
+        )
         self.rollouts = Rollouts(
             recipe,
             run_id=self.run_id,
@@ -92,6 +109,7 @@ class Trainer:
         # False while the weights are between two steps: what they are then must not become a checkpoint.
         self._weights_hold = True
         self._gathering: asyncio.Task[Gathered] | None = None
+        self._giving_up: asyncio.Future[None] | None = None
         self._unacknowledged: list[str] = []
         self._saves: list[asyncio.Future[tuple[Path, int]]] = []
         self._saved: tuple[Path, int] | None = None  # newest checkpoint and its step
@@ -128,6 +146,7 @@ class Trainer:
             self.warnings += await check_tokenizers(self.recipe, self.student, self.teachers)
             check_vocabularies(self.student, self.teachers)
             check_lengths(self.recipe, self.teachers)
+            await check_replicas(self.recipe, self.teachers)
             for teacher_id, digest in self.teachers.head_digests.items():
                 if digest not in self.heads:
                     self.heads.add(await self.teachers.get_head(teacher_id))
@@ -210,29 +229,24 @@ class Trainer:
         number = self.progress.step + 1
         with telemetry.span("trainer.step", {telemetry.RUN_ID: self.run_id, telemetry.STEP: number}):
             clock = Clock()
-            wire_before, loads_before = self.teachers.wire_bytes, self.heads.loads
-            self._gathering = asyncio.ensure_future(self.gather_samples(number, clock))
+            before = self.teachers.wire_bytes, self.teachers.retries, self.heads.loads
             try:
+                self._gathering = asyncio.ensure_future(self.gather_samples(number, clock))
                 cursors, drawn, arrivals, samples = await self._gathering
-            except asyncio.CancelledError:
-                if self.stopping and self._gathering.cancelled():
+                external = self.take_external()
+                samples += [sample for _, sample in external]
+                with self.doing("updating the student"), clock("update"):
+                    result = await self.update(samples)
+            except (asyncio.CancelledError, CancelledByCallerError):
+                task = asyncio.current_task()
+                if self.stopping and task is not None and not task.cancelling():
                     raise StepGivenUpError from None
                 raise
-            external = await self.take_external(clock)
-            samples += [sample for _, sample in external]
-            with self.doing("updating the student"), clock("update"):
-                self._weights_hold = False
-                result = await asyncio.to_thread(
-                    update,
-                    samples,
-                    self.student,
-                    self.optimizer,
-                    self.objective,
-                    self.heads,
-                    self.teachers.head_digests,
-                    tokens_per_pass=self.recipe.batch.tokens_per_pass,
-                    heads_resident=self.recipe.batch.heads_resident,
-                )
+            finally:
+                await self.marks.give_up()  # of a step that has failed; otherwise nothing is left
+                resident, buffered = self.heads.peak, self.marks.take_counters()
+                self.heads.release_all()
+            clock.move(buffered.waited_s, "update", "score")
             staleness = max(self._staleness(sample.trajectory) for sample in samples)
             self.progress.step = number
             self.progress.cursors, self.progress.drawn = cursors, drawn
@@ -242,8 +256,12 @@ class Trainer:
             self._unacknowledged += [arrival.entry_id for arrival, _ in external]
             self._weights_hold = True
             counted: dict[str, float] = {
-                "wire_bytes": self.teachers.wire_bytes - wire_before,
-                "heads_loaded": self.heads.loads - loads_before,
+                "wire_bytes": self.teachers.wire_bytes - before[0],
+                "teacher_retries": self.teachers.retries - before[1],
+                "heads_loaded": self.heads.loads - before[2],
+                "heads_resident": resident,
+                "marks_peak_bytes": buffered.peak_bytes,
+                "marks_spilled_bytes": buffered.spilled_bytes,
             }
             try:
                 with clock("policy"):
@@ -258,11 +276,24 @@ class Trainer:
         if every and number % every == 0:
             await self.evaluate()
 
+    async def update(self, samples: list[Sample]) -> UpdateResult:
+        """Gradients while the marks arrive, then one optimizer step."""
+        batch = self.recipe.batch
+        # In deterministic mode the order of computation does not depend on how many heads fit the device.
+        together = 1 if self.recipe.run.deterministic else batch.heads_resident
+        plan = plan_batch(samples, tokens_per_pass=batch.tokens_per_pass, heads_together=together)
+        self.marks.expect(mark.answer for mark in marks_in_order(plan) if isinstance(mark.answer, BufferedAnswer))
+        self.optimizer.zero_grad()
+        loss, means = await asyncio.to_thread(compute_gradients, plan, self.student, self.objective, self.heads)
+        self._weights_hold = False
+        return await asyncio.to_thread(apply_gradients, self.optimizer, plan, loss, means)
+
     def give_up_step(self) -> None:
         """Stop now: a step that still waits for responses or marks is not finished, the last whole one counts."""
         self.stopping = True
         if self._gathering is not None:
             self._gathering.cancel()
+        self._giving_up = asyncio.ensure_future(self.marks.give_up())
 
     async def gather_samples(self, number: int, clock: Clock) -> Gathered:
         """Write the step's responses; every trajectory is marked as soon as it arrives."""
@@ -278,19 +309,17 @@ class Trainer:
                 request_id = own_trajectory_id(self.progress.lineage, number, index)
                 specs.append(self.rollouts.spec(request_id, prompt, sampling, publish=True))
         arrivals: list[Arrival] = []
-        async with marking_tasks() as marking:
-            with self.doing(f"writing {len(specs)} responses"), clock("rollout"):
-                async for arrival in self.rollouts.write(specs):
-                    arrivals.append(arrival)
-                    marking.append(asyncio.create_task(self.teachers.mark(arrival.trajectory)))
-            with self.doing("waiting for the teachers' marks"), clock("score"):
-                samples = list(await asyncio.gather(*marking))
+        samples: list[Sample] = []
+        with self.doing(f"writing {len(specs)} responses"), clock("rollout"):
+            async for arrival in self.rollouts.write(specs):
+                arrivals.append(arrival)
+                samples.append(self.teachers.ask(arrival.trajectory, self.marks))
         if not samples:
             raise RolloutUnavailableError(f"every response of step {number} was cancelled before its first token")
         return cursors, drawn, arrivals, samples
 
-    async def take_external(self, clock: Clock) -> list[tuple[Arrival, Sample]]:
-        """Trajectories from outside that are fresh enough, marked."""
+    def take_external(self) -> list[tuple[Arrival, Sample]]:
+        """Trajectories from outside that are fresh enough, their marks asked for."""
         taken: list[Arrival] = []
         consumed = set(self.progress.consumed_external)
         while self.rollouts.external and len(taken) < self.recipe.batch.max_external_per_step:
@@ -307,9 +336,7 @@ class Trainer:
             else:
                 consumed.add(trajectory.trajectory_id)
                 taken.append(arrival)
-        with clock("score"):
-            samples = await asyncio.gather(*(self.teachers.mark(arrival.trajectory) for arrival in taken))
-        return list(zip(taken, samples, strict=True))
+        return [(arrival, self.teachers.ask(arrival.trajectory, self.marks)) for arrival in taken]
 
     def _staleness(self, trajectory: Trajectory) -> int:
         """Our version minus the oldest among the response's tokens."""
@@ -423,15 +450,3 @@ class Trainer:
         self.state.set(activity=activity)
         log.debug("%s", activity)
         yield
-
-
-@asynccontextmanager
-async def marking_tasks() -> AsyncIterator[list[asyncio.Task[Sample]]]:
-    """Tasks that are given up together where the step fails."""
-    tasks: list[asyncio.Task[Sample]] = []
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,13 +2,14 @@
 
 Letters: R response tokens of a pass, d hidden size, V vocabulary.
 
-The data's way: samples ordered by teacher → passes under a token budget → the student's hidden states [R, d] of the
-pass → for each teacher in turn its head and its rows → gradient at the hidden states, collected → one backward pass
-through the trunk. No [tokens, V] tensor is kept at any point.
+The data's way: samples ordered by their teachers' heads → passes under a token budget → the student's hidden states
+[R, d] of the pass → for each teacher in turn its head and its rows → gradient at the hidden states, collected → one
+backward pass through the trunk. No [tokens, V] tensor is kept at any point, and every head comes to the device once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from opd_mesh.errors import DivergedError
 from opd_mesh.torch_tensors import from_numpy
-from student_trainer.batch import Mark, Sample, order_by_teacher, plan_shares, split_into_passes
+from student_trainer.batch import BatchPlan, Mark, MarkSignal, Sample
 from student_trainer.heads import HeadStore
 from student_trainer.objective import BatchObjective
 from student_trainer.optimizer import Optimizer
@@ -69,6 +70,7 @@ class UpdateResult:
     tokens: int
     metrics: dict[str, float]
     passes: int
+    heads: int  # distinct, that the mini-batch needed
 
 
 def response_tokens(samples: Sequence[Sample]) -> int:
@@ -77,38 +79,29 @@ def response_tokens(samples: Sequence[Sample]) -> int:
 
 
 def compute_gradients(
-    samples: Sequence[Sample],
-    student: Student,
-    objective: BatchObjective,
-    heads: HeadStore,
-    head_digests: Mapping[str, str],
-    *,
-    tokens_per_pass: int,
-    heads_resident: int = 1,
-) -> tuple[float, TokenMeans, int]:
+    plan: BatchPlan, student: Student, objective: BatchObjective, heads: HeadStore
+) -> tuple[float, TokenMeans]:
     """Accumulate the gradient of the mini-batch's mean loss in the student's parameters.
 
     Returns:
-        (loss in nats per token, diagnostics, number of passes).
+        (loss in nats per token, diagnostics).
+
+    Raises:
+        OpdError: a teacher's answer did not come.
     """
-    total_tokens = response_tokens(samples)
+    total_tokens = response_tokens([sample for part in plan.passes for sample in part])
     means = TokenMeans()
     loss = 0.0
-    passes = split_into_passes(order_by_teacher(samples), tokens_per_pass)
-    for batch in passes:
-        rows = student.hidden_rows(
-            [sample.trajectory.token_ids for sample in batch],
-            [sample.trajectory.predicting_positions for sample in batch],
-        )
-        hidden_Rd = torch.cat(rows)
-        # The loss sees a leaf, so that the gradients of all teachers are collected before the trunk's backward pass.
-        leaf_Rd = hidden_Rd.detach().requires_grad_(hidden_Rd.requires_grad)
-        # Of every token: Σ_i w_i KL_i, and the student's entropy, however many teachers mark it.
-        kl_R = torch.zeros(len(leaf_Rd), dtype=torch.float64, device=leaf_Rd.device)
-        entropy_R = torch.zeros_like(kl_R)
-        for share in shares_of(batch, heads, head_digests, leaf_Rd.device, heads_resident=heads_resident):
+    opened: dict[int, _OpenPass] = {}
+    for visit in plan.visits:
+        batch = plan.passes[visit.pass_index]
+        if visit.opens:
+            keep_graph = visit.pass_index not in plan.suspended
+            opened[visit.pass_index] = _OpenPass(batch, student, keep_graph=keep_graph)
+        current = opened[visit.pass_index]
+        for share in shares_of(batch, plan.shares(visit), heads, current.leaf_Rd.device):
             divergence = objective(
-                leaf_Rd[share.index_R],
+                current.leaf_Rd[share.index_R],
                 student.head,
                 share.teachers,
                 reference=share.reference,
@@ -118,15 +111,53 @@ def compute_gradients(
             divergence.loss.backward()
             loss += float(divergence.loss.detach())
             means.take(share.teacher_ids, divergence)
-            kl_R[share.index_R] += (share.weights_NR * divergence.kl_T.double()).sum(0)
-            entropy_R[share.index_R] = divergence.student_entropy_T.double()
+            current.kl_R[share.index_R] += (share.weights_NR * divergence.kl_T.double()).sum(0)
+            current.entropy_R[share.index_R] = divergence.student_entropy_T.double()
+            share.release()
             del share  # its heads leave before the next ones arrive
-        if leaf_Rd.grad is not None:
-            hidden_Rd.backward(leaf_Rd.grad)
-        means.add("entropy/student", entropy_R)
-        for sample, sample_kl_R in zip(batch, kl_R.split([len(part) for part in rows]), strict=True):
-            means.add(f"kl_domain/{sample.trajectory.domain}", sample_kl_R)
-    return loss, means, len(passes)
+        if visit.closes:
+            opened.pop(visit.pass_index).close(means)
+    return loss, means
+
+
+class _OpenPass:
+    """A pass between its first and its last visit.
+
+    Args:
+        keep_graph: keep the trunk's activations; otherwise they are computed once more when the pass closes.
+    """
+
+    def __init__(self, batch: Sequence[Sample], student: Student, *, keep_graph: bool) -> None:
+        self._batch = batch
+        self._student = student
+        with contextlib.nullcontext() if keep_graph else torch.no_grad():
+            rows = self._forward()
+        self._lengths = [len(part) for part in rows]
+        hidden_Rd = torch.cat(rows)
+        self._hidden_Rd = hidden_Rd if keep_graph else None
+        # The loss sees a leaf, so that the gradients of all teachers are collected before the trunk's backward pass.
+        self.leaf_Rd = hidden_Rd.detach().requires_grad_(hidden_Rd.requires_grad or not keep_graph)
+        # Of every token: Σ_i w_i KL_i, and the student's entropy, however many teachers mark it.
+        self.kl_R = torch.zeros(len(self.leaf_Rd), dtype=torch.float64, device=self.leaf_Rd.device)
+        self.entropy_R = torch.zeros_like(self.kl_R)
+
+    def _forward(self) -> list[Tensor]:
+        return self._student.hidden_rows(
+            [sample.trajectory.token_ids for sample in self._batch],
+            [sample.trajectory.predicting_positions for sample in self._batch],
+        )
+
+    def close(self, means: TokenMeans) -> None:
+        """Send the collected gradients through the trunk."""
+        if self.leaf_Rd.grad is not None:
+            hidden_Rd = torch.cat(self._forward()) if self._hidden_Rd is None else self._hidden_Rd
+            if hidden_Rd.requires_grad:
+                hidden_Rd.backward(self.leaf_Rd.grad)
+        means.add("entropy/student", self.entropy_R)
+        for sample, kl_R in zip(self._batch, self.kl_R.split(self._lengths), strict=True):
+            means.add(f"kl_domain/{sample.trajectory.domain}", kl_R)
+            if sample.reference is not None:
+                sample.reference.answer.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,27 +170,24 @@ class Share:
     reference: Signal | None
     sampled_ids_R: Tensor
     weights_NR: Tensor  # w_i of each row
+    marks: tuple[Mark, ...]
+
+    def release(self) -> None:
+        """Nobody asks for what these marks say again."""
+        for mark in self.marks:
+            mark.answer.release()
 
 
 def shares_of(
-    batch: Sequence[Sample],
-    heads: HeadStore,
-    head_digests: Mapping[str, str],
-    device: torch.device,
-    *,
-    heads_resident: int = 1,
+    batch: Sequence[Sample], shares: Mapping[tuple[str, ...], Sequence[int]], heads: HeadStore, device: torch.device
 ) -> Iterator[Share]:
-    """One share after the other; its heads are brought to the device when its turn comes."""
+    """One share after the other; its heads are brought to the device when its turn comes.
+
+    Args:
+        shares: indices into ``batch`` by teachers, see :func:`student_trainer.batch.plan_shares`.
+    """
     starts = list(accumulate((sample.trajectory.num_scored for sample in batch), initial=0))
-
-    def signal(marks: Sequence[Mark]) -> Signal:
-        said = torch.cat([from_numpy(mark.rows) for mark in marks]).to(device)
-        if marks[0].is_logits:
-            return Signal(logits_TV=said)
-        # A narrower wire is widened by the divergence, to the precision of its GEMM.
-        return Signal(hidden_TE=said, head=heads.get(head_digests[marks[0].teacher_id]))
-
-    for teacher_ids, indices in plan_shares(batch, heads_resident).items():
+    for teacher_ids, indices in shares.items():
         samples = [batch[index] for index in indices]
         lengths = [sample.trajectory.num_scored for sample in samples]
         by_teacher = [[sample.mark_of(teacher_id) for sample in samples] for teacher_id in teacher_ids]
@@ -167,8 +195,8 @@ def shares_of(
         yield Share(
             teacher_ids=teacher_ids,
             index_R=torch.cat([torch.arange(starts[index], starts[index + 1]) for index in indices]).to(device),
-            teachers=tuple(signal(marks) for marks in by_teacher),
-            reference=signal(references) if references else None,
+            teachers=tuple(signal_of(marks, heads, device) for marks in by_teacher),
+            reference=signal_of(references, heads, device) if references else None,
             sampled_ids_R=torch.tensor(
                 [token for sample in samples for token in sample.trajectory.scored_token_ids], device=device
             ),
@@ -180,35 +208,37 @@ def shares_of(
                 device=device,
                 dtype=torch.float32,
             ),
+            marks=tuple(mark for marks in by_teacher for mark in marks),
         )
 
 
-def update(
-    samples: Sequence[Sample],
-    student: Student,
-    optimizer: Optimizer,
-    objective: BatchObjective,
-    heads: HeadStore,
-    head_digests: Mapping[str, str],
-    *,
-    tokens_per_pass: int,
-    heads_resident: int = 1,
-) -> UpdateResult:
-    """Gradients, clipping, one optimizer step.
+def signal_of(marks: Sequence[Mark], heads: HeadStore, device: torch.device) -> Signal:
+    """What one teacher says of several samples, one after the other."""
+    said = [mark.answer.tensors() for mark in marks]
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([from_numpy(tensors[name]) for tensors in said]).to(device)
+
+    match marks[0].signal:
+        case MarkSignal.HIDDEN_STATES:
+            digest = marks[0].head_digest
+            assert digest is not None  # hidden states always come with one
+            # A narrower wire is widened by the divergence, to the precision of its GEMM.
+            return Signal(hidden_TE=joined("hidden_states"), head=heads.get(digest))
+        case MarkSignal.LOGITS:
+            return Signal(logits_TV=joined("logits"))
+        case MarkSignal.TOP_K_LOGPROBS:
+            return Signal(top_k_ids_TK=joined("token_ids"), top_k_logprobs_TK=joined("logprobs"))
+        case MarkSignal.TOKEN_LOGPROBS:
+            return Signal(token_logprobs_T=joined("logprobs"))
+
+
+def apply_gradients(optimizer: Optimizer, plan: BatchPlan, loss: float, means: TokenMeans) -> UpdateResult:
+    """Clipping and one optimizer step.
 
     Raises:
         DivergedError: loss or gradient is not finite; the weights are as before.
     """
-    optimizer.zero_grad()
-    loss, means, passes = compute_gradients(
-        samples,
-        student,
-        objective,
-        heads,
-        head_digests,
-        tokens_per_pass=tokens_per_pass,
-        heads_resident=heads_resident,
-    )
     grad_norm = optimizer.clip()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         optimizer.zero_grad()
@@ -221,7 +251,8 @@ def update(
         loss=loss,
         grad_norm=grad_norm,
         lr=lr,
-        tokens=response_tokens(samples),
+        tokens=response_tokens([sample for part in plan.passes for sample in part]),
         metrics=means.means(),
-        passes=passes,
+        passes=len(plan.passes),
+        heads=len(plan.head_digests),
     )

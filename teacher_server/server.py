@@ -15,10 +15,12 @@ from opd_mesh.rpc.server import MeshServer
 from teacher_server.base_model import BaseModels
 from teacher_server.catalogue import Catalogue
 from teacher_server.engine import TeacherEngine
+from teacher_server.engines import load_engine
+from teacher_server.inference_service import SERVICE as INFERENCE_SERVICE
+from teacher_server.inference_service import add_inference_service
 from teacher_server.pool import WeightPool
 from teacher_server.scoring_queue import ScoringQueue
 from teacher_server.service import TeacherServicer
-from teacher_server.transformers_engine import TransformersEngine
 
 log = logging.getLogger("teacher_server")
 SERVICE = "opd.v1.TeacherService"
@@ -32,7 +34,7 @@ def load_engines(config: TeacherServerConfig) -> dict[str, TeacherEngine]:
     for teacher_id, teacher in config.teachers.items():
         log.info("loading teacher %s from %s", teacher_id, teacher.path)
         try:
-            engine = TransformersEngine(teacher_id, teacher, bases, deterministic=config.deterministic)
+            engine = load_engine(teacher_id, teacher, config, bases)
         except OpdError as error:
             error.message = f"teacher {teacher_id!r}: {error.message}"
             raise
@@ -65,10 +67,11 @@ def open_catalogue(catalogue: Catalogue, engines: dict[str, TeacherEngine]) -> S
 async def serve(arguments: ServiceArguments[TeacherServerConfig]) -> None:
     """Serve until SIGTERM."""
     config = arguments.config
-    server = MeshServer(config.server, services=[SERVICE], insecure=arguments.insecure)
+    server = MeshServer(config.server, services=[SERVICE, INFERENCE_SERVICE], insecure=arguments.insecure)
     catalogue = Catalogue(config)
     servicer = TeacherServicer(catalogue)
     teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
+    add_inference_service(server, catalogue)
     # The port first: one that is taken should not cost minutes of loading.
     address = await server.start(arguments.listen)
     try:

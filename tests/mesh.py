@@ -25,6 +25,8 @@ from rollout_server.service import RolloutServicer
 from student_trainer.server import load_student
 from student_trainer.trainer import Trainer
 from teacher_server.catalogue import Catalogue
+from teacher_server.inference_service import SERVICE as INFERENCE_SERVICE
+from teacher_server.inference_service import add_inference_service
 from teacher_server.server import load_engines, open_catalogue
 from teacher_server.service import TeacherServicer
 
@@ -35,10 +37,11 @@ QUICK = ServerConfig(drain_propagation_s=0.0, drain_grace_s=2.0)
 async def serving_teachers(config: TeacherServerConfig, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
     """A teacher server; yields its address."""
     config = config.replace(server=config.server.replace(drain_propagation_s=0.0, drain_grace_s=2.0))
-    server = MeshServer(config.server, services=["opd.v1.TeacherService"])
+    server = MeshServer(config.server, services=["opd.v1.TeacherService", INFERENCE_SERVICE])
     catalogue = Catalogue(config)
     servicer = TeacherServicer(catalogue)
     teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.grpc)
+    add_inference_service(server, catalogue)
     address = await server.start(listen)
     queue = open_catalogue(catalogue, await asyncio.to_thread(load_engines, config))
     await server.set_serving(True)

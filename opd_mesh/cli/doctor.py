@@ -223,16 +223,42 @@ def _triton() -> list[Finding]:
 
 
 def _tensorrt() -> list[Finding]:
-    purpose = "TensorRT-LLM teachers; needs an NVIDIA GPU"
-    # PyPI's package of that name is a stub without the module's parts.
+    """The package is not imported: that takes half a minute, and starts CUDA."""
+    purpose = "teachers with engine: tensorrt_llm; needs an NVIDIA GPU"
     spec = importlib.util.find_spec("tensorrt_llm")
     real = spec is not None and any(Path(path, "llmapi").is_dir() for path in spec.submodule_search_locations or ())
     version = version_of("tensorrt-llm")
     if real:
-        return [Finding("TensorRT-LLM", "ok", version or "installed", purpose)]
-    found = f"{version} is the stub from PyPI" if version else "not installed"
-    remedy = f"{sys.executable} -m pip install tensorrt-llm --extra-index-url https://pypi.nvidia.com"
+        found = version or "installed"
+        if _gpu_count():
+            return [Finding("TensorRT-LLM", "ok", found, purpose)]
+        remedy = (
+            "a machine with an NVIDIA GPU and its driver, and a CUDA build of torch: see GPU above. Or engine: "
+            "transformers, which serves the same checkpoint on the CPU"
+        )
+        return [Finding("TensorRT-LLM", "note", f"{found}, but torch sees no GPU to run it on", purpose, remedy)]
+    # The package of that name on PyPI is a stub without the module's parts.
+    found = f"{version} is the stub from PyPI" if version or spec else "not installed"
+    remedy = (
+        f"{sys.executable} -m pip uninstall tensorrt-llm, then install the wheel from NVIDIA's own package index"
+        if version
+        else "install the wheel from NVIDIA's own package index"
+    )
+    remedy += (
+        ", as TensorRT-LLM's installation guide says, or take NVIDIA's container image. It brings a torch of its own, "
+        "so give it an environment of its own"
+    )
+    if not _gpu_count():
+        remedy += ". It is of no use here without an NVIDIA GPU, which torch does not see"
     return [Finding("TensorRT-LLM", "note", found, purpose, remedy)]
+
+
+def _gpu_count() -> int:
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _hub_kernels() -> list[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from opd_mesh.config.base import Strict
 from opd_mesh.config.services import (
@@ -143,8 +143,12 @@ class BatchConfig(Strict):
     # Tokens (prompt and response) in one forward and backward pass; gradients accumulate over the passes.
     tokens_per_pass: int = Field(4096, ge=1)
     # Teachers' heads that may be on the device together, besides the reference's. Above 1, a sample's several teachers
-    # share one projection of the student.
+    # share one projection of the student; in deterministic mode they do not, so that the bits stay the same.
     heads_resident: int = Field(1, ge=1)
+    # Of teachers' answers that wait in the trainer's memory, for instance "8GiB". Beyond it, asking waits until the
+    # update has used some up, or answers go to RUN_DIR/spill.
+    marks_memory_bytes: ByteSize = Field(ByteSize(2 << 30), ge=1)
+    marks_spill: bool = False
     # Trajectories from outside taken into one step, at most.
     max_external_per_step: int = Field(64, ge=0)
 

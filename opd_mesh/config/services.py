@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
 from opd_mesh.config.base import Strict
 from opd_mesh.errors import ConfigError
@@ -21,6 +21,12 @@ def require_addresses(addresses: list[str]) -> None:
             raise ValueError(f"{address!r} is not host:port") from error
 
 
+def _path_or_url(value: Any) -> Any:
+    return value if not isinstance(value, str) or "://" in value else Path(value)
+
+
+# A local folder, or the URL of one in a store that fsspec reads (``s3://bucket/teachers/math``).
+ModelSource: TypeAlias = Annotated[Path | str, BeforeValidator(_path_or_url)]
 ComputeDType = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -76,19 +82,81 @@ class ChannelConfig(Strict):
     keepalive_s: float = Field(60.0, ge=10)
     max_attempts: int = Field(4, ge=1, le=5)
 
+    # --- a teacher's replicas: see docs/replicas.md. With one address there is nothing to choose, and none of it holds.
+    # "rendezvous" keeps a teacher's items together, "round_robin" spreads them; "auto": rendezvous where a replica
+    # lists several teachers.
+    balance: Literal["auto", "round_robin", "rendezvous"] = "auto"
+    # Items in flight at one replica, or as many as it grants if that is fewer; the others wait here, for whoever is free.
+    max_in_flight: int = Field(64, ge=1)
+    # Rendezvous: with so many in flight at its first choice a teacher's items go to the next.
+    spill_in_flight: int = Field(32, ge=1)
+    # An item must be answered within item_timeout_s, and item_timeout_per_token_s for each token (prompt and response)
+    # that we have in flight at the replica, itself included; else it is asked of another. The first is for a pool that
+    # loads the teacher from disk, the second for the slowest CPU that is worth waiting for (20 tokens a second).
+    item_timeout_s: float = Field(60.0, gt=0)
+    item_timeout_per_token_s: float = Field(0.05, ge=0)
+    # A health check so often, which must be answered in the given time: what notices a frozen process.
+    health_interval_s: float = Field(1.0, gt=0)
+    health_timeout_s: float = Field(3.0, gt=0)
+    # Failures in a row that open a replica's circuit (a missed deadline or a lost connection does at once), how long
+    # until the first trial, and what doubling that after each failed trial stops at.
+    circuit_failures: int = Field(3, ge=1)
+    circuit_cool_down_s: float = Field(1.0, gt=0)
+    circuit_max_cool_down_s: float = Field(30.0, gt=0)
+    # Host names are resolved again so often, and after a failure: every address record is a replica.
+    resolve_interval_s: float = Field(30.0, gt=0)
+
+
+class TensorRtConfig(Strict):
+    """What ``engine: tensorrt_llm`` needs to know beyond the teacher: see docs/engines.md."""
+
+    # GPUs that share the weights.
+    tensor_parallel_size: int = Field(1, ge=1)
+    # Tokens in one forward pass; longer items go alone. Their logits are on the device, 4 bytes × vocabulary a token.
+    max_batch_tokens: int = Field(8192, ge=1)
+    # Of the memory that the weights leave free, for the KV cache, which takes no more than a batch needs.
+    free_gpu_memory_fraction: float = Field(0.9, gt=0, lt=1)
+    # Wrap TensorRT-LLM's model so that it returns them. Tried only on one GPU, where the model lives in our process.
+    hidden_states: bool = False
+
+    @model_validator(mode="after")
+    def _hidden_states_on_one_gpu(self) -> TensorRtConfig:
+        if self.hidden_states and self.tensor_parallel_size > 1:
+            raise ValueError("hidden_states needs tensor_parallel_size: 1; with more GPUs logits are the signal")
+        return self
+
 
 class TeacherConfig(Strict):
     """One frozen teacher."""
 
-    path: Path
-    # PEFT adapter folder, merged on load.
-    adapter: Path | None = None
+    path: ModelSource
+    # PEFT adapter folder. LoRA adapters that leave head and embeddings alone share their base in memory; others are
+    # merged into a copy of it.
+    adapter: ModelSource | None = None
     domains: list[str] = Field(default_factory=list)
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "tensorrt_llm"] = "transformers"
     dtype: ComputeDType = "float32"
     # SHA-256 of the weights; loading others is refused.
     expected_digest: str | None = None
     max_tokens_per_item: int = Field(4096, ge=2)
+    tensorrt_llm: TensorRtConfig = TensorRtConfig()
+
+
+class PoolConfig(Strict):
+    """Which teachers' weights are in memory, and whose turn it is."""
+
+    # Of weights in memory (of the device, where there is one), for instance "40GiB"; unset: all stay. Activations and
+    # answers come on top. Room for two teachers lets the next one load while the present one computes.
+    memory_bytes: ByteSize | None = Field(None, ge=1)
+    # For weights from a URL, and for those that must be converted before they can be mapped (cast, merged). It may be
+    # shared by servers of one machine. Unset: opd_mesh in XDG_CACHE_HOME.
+    cache_dir: Path | None = None
+    # Load the next teacher's weights while the present one computes.
+    prefetch: bool = True
+    # "teacher": items of one teacher are computed together, whoever came first; "arrival": first come, first served.
+    order: Literal["teacher", "arrival"] = "teacher"
+    # A teacher's turn, in tokens, while others wait.
+    turn_tokens: int = Field(16384, ge=1)
 
 
 class TeacherServerConfig(Strict):
@@ -105,6 +173,7 @@ class TeacherServerConfig(Strict):
     max_unsent_bytes: int = Field(256 << 20, ge=1 << 20)
     default_item_timeout_s: float = Field(300.0, gt=0)
     max_top_k: int = Field(256, ge=1)
+    pool: PoolConfig = PoolConfig()
     deterministic: bool = False
     # Threads of the engine; 0: as torch chooses.
     threads: int = Field(0, ge=0)

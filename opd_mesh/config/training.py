@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from opd_mesh.config.base import Strict
 
@@ -26,11 +26,22 @@ class DivergenceConfig(Strict):
 
     # Divides the logits of student and teacher alike.
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    # hidden_states, or logits where a teacher offers nothing else; auto: the better of what its card offers.
-    signal: Literal["auto", "hidden_states", "logits"] = "auto"
+    # What teachers are asked for; auto: the first of these that a teacher's card offers and the objective can use. The
+    # last two tell less than the whole distribution: top_k_logprobs goes with top_k, token_logprobs with sampled_token.
+    signal: Literal["auto", "hidden_states", "logits", "top_k_logprobs", "token_logprobs"] = "auto"
     # On the wire; auto: the teacher's own.
     wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     implementation: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+    @model_validator(mode="after")
+    def _signal_tells_enough(self) -> Self:
+        serves = {"top_k_logprobs": "top_k", "token_logprobs": "sampled_token"}.get(self.signal)
+        name = getattr(self, "name", "")
+        if serves is not None and serves != name:
+            raise ValueError(f"signal: {self.signal} serves the objective {serves} alone, not {name}")
+        if serves is not None and self.temperature != 1.0:
+            raise ValueError(f"signal: {self.signal} are of temperature 1; set temperature to 1 or another signal")
+        return self
 
 
 class ReverseKlConfig(DivergenceConfig):

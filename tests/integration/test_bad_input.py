@@ -444,17 +444,17 @@ async def test_a_loss_that_is_not_finite_is_not_applied(
     ground: Ground, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     trainer = await new_trainer(ground.recipe(), tmp_path)
-    rows_of = trainer.teachers.rows
+    tensors_of = trainer.teachers.tensors
     before: dict[str, torch.Tensor] = {}
 
-    async def poisoned(trajectory: Trajectory, teacher_id: str) -> np.ndarray:
-        rows = np.array(await rows_of(trajectory, teacher_id))
-        rows[0, 0] = np.nan
-        return rows
+    async def poisoned(*asked: Any) -> dict[str, np.ndarray]:
+        said = {name: np.array(array) for name, array in (await tensors_of(*asked)).items()}
+        said["hidden_states"][0, 0] = np.nan
+        return said
 
     async def poison() -> None:
         before.update({name: tensor.detach().clone() for name, tensor in trainer.student.trainable()})
-        trainer.teachers.rows = poisoned  # type: ignore[method-assign]
+        trainer.teachers.tensors = poisoned  # type: ignore[method-assign]
 
     after_step(trainer, 1, poison)
     await broken_off(trainer, DivergedError, "loss nan, gradient norm .*: nothing was applied")

@@ -6,6 +6,7 @@ gradient. The reference never sees a hidden state: the models' own logits, log-s
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from tiny_models import save_tiny_checkpoint, tiny_tokenizer
 from opd_mesh.models.checkpoint import load_causal_lm
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import Mark, Sample
+from student_trainer.batch import HeldAnswer, Mark, MarkSignal, Sample, plan_batch
 from student_trainer.heads import HeadStore
+from student_trainer.mark_buffer import MarkBuffer
 from student_trainer.objective import build_objective
 from student_trainer.server import load_student
 from student_trainer.student import Student
@@ -85,6 +87,20 @@ def float64_reference(
     return [kl.detach() for kl in kls], gradients, spread
 
 
+def held(sample: Sample) -> Sample:
+    """The sample with its answers in hand."""
+
+    def have(mark: Mark) -> Mark:
+        return replace(mark, answer=HeldAnswer(mark.answer.tensors()))
+
+    reference = None if sample.reference is None else have(sample.reference)
+    return Sample(sample.trajectory, tuple(have(mark) for mark in sample.marks), reference)
+
+
+def rows_of(mark: Mark) -> np.ndarray:
+    return next(iter(mark.answer.tensors().values()))
+
+
 class Case:
     """One architecture: what the mesh computed, and what float64 says."""
 
@@ -108,17 +124,19 @@ class Case:
             self.heads = HeadStore(self.folder / "heads", "cpu")
             for name in client.head_digests:
                 self.heads.add(await client.get_head(name))
+            buffer = MarkBuffer(1 << 30)
+            asked = [client.ask(trajectory, buffer) for trajectory in trajectories(self.student.vocab_size)]
             self.head_digests = client.head_digests
-            self.samples = [await client.mark(trajectory) for trajectory in trajectories(self.student.vocab_size)]
+            self.samples = await asyncio.to_thread(lambda: [held(sample) for sample in asked])
             await client.close()
 
-    def gradients(self, samples: list[Sample], head_digests: dict[str, str]) -> tuple[dict[str, float], Any]:
+    def gradients(self, samples: list[Sample]) -> tuple[dict[str, float], Any]:
         """(KL by domain, gradient by parameter) as the trainer computes them."""
         self.student.model.zero_grad(set_to_none=True)
         objective = build_objective(self.recipe.objective)
-        self.loss, means, self.passes = compute_gradients(
-            samples, self.student, objective, self.heads, head_digests, tokens_per_pass=40
-        )
+        plan = plan_batch(samples, tokens_per_pass=40, heads_together=1)
+        self.passes = len(plan.passes)
+        self.loss, means = compute_gradients(plan, self.student, objective, self.heads)
         grads = {n: p.grad for n, p in self.student.model.named_parameters() if p.grad is not None}
         return means.means(), grads
 
@@ -132,7 +150,8 @@ class Case:
             recorded.append(divergence.kl_T[0])
             return divergence
 
-        compute_gradients([sample], self.student, recording, self.heads, self.head_digests, tokens_per_pass=40)
+        plan = plan_batch([sample], tokens_per_pass=40, heads_together=1)
+        compute_gradients(plan, self.student, recording, self.heads)
         return torch.cat(recorded)
 
 
@@ -160,8 +179,8 @@ def gradient_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
 
 async def test_kl_and_gradient_equal_float64(arch: str, tmp_path: Path) -> None:
     case = await prepared(arch, tmp_path)
-    assert all(sample.marks[0].rows.dtype == np.float32 for sample in case.samples)
-    assert not any(mark.is_logits for sample in case.samples for mark in sample.marks)
+    assert all(rows_of(sample.marks[0]).dtype == np.float32 for sample in case.samples)
+    assert not any(mark.signal is MarkSignal.LOGITS for sample in case.samples for mark in sample.marks)
     teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
     routing = {"domain_0": "one", "domain_1": "two"}
     wanted, wanted_gradient, spread = float64_reference(
@@ -172,7 +191,7 @@ async def test_kl_and_gradient_equal_float64(arch: str, tmp_path: Path) -> None:
 
     found = [case.token_kls(sample) for sample in case.samples]
     assert worst_kl_error(found, wanted) < KL_TOLERANCE
-    _, gradient = case.gradients(case.samples, case.head_digests)
+    _, gradient = case.gradients(case.samples)
     assert case.passes > 1
     assert case.loss == pytest.approx(float(torch.cat(wanted).mean()), rel=1e-5)
     assert gradient_error(gradient, wanted_gradient) < GRADIENT_TOLERANCE
@@ -205,10 +224,11 @@ def mutants(case: Case) -> dict[str, Any]:
         ]
 
     def shifted(mark: Mark) -> Mark:
-        return replace(mark, rows=np.roll(mark.rows, 1, axis=0) if len(mark.rows) > 1 else mark.rows)
+        return replace(mark, answer=HeldAnswer({"hidden_states": np.roll(rows_of(mark), 1, axis=0)}))
 
     def swapped(mark: Mark) -> Mark:
-        return replace(mark, teacher_id={"one": "two", "two": "one"}[mark.teacher_id])
+        other = {"one": "two", "two": "one"}[mark.teacher_id]
+        return replace(mark, teacher_id=other, head_digest=case.head_digests[other])
 
     return {
         "no soft-cap": lambda: with_head(soft_cap=None) if case.student.head.soft_cap else None,
@@ -223,7 +243,7 @@ async def test_logits_signal_equals_float64(tmp_path: Path) -> None:
     case = Case("gemma2", tmp_path)
     case.recipe = case.recipe.replace(objective=case.recipe.objective.replace(signal="logits"))
     await case.through_the_mesh()
-    assert all(mark.is_logits for sample in case.samples for mark in sample.marks)
+    assert all(mark.signal is MarkSignal.LOGITS for sample in case.samples for mark in sample.marks)
     teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
     wanted, *_ = float64_reference(
         case.student.model,
@@ -254,7 +274,7 @@ async def test_weighted_teachers_of_one_sample_equal_float64(tmp_path: Path) -> 
         loss += weight * float(torch.cat(kls).mean())
         for key, value in grads.items():
             gradient[key] = gradient.get(key, 0) + weight * value
-    _, found = case.gradients(case.samples, case.head_digests)
+    _, found = case.gradients(case.samples)
     assert case.loss == pytest.approx(loss, rel=1e-5)
     assert gradient_error(found, gradient) < GRADIENT_TOLERANCE
 
@@ -330,14 +350,10 @@ async def test_every_objective_equals_float64(objective: dict[str, Any], heads_r
         calls.append(args[2])
         return computed(*args, **kwargs)
 
-    loss, means, passes = compute_gradients(
-        case.samples,
-        case.student,
-        counting,
-        HeadStore(case.folder / "heads", "cpu", resident=3),
-        case.head_digests,
-        tokens_per_pass=40,
-        heads_resident=heads_resident,
+    plan = plan_batch(case.samples, tokens_per_pass=40, heads_together=heads_resident)
+    passes = len(plan.passes)
+    loss, means = compute_gradients(
+        plan, case.student, counting, HeadStore(case.folder / "heads", "cpu", resident=heads_resident + 1)
     )
     found = {n: p.grad for n, p in case.student.model.named_parameters() if p.grad is not None}
     assert gradient_error(found, wanted) < GRADIENT_TOLERANCE

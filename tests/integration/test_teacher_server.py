@@ -739,7 +739,7 @@ async def test_batches_keep_to_the_token_budget_and_to_one_teacher() -> None:
         ended = [await stream.status() for _ in range(len(lengths) + 1)]
         assert all(error is None for _, error in ended)
     tokens = [[job.token_ids[0] - 20 for job in batch] for batch in engine.batches[1:]]
-    assert tokens == [[0, 1, 8], [2, 5, 9], [3], [6], [7], [4]]  # a teacher's turn: oldest first, and what fits beside it
+    assert tokens == [[0, 1, 8], [2, 5, 9], [3], [6], [7], [4]]  # in a turn the oldest first, and what fits
 
 
 async def test_health_answers_while_the_engine_computes() -> None:

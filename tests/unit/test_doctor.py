@@ -166,12 +166,32 @@ def test_full_disks_and_old_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_stub_of_tensorrt_is_told_from_the_real_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_gpu_count", lambda: 1)
+    with monkeypatch.context() as absent:
+        absent.setattr(doctor, "version_of", lambda _: None)
+        absent.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+        (finding,) = doctor._tensorrt()
+    assert (finding.state, finding.found) == ("note", "not installed")
+    assert finding.remedy.startswith("install the wheel from NVIDIA's own package index")
+    assert "no use here" not in finding.remedy
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "tensorrt_llm").mkdir()
     (tmp_path / "tensorrt_llm" / "__init__.py").touch()
     monkeypatch.setattr(doctor, "version_of", lambda _: "0.0.1")
     (finding,) = doctor._tensorrt()
     assert (finding.state, finding.found) == ("note", "0.0.1 is the stub from PyPI")
-    assert "pypi.nvidia.com" in finding.remedy
+    assert "pip uninstall tensorrt-llm, then install the wheel from NVIDIA's own package index" in finding.remedy
     (tmp_path / "tensorrt_llm" / "llmapi").mkdir()
     assert doctor._tensorrt()[0].state == "ok"
+
+
+def test_tensorrt_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_gpu_count", lambda: 0)
+    monkeypatch.setattr(doctor, "version_of", lambda _: None)
+    assert doctor._tensorrt()[0].remedy.endswith("without an NVIDIA GPU, which torch does not see")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tensorrt_llm" / "llmapi").mkdir(parents=True)
+    (tmp_path / "tensorrt_llm" / "__init__.py").touch()
+    (finding,) = doctor._tensorrt()
+    assert (finding.state, finding.found) == ("note", "installed, but torch sees no GPU to run it on")
+    assert "engine: transformers" in finding.remedy

@@ -12,7 +12,7 @@ from opd_kernels import LinearHead
 from safetensors.torch import save_file
 
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import Mark, Sample
+from student_trainer.batch import HeldAnswer, Mark, MarkSignal, Sample, plan_batch
 from student_trainer.heads import HeadStore
 from student_trainer.update import shares_of
 
@@ -48,14 +48,19 @@ def test_no_more_heads_are_alive_than_may_be_resident(folder: Path, resident: in
 
     store._load = counting  # type: ignore[method-assign]
     trajectory = Trajectory("t", "d", token_ids=(0, 1, 2), scored_spans=((1, 3),))
-    rows = np.zeros((2, 2), np.float32)
-    sample = Sample(trajectory, tuple(Mark(name, 1.0, rows, False) for name in "abcd"))
+    answer = HeldAnswer({"hidden_states": np.zeros((2, 2), np.float32)})
+    sample = Sample(trajectory, tuple(Mark(name, 1.0, MarkSignal.HIDDEN_STATES, name, answer) for name in "abcd"))
     shares = 0
-    digests = {name: name for name in "abcd"}
-    for share in shares_of([sample], store, digests, torch.device("cpu"), heads_resident=resident):
-        assert len(share.teachers) == resident
-        shares += 1
-        del share
+    plan = plan_batch([sample], tokens_per_pass=9, heads_together=resident)
+    for visit in plan.visits:
+        for share in shares_of([sample], plan.shares(visit), store, torch.device("cpu")):
+            assert len(share.teachers) == resident
+            shares += 1
+            del share
     assert shares == 4 // resident
     assert store.loads == 4
-    assert most == resident
+    assert most == resident == store.peak
+    store.release_all()
+    assert len(alive) == store.peak == 0
+    store.get("d")
+    assert store.loads == 5

@@ -1,0 +1,244 @@
+"""One open ``ScoreTrajectories`` call: many items in flight, each with its own deadline, answer and error."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf import duration_pb2
+from opd.v1 import common_pb2, teacher_service_pb2
+
+from opd_mesh.errors import DeadlineError, InternalError, OpdError, TensorDecodeError, UnavailableError
+from opd_mesh.rpc.status import error_of, error_of_rpc
+from opd_mesh.tensors import TensorAssembler, dtype_code
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """One sequence to be marked by one teacher; see ``ScoreItem`` in the proto."""
+
+    teacher_id: str
+    token_ids: Sequence[int]
+    scored_spans: Sequence[tuple[int, int]]
+    tokenizer_fingerprint: str
+    signal: teacher_service_pb2.Signal = teacher_service_pb2.SIGNAL_HIDDEN_STATES
+    dtype: str | None = None  # None: the teacher's own
+    timeout_s: float = 120.0  # all attempts together
+    expected_teacher_digest: str = ""
+    expected_head_digest: str = ""
+    top_k: int = 0
+    candidate_token_ids: Sequence[int] = ()  # [R · top_k]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """A teacher's answer: tensors by name, R rows each (DESIGN §4, alignment)."""
+
+    teacher_id: str
+    teacher_digest: str
+    head_digest: str
+    tensors: dict[str, np.ndarray]
+    wire_bytes: int  # of the messages received for this item
+
+
+@dataclass(slots=True)
+class _Pending:
+    future: asyncio.Future[ScoreResult]
+    header: teacher_service_pb2.ScoreHeader | None = None
+    assembler: TensorAssembler | None = None
+    wire_bytes: int = 0
+
+
+@dataclass(slots=True)
+class WireCount:
+    """Bytes of protobuf messages, both ways, without HTTP/2 framing."""
+
+    sent: int = 0
+    received: int = 0
+    items: int = 0
+
+
+class ScoringStream:
+    """One open ``ScoreTrajectories`` stream: many items in flight, each with its own result or error."""
+
+    def __init__(self, call: Any, target: str, wire: WireCount) -> None:
+        self._call = call
+        self._target = target
+        self._wire = wire
+        self._pending: dict[str, _Pending] = {}
+        self._ids = itertools.count(1)
+        self._credits: asyncio.Semaphore | None = None
+        self._granted_credits: int | None = None
+        self._granted = asyncio.Event()
+        self._write_lock = asyncio.Lock()
+        self._broken: OpdError | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def broken(self) -> OpdError | None:
+        """Why the stream can take no more items, or None."""
+        return self._broken
+
+    @property
+    def credits(self) -> int | None:
+        """Items that the server allows in flight; None before it has said so."""
+        return self._granted_credits
+
+    def abandon(self, error: OpdError) -> None:
+        """Fail every item in flight with ``error`` without a word to the server, which may not listen."""
+        if self._broken is None:
+            self._broken = error
+            self._call.cancel()
+            self._fail_all(error)
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """Send one item and wait for its answer.
+
+        Raises:
+            OpdError: as the server says of this item; :class:`DeadlineError` after ``timeout_s``;
+                :class:`UnavailableError` where the stream broke.
+
+        Cancelling this coroutine gives the item up on the server, too.
+        """
+        item_id = f"i{next(self._ids)}"
+        item = teacher_service_pb2.ScoreItem(
+            item_id=item_id,
+            teacher_id=request.teacher_id,
+            token_ids=request.token_ids,
+            scored_spans=[common_pb2.Span(start=start, end=end) for start, end in request.scored_spans],
+            signal=request.signal,
+            dtype=dtype_code(request.dtype) if request.dtype else common_pb2.D_TYPE_UNSPECIFIED,
+            timeout=duration_pb2.Duration(seconds=int(request.timeout_s), nanos=int((request.timeout_s % 1) * 1e9)),
+            tokenizer_fingerprint=request.tokenizer_fingerprint,
+            expected_teacher_digest=request.expected_teacher_digest,
+            expected_head_digest=request.expected_head_digest,
+            top_k=request.top_k,
+            candidate_token_ids=request.candidate_token_ids,
+        )
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                await self._granted.wait()
+                if self._credits is None:
+                    raise self._broken or UnavailableError(f"{self._target}: the stream ended before it began")
+                async with self._credits:
+                    return await self._exchange(item)
+        except TimeoutError:
+            raise DeadlineError(
+                f"teacher {request.teacher_id!r} at {self._target} did not answer within {request.timeout_s:g} s",
+                metadata={"teacher_id": request.teacher_id, "target": self._target},
+            ) from None
+
+    async def _exchange(self, item: teacher_service_pb2.ScoreItem) -> ScoreResult:
+        if self._broken is not None:
+            raise self._broken
+        pending = _Pending(asyncio.get_running_loop().create_future())
+        self._pending[item.item_id] = pending
+        try:
+            await self._write(teacher_service_pb2.ScoreTrajectoriesRequest(item=item))
+            return await pending.future
+        finally:
+            if not pending.future.done() or pending.future.cancelled():
+                self._give_up(item.item_id)
+            else:
+                pending.future.exception()  # seen, also where the writing failed first
+            self._pending.pop(item.item_id, None)
+
+    async def _write(self, message: teacher_service_pb2.ScoreTrajectoriesRequest) -> None:
+        self._wire.sent += message.ByteSize()
+        async with self._write_lock:  # grpc.aio allows one write at a time
+            if self._broken is not None:
+                raise self._broken
+            try:
+                await self._call.write(message)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._broken is None or task is None or task.cancelling():
+                    raise
+                raise self._broken from None  # the call was cancelled, not we
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+                raise self._broken or UnavailableError(f"{self._target}: the stream is broken: {error}") from error
+
+    def _give_up(self, item_id: str) -> None:
+        if self._broken is None:
+            task = asyncio.create_task(
+                self._write(teacher_service_pb2.ScoreTrajectoriesRequest(cancel_item_id=item_id))
+            )
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _read(self) -> None:
+        failure: OpdError = UnavailableError(f"{self._target} ended the stream")
+        try:
+            async for response in self._call:
+                self._wire.received += response.ByteSize()
+                self._take(response)
+        except grpc.aio.AioRpcError as error:
+            failure = error_of_rpc(error, target=self._target)
+        except asyncio.CancelledError:
+            failure = UnavailableError("the stream was closed here")
+            raise
+        except Exception as error:  # noqa: BLE001 - handed to every waiting item, with its cause
+            failure = InternalError(f"{self._target}: unreadable answer: {error}")
+            failure.__cause__ = error
+            self._call.cancel()
+        finally:
+            self._broken = self._broken or failure
+            self._fail_all(self._broken)
+
+    def _fail_all(self, error: OpdError) -> None:
+        self._granted.set()
+        for pending in self._pending.values():
+            if not pending.future.done():
+                pending.future.set_exception(error)
+
+    def _take(self, response: teacher_service_pb2.ScoreTrajectoriesResponse) -> None:
+        kind = response.WhichOneof("payload")
+        if kind == "credits":
+            self._credits = asyncio.Semaphore(response.credits)
+            self._granted_credits = response.credits
+            self._granted.set()
+            return
+        pending = self._pending.get(response.item_id)
+        if pending is None or pending.future.done():
+            return  # given up meanwhile
+        pending.wire_bytes += response.ByteSize()
+        try:
+            if kind == "header":
+                pending.header = response.header
+                pending.assembler = TensorAssembler(response.header.tensors)
+            elif kind == "chunk":
+                if pending.assembler is None:
+                    raise TensorDecodeError("chunk before header", field="chunk")
+                pending.assembler.add(response.chunk)
+            elif kind == "status":
+                self._end(response, pending)
+        except TensorDecodeError as error:
+            pending.future.set_exception(error)
+
+    def _end(self, response: teacher_service_pb2.ScoreTrajectoriesResponse, pending: _Pending) -> None:
+        if response.status.code != 0:
+            pending.future.set_exception(error_of(response.status))
+            return
+        if pending.header is None or pending.assembler is None:
+            raise TensorDecodeError("answer without a header", field="header")
+        header = pending.header
+        tensors = pending.assembler.finish()
+        for name, array in tensors.items():
+            if array.shape[0] != header.rows:
+                raise TensorDecodeError(f"{array.shape[0]} rows, the header says {header.rows}", field=name)
+        self._wire.items += 1
+        pending.future.set_result(
+            ScoreResult(header.teacher_id, header.teacher_digest, header.head_digest, tensors, pending.wire_bytes)
+        )
+
+    async def close(self) -> None:
+        """End the stream. Items in flight fail."""
+        if self._broken is None:
+            self._broken = UnavailableError("the stream was closed here")
+            self._call.cancel()
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)

@@ -1,0 +1,169 @@
+"""Teachers' answers between arrival and use: bounded, never lost, never a deadlock."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from opd_mesh.errors import CancelledByCallerError, TeacherUnavailableError
+from student_trainer.mark_buffer import BufferedAnswer, MarkBuffer
+
+
+class Teacher:
+    """Answers ``[number] * size`` bytes, and remembers what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def ask(self, buffer: MarkBuffer, number: int, size: int) -> BufferedAnswer:
+        async def fetch() -> dict[str, np.ndarray]:
+            self.asked.append(number)
+            await asyncio.sleep(0)
+            return {"hidden_states": np.full(size, number % 256, np.uint8)}
+
+        return buffer.ask(size, fetch)
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.asyncio
+async def test_asking_waits_for_room_and_goes_on_when_something_is_used_up() -> None:
+    buffer, teacher = MarkBuffer(100), Teacher()
+    answers = [teacher.ask(buffer, number, 40) for number in range(4)]
+    await settle()
+    assert teacher.asked == [0, 1]
+    assert (await asyncio.to_thread(answers[0].tensors))["hidden_states"].tolist() == [0] * 40
+    answers[0].release()
+    await settle()
+    assert teacher.asked == [0, 1, 2]
+    assert buffer.bytes_in_memory == 80
+    assert buffer.take_counters().peak_bytes == 80
+    await buffer.give_up()
+    assert buffer.bytes_in_memory == 0
+
+
+@pytest.mark.asyncio
+async def test_what_is_waited_for_passes_the_bound_and_the_rest_comes_in_the_order_of_use() -> None:
+    buffer, teacher = MarkBuffer(50), Teacher()
+    answers = [teacher.ask(buffer, number, 40) for number in range(5)]
+    await settle()
+    assert teacher.asked == [0]
+    buffer.expect([answers[number] for number in (4, 2, 0, 1, 3)])
+    said = await asyncio.to_thread(answers[4].tensors)
+    assert said["hidden_states"].tolist() == [4] * 40
+    assert buffer.bytes_in_memory == 80
+    assert buffer.take_counters().waited_s > 0
+    answers[4].release()
+    answers[0].release()
+    await settle()
+    assert teacher.asked == [0, 4, 2]
+    await buffer.give_up()
+
+
+@pytest.mark.asyncio
+async def test_with_a_folder_what_is_needed_last_goes_to_the_disk(tmp_path: Path) -> None:
+    buffer = MarkBuffer(100, tmp_path / "spill")
+    arrays = {
+        number: {
+            "token_ids": np.arange(4, dtype=np.int64) + number,
+            "logprobs": (np.arange(4) * 0.5 + number).astype(ml_dtypes.bfloat16),
+        }
+        for number in range(6)
+    }
+
+    async def fetch(number: int) -> dict[str, np.ndarray]:
+        return arrays[number]
+
+    answers = [buffer.ask(40, lambda number=number: fetch(number)) for number in range(6)]
+    for _ in range(200):
+        await asyncio.sleep(0.005)
+        if all(answer.result.done() for answer in answers):
+            break
+    assert buffer.bytes_in_memory <= 100
+    assert len(list((tmp_path / "spill").iterdir())) >= 3
+    for number, answer in enumerate(answers):
+        said = await asyncio.to_thread(answer.tensors)
+        for name, array in arrays[number].items():
+            assert said[name].dtype == array.dtype
+            assert np.array_equal(said[name], array)
+        answer.release()
+    await settle()
+    assert buffer.take_counters().spilled_bytes >= 120
+    assert not list((tmp_path / "spill").iterdir())
+    assert buffer.bytes_in_memory == 0
+
+
+@pytest.mark.asyncio
+async def test_an_error_reaches_who_waits_and_frees_the_room() -> None:
+    buffer, teacher = MarkBuffer(50), Teacher()
+
+    async def fail() -> dict[str, np.ndarray]:
+        raise TeacherUnavailableError("teacher 'math' is gone")
+
+    bad = buffer.ask(40, fail)
+    good = teacher.ask(buffer, 7, 40)
+    with pytest.raises(TeacherUnavailableError, match="'math' is gone"):
+        await asyncio.to_thread(bad.tensors)
+    assert (await asyncio.to_thread(good.tensors))["hidden_states"][0] == 7
+    await buffer.give_up()
+
+
+@pytest.mark.asyncio
+async def test_giving_up_ends_who_waits() -> None:
+    buffer = MarkBuffer(50)
+
+    async def never() -> dict[str, np.ndarray]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    answer = buffer.ask(40, never)
+    waiting = asyncio.create_task(asyncio.to_thread(answer.tensors))
+    await asyncio.sleep(0.01)
+    await buffer.give_up()
+    with pytest.raises(CancelledByCallerError, match="given up"):
+        await waiting
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    st.integers(1, 100),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_every_answer_comes_whatever_the_sizes_and_the_order_of_use(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], bound: int, spill: bool, chance: random.Random
+) -> None:
+    async def use() -> None:
+        buffer = MarkBuffer(bound, tmp_path_factory.mktemp("spill") if spill else None)
+        teacher = Teacher()
+        answers = [teacher.ask(buffer, number, size) for number, size in enumerate(sizes)]
+        order = list(range(len(sizes)))
+        chance.shuffle(order)
+        buffer.expect([answers[number] for number in order])
+
+        def consume() -> None:
+            for number in order:
+                said = answers[number].tensors()["hidden_states"]
+                assert said.tolist() == [number] * sizes[number]
+                answers[number].release()
+
+        async with asyncio.timeout(30):
+            await asyncio.to_thread(consume)
+        await settle()
+        # What is on its way to the disk is let go when it has arrived.
+        await buffer.give_up()
+        assert buffer.bytes_in_memory == 0
+        assert buffer.take_counters().peak_bytes <= max(bound, *sizes) + max(sizes)
+        assert sorted(teacher.asked) == sorted(order)
+
+    asyncio.run(use())
