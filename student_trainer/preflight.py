@@ -45,9 +45,9 @@ class Tolerance:
     outliers: float = 0.0
 
 
-# SmolLM2-135M's hidden states after these 32 tokens, one attention kernel against another on a CPU: 4e-6 at worst in
-# float32; in bfloat16 0.02 in the median row and 0.3 in the worst, which hangs on a rounding. Its own adapter, forgotten:
-# 0.13 in the median row.
+# SmolLM2-135M's hidden states of these 32 tokens, one attention kernel against another on a CPU: 4e-6 at worst in
+# float32; in bfloat16 0.02 in the median row and 0.3 in the worst, which hangs on a rounding. With and without its
+# adapter: 0.13 in the median row.
 REPLICA_TOLERANCE = {
     "float32": Tolerance(1e-4),
     "float16": Tolerance(0.0125, outliers=1 / 8),
@@ -193,10 +193,9 @@ async def check_replicas(recipe: Recipe, teachers: Teachers) -> None:
             raise PreconditionError(
                 f"replica {address} of teacher {teacher_id!r} does not say what replica {reference_address} says of "
                 f"the same sequence: they differ first at position {found.row} (which predicts token {found.row + 1}), "
-                f"by {found.size:.2g} of its size, where {allowed}; in all at {found.count} of {len(reference)} positions. "
-                "The weights are the same by digest, so it is how they compute: compare "
-                "versions, devices, dtypes, threads and `deterministic` of both servers, or take one out of the "
-                "addresses",
+                f"by {found.size:.2g} of its size, where {allowed}; in all at {found.count} of {len(reference)} "
+                "positions. The weights are the same by digest, so it is how they compute: compare versions, devices, "
+                "dtypes, threads and `deterministic` of both servers, or take one out of the addresses",
                 field=f"teachers.{teacher_id}.addresses",
                 metadata={"teacher_id": teacher_id, "replica": address, "position": str(found.row)},
             )

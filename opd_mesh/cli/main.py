@@ -107,14 +107,23 @@ def doctor() -> None:
 
 @app.command()
 def score(
-    trajectories: Annotated[Path, typer.Argument(help="JSONL: trajectory_id, token_ids, scored_spans on every line")],
+    trajectories: Annotated[
+        Path,
+        typer.Argument(help="JSONL: trajectory_id, token_ids, scored_spans on every line; may be candidate_token_ids"),
+    ],
     teacher: Annotated[str, typer.Option(help="teacher id")],
-    address: Annotated[str, typer.Option(help="host:port of a teacher server")],
+    address: Annotated[list[str], typer.Option(help="host:port of a teacher server; again for each replica")],
     out: Annotated[Path, typer.Option(help=".safetensors (tensors by trajectory id) or .jsonl; resumes either")],
     tokenizer: Annotated[Path | None, typer.Option(help="folder of the tokenizer that made the ids")] = None,
     fingerprint: Annotated[str, typer.Option(help="its fingerprint, instead of the folder")] = "",
-    signal: Annotated[str, typer.Option(help="hidden_states or logits")] = "hidden_states",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the teacher's")] = None,
+    signal: Annotated[
+        str, typer.Option(help="hidden_states, logits, top_k_logprobs or token_logprobs")
+    ] = "hidden_states",
+    top_k: Annotated[int | None, typer.Option(help="ids per scored token, for top_k_logprobs")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; default: the teacher's, float32 for log-probabilities"),
+    ] = None,
     ca_file: Annotated[Path | None, typer.Option(help="PEM of the CA that signed the server: use TLS")] = None,
     cert_file: Annotated[Path | None, typer.Option(help="PEM of our own certificate, for mutual TLS")] = None,
     key_file: Annotated[Path | None, typer.Option(help="PEM of its key")] = None,
@@ -130,12 +139,13 @@ def score(
             score_file(
                 trajectories,
                 teacher_id=teacher,
-                address=address,
+                addresses=address,
                 out=out,
                 tokenizer=tokenizer,
                 fingerprint=fingerprint,
                 signal=signal,
                 dtype=dtype,
+                top_k=top_k,
                 channel=channel_to(ca_file, cert_file, key_file),
             )
         )

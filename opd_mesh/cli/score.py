@@ -1,32 +1,32 @@
 """``opd score``: trajectories in, a teacher's marks out, one file each.
 
 The way of a line: parsed and checked here against the teacher's card → one item on the scoring stream → one line of
-JSON with the tensor in base64. A ``.jsonl`` output is that file; a ``.safetensors`` output is made of it at the end,
+JSON with the tensors in base64. A ``.jsonl`` output is that file; a ``.safetensors`` output is made of it at the end,
 and it lies beside the output as ``NAME.safetensors.partial.jsonl`` until every trajectory has its marks. Both
 therefore resume: what is there already is not asked for again.
 
-Letters: R scored tokens of a trajectory, d hidden size, V vocabulary.
+Letters: R scored tokens of a trajectory, d hidden size, V vocabulary, K ids of a top-k signal.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from opd.v1 import teacher_service_pb2
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from opd_mesh.cli.score_output import SAFETENSORS_DTYPES, AnswerStore, Item, Source
+from opd_mesh.cli.score_input import CANDIDATES, Item, candidates_of, count_lines, parse_line
+from opd_mesh.cli.score_output import SAFETENSORS_DTYPES, AnswerStore, Source
 from opd_mesh.clients.teacher import ScoreRequest, TeacherClient
 from opd_mesh.config.services import ChannelConfig, ClientTlsConfig
-from opd_mesh.convert import trajectory_from_json
 from opd_mesh.errors import (
     ConfigError,
     HeadMismatchError,
@@ -37,6 +37,7 @@ from opd_mesh.errors import (
     SignalNotOfferedError,
     TeacherUnavailableError,
     TokenizerMismatchError,
+    TooLongError,
     TrajectoryError,
     UnavailableError,
     UnknownTeacherError,
@@ -47,12 +48,17 @@ from opd_mesh.trajectory import Trajectory
 SIGNALS = {
     "hidden_states": teacher_service_pb2.SIGNAL_HIDDEN_STATES,
     "logits": teacher_service_pb2.SIGNAL_LOGITS,
+    "top_k_logprobs": teacher_service_pb2.SIGNAL_TOP_K_LOGPROBS,
+    "token_logprobs": teacher_service_pb2.SIGNAL_TOKEN_LOGPROBS,
 }
+LOGPROBS = ("top_k_logprobs", "token_logprobs")
 CONNECT_TIMEOUT_S = 10.0
 ITEM_TIMEOUT_S = 300.0
 # Of one item, while the server is overloaded or the connection breaks.
 MAX_ATTEMPTS = 5
 MAX_IN_FLIGHT = 64
+# Of a message, for all that is not ids.
+ROOM_BYTES = 4096
 PROGRESS_AFTER_S = 2.0
 LINE_EVERY_S = 10.0
 
@@ -61,43 +67,54 @@ async def score_file(
     trajectories: Path,
     *,
     teacher_id: str,
-    address: str,
+    addresses: Sequence[str],
     out: Path,
     tokenizer: Path | None,
     fingerprint: str,
     signal: str,
     dtype: str | None,
+    top_k: int | None = None,
     channel: ChannelConfig | None = None,
 ) -> int:
-    """Have ``teacher_id`` at ``address`` mark every trajectory of a JSONL file.
+    """Have ``teacher_id`` at ``addresses`` (several: replicas) mark every trajectory of a JSONL file.
 
     A line is ``opd.v1.Trajectory`` in JSON, of which ``trajectory_id``, ``token_ids`` and ``scored_spans`` (objects
-    with ``start`` and ``end``, or pairs) are enough. Tensors are [R, d] (``hidden_states``) or [R, V] (``logits``).
+    with ``start`` and ``end``, or pairs) are enough. For ``top_k_logprobs`` it may also hold ``candidate_token_ids``, R
+    lists of K ids: then those are asked about, and the teacher's K most probable ones where it holds none.
+
+    Tensors: ``hidden_states`` [R, d]; ``logits`` [R, V]; for ``top_k_logprobs`` ``token_ids`` [R, K] int64 and
+    ``logprobs`` [R, K]; for ``token_logprobs`` ``logprobs`` [R]. Log-probabilities are in nats, at temperature 1.
 
     Args:
-        out: ``.safetensors`` (one tensor per trajectory id; metadata: teacher, digests, signal, dtype), or ``.jsonl``
-            (a line per trajectory: id, shape, base64 of little-endian bytes, and the same facts; in order of arrival).
+        out: ``.safetensors`` (a tensor per trajectory, under its id; two for ``top_k_logprobs``, under ID.token_ids and
+            ID.logprobs; metadata: teacher, digests, signal, dtype, top_k), or ``.jsonl`` (a line per trajectory: id,
+            shape, base64 of little-endian bytes, and the same facts; for ``top_k_logprobs`` dtype, shape and data of
+            each tensor under "tensors"; in order of arrival).
         tokenizer: folder of the tokenizer that made the ids; exactly one of it and ``fingerprint``.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None: the teacher's own.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None: the teacher's own, for log-probabilities float32.
+        top_k: K, for ``top_k_logprobs`` alone.
 
     Returns:
         0; 1 where some trajectories could not be marked: each is told on stderr, the others are in ``out``.
 
     Raises:
         ConfigError: options that cannot be, or an output that holds other answers.
-        UnavailableError, UnknownTeacherError, SignalNotOfferedError, TokenizerMismatchError, HeadMismatchError: what
-            concerns all trajectories. What was marked before is kept, and the same command continues.
+        UnavailableError, UnknownTeacherError, SignalNotOfferedError, TokenizerMismatchError, HeadMismatchError,
+            PreconditionError: what concerns all trajectories. What was marked before is kept, and the same command
+            continues.
     """
-    _check_options(trajectories, out, tokenizer, fingerprint, signal, dtype)
+    _check_options(trajectories, out, tokenizer, fingerprint, signal, dtype, top_k)
     vocabulary: dict[str, int] | None = None
     if tokenizer is not None:
         vocabulary, fingerprint = await asyncio.to_thread(_read_tokenizer, tokenizer)
     channel = channel or channel_to(None, None, None)
-    async with TeacherClient([address], channel) as client:
+    async with TeacherClient(addresses, channel) as client:
         await client.wait_ready()
+        client.require_agreement(teacher_id)
         card = await client.get_teacher(teacher_id)
-        await _check_teacher(client, card, fingerprint, vocabulary, signal)
-        source = Source(teacher_id, card.teacher_digest, card.head.digest, signal, dtype or dtype_name(card.dtype))
+        await _check_teacher(client, card, fingerprint, vocabulary, signal, top_k)
+        own = "float32" if signal in LOGPROBS else dtype_name(card.dtype)
+        source = Source(teacher_id, card.teacher_digest, card.head.digest, signal, dtype or own, top_k or 0)
         store = AnswerStore(out, source)
         scoring = _Scoring(client, card, source, store, fingerprint)
         await scoring.run(trajectories)
@@ -118,7 +135,13 @@ def channel_to(ca_file: Path | None, cert_file: Path | None, key_file: Path | No
 
 
 def _check_options(
-    trajectories: Path, out: Path, tokenizer: Path | None, fingerprint: str, signal: str, dtype: str | None
+    trajectories: Path,
+    out: Path,
+    tokenizer: Path | None,
+    fingerprint: str,
+    signal: str,
+    dtype: str | None,
+    top_k: int | None,
 ) -> None:
     if (tokenizer is None) == (not fingerprint):
         raise ConfigError(
@@ -127,7 +150,14 @@ def _check_options(
             field="tokenizer",
         )
     if signal not in SIGNALS:
-        raise ConfigError(f"--signal must be {' or '.join(SIGNALS)}, got {signal!r}", field="signal")
+        raise ConfigError(f"--signal must be one of {', '.join(SIGNALS)}, got {signal!r}", field="signal")
+    if (top_k is None) == (signal == "top_k_logprobs"):
+        raise ConfigError(
+            f"--top-k goes with --signal top_k_logprobs alone; leave it out for {signal}"
+            if top_k is not None
+            else "--signal top_k_logprobs needs --top-k K, the number of ids per scored token",
+            field="top_k",
+        )
     if dtype is not None and dtype not in SAFETENSORS_DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(SAFETENSORS_DTYPES)}, got {dtype!r}", field="dtype")
     if out.suffix not in (".safetensors", ".jsonl"):
@@ -158,6 +188,7 @@ async def _check_teacher(
     fingerprint: str,
     vocabulary: dict[str, int] | None,
     signal: str,
+    top_k: int | None,
 ) -> None:
     if card.tokenizer_fingerprint != fingerprint:
         theirs = f"{card.teacher_id!r} ({card.tokenizer_fingerprint})"
@@ -173,6 +204,13 @@ async def _check_teacher(
         offered = [name for name, code in SIGNALS.items() if code in card.signals]
         raise SignalNotOfferedError(
             f"teacher {card.teacher_id!r} does not offer {signal}, but {', '.join(offered)}. {card.note}".strip()
+        )
+    largest = min(card.limits.max_top_k, card.vocab_size)
+    if top_k is not None and not 1 <= top_k <= largest:
+        raise ConfigError(
+            f"--top-k must be from 1 to {largest}, what teacher {card.teacher_id!r} allows (max_top_k of its server), "
+            f"got {top_k}",
+            field="top_k",
         )
 
 
@@ -204,8 +242,9 @@ class _Scoring:
 
     async def run(self, path: Path) -> None:
         """Raises what concerns all trajectories; the rest is told and counted."""
-        total = await asyncio.to_thread(_count_lines, path)
-        window = asyncio.Semaphore(max(1, min(self._card.limits.max_items_in_flight, MAX_IN_FLIGHT)))
+        total = await asyncio.to_thread(count_lines, path)
+        in_flight = self._card.limits.max_items_in_flight * len(self._client.addresses)
+        window = asyncio.Semaphore(max(1, min(in_flight, MAX_IN_FLIGHT)))
         async with AsyncExitStack() as stack:
             ticker = asyncio.create_task(self._show_progress(total))
             stack.callback(ticker.cancel)
@@ -233,14 +272,15 @@ class _Scoring:
                     continue
                 place = f"{path}:{number}"
                 try:
-                    trajectory = _parse(raw)
+                    trajectory, candidates = parse_line(raw)
                     place += f": trajectory {trajectory.trajectory_id!r}"
                     self._check(trajectory, number)
-                    item = Item(place, trajectory)
+                    item = Item(place, trajectory, self._candidates(trajectory, candidates))
                     known = self._store.digests.get(trajectory.trajectory_id)
                     if known is not None and known != item.digest:
                         raise TrajectoryError(
-                            f"{self._store.path} has an answer to other tokens under this id", field="trajectory_id"
+                            f"{self._store.path} has an answer to other tokens under this id",
+                            field="trajectory_id",
                         )
                 except OpdError as error:
                     self._fail(place, error)
@@ -261,18 +301,33 @@ class _Scoring:
         if trajectory.trajectory_id == "__metadata__":
             raise TrajectoryError("this name is safetensors' own", field="trajectory_id")
 
+    def _candidates(self, trajectory: Trajectory, value: Any) -> tuple[int, ...]:
+        ids = candidates_of(
+            value, rows=trajectory.num_scored, top_k=self._source.top_k, vocab_size=self._card.vocab_size
+        )
+        size = teacher_service_pb2.ScoreItem(token_ids=trajectory.token_ids, candidate_token_ids=ids).ByteSize()
+        allowed = self._client.config.max_message_bytes - ROOM_BYTES
+        if size > allowed:
+            raise TooLongError(
+                f"{size} bytes of ids, but {allowed} fit a message; give a smaller --top-k, or the scored tokens on "
+                "several lines",
+                field=CANDIDATES,
+            )
+        return ids
+
     async def _score(self, item: Item) -> None:
         try:
-            array = await self._ask(item.trajectory)
+            tensors = await self._ask(item)
         except (UnavailableError, UnknownTeacherError, PreconditionError):
             raise  # as for this item, so for all
         except OpdError as error:
             self._fail(item.place, error)
             return
-        await self._store.add(item, array)
+        await self._store.add(item, tensors)
         self.scored += 1
 
-    async def _ask(self, trajectory: Trajectory) -> np.ndarray:
+    async def _ask(self, item: Item) -> dict[str, np.ndarray]:
+        trajectory = item.trajectory
         request = ScoreRequest(
             teacher_id=self._source.teacher_id,
             token_ids=trajectory.token_ids,
@@ -283,6 +338,8 @@ class _Scoring:
             timeout_s=ITEM_TIMEOUT_S,
             expected_teacher_digest=self._source.teacher_digest,
             expected_head_digest=self._source.head_digest,
+            top_k=self._source.top_k,
+            candidate_token_ids=item.candidate_token_ids,
         )
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
@@ -298,10 +355,10 @@ class _Scoring:
             else:
                 if result.teacher_digest != self._source.teacher_digest:
                     raise HeadMismatchError(f"the weights of teacher {result.teacher_id!r} have changed meanwhile")
-                array = result.tensors.get(self._source.signal)
-                if array is None or array.shape[:1] != (trajectory.num_scored,):
-                    raise InvalidInputError(f"the answer has no {self._source.signal} for every scored token")
-                return array
+                for name in self._source.tensors:
+                    if name not in result.tensors or len(result.tensors[name]) != trajectory.num_scored:
+                        raise InvalidInputError(f"the answer has no {name} for every scored token")
+                return result.tensors
         raise AssertionError("unreachable")
 
     async def _show_progress(self, total: int) -> None:
@@ -321,24 +378,3 @@ class _Scoring:
             while True:
                 progress.update(bar, completed=self.done)
                 await asyncio.sleep(0.2)
-
-
-def _parse(raw: bytes) -> Trajectory:
-    try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise TrajectoryError(f"is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TrajectoryError(f"must be a JSON object, found {type(value).__name__}")
-    spans = value.get("scored_spans", value.get("scoredSpans"))
-    if isinstance(spans, list):
-        pairs = [
-            {"start": span[0], "end": span[1]} if isinstance(span, list) and len(span) == 2 else span for span in spans
-        ]
-        value = {key: item for key, item in value.items() if key != "scoredSpans"} | {"scored_spans": pairs}
-    return trajectory_from_json(value)
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())

@@ -86,7 +86,7 @@ class ChannelConfig(Strict):
     # "rendezvous" keeps a teacher's items together, "round_robin" spreads them; "auto": rendezvous where a replica
     # lists several teachers.
     balance: Literal["auto", "round_robin", "rendezvous"] = "auto"
-    # Items in flight at one replica, or as many as it grants if that is fewer; the others wait here, for whoever is free.
+    # Items in flight at one replica, or as many as it grants if that is fewer; the others wait for whoever is free.
     max_in_flight: int = Field(64, ge=1)
     # Rendezvous: with so many in flight at its first choice a teacher's items go to the next.
     spill_in_flight: int = Field(32, ge=1)

@@ -83,7 +83,7 @@ async def test_a_bound_on_answers_in_memory_changes_nothing_but_their_place(tmp_
 
 @pytest.mark.parametrize(
     ("objective", "signal"),
-    [({"name": "top_k", "k": 16}, "top_k_logprobs"), ({"name": "sampled_token"}, "token_logprobs")],
+    [({"name": "top_k", "k": 2}, "top_k_logprobs"), ({"name": "sampled_token"}, "token_logprobs")],
     ids=["top_k", "sampled_token"],
 )
 async def test_a_lower_signal_trains_its_objective_as_the_whole_distribution_does(
