@@ -31,10 +31,8 @@ class TeacherProcess:
         self.log = folder / f"{name}.log"
         command = [sys.executable, "-m", "teacher_server", "--config", str(folder / f"{name}.yaml")]
         command += ["--ready-file", str(self._ready), "--die-with-parent", str(os.getpid())]
-        # The client's process waits on the same cores: a server's threads that spin would steal from it, and it from them.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
     def address(self) -> str:
         """Wait until it serves."""

@@ -1,15 +1,19 @@
 """``ScoreTrajectoriesResponse`` with a chunk, on the wire without protobuf's copies.
 
-protobuf copies the bytes of a chunk when the message is made, when it is serialized, when it is parsed and when the field
-is read; an answer of 64 MiB spends more time in those copies than in gRPC. What is made here is byte for byte what
-protobuf makes, and what is not of that form is left to protobuf, so any other client or server works as before.
+protobuf copies the bytes of a chunk when the message is made, when it is serialized, when it is parsed and when the
+field is read; an answer of 64 MiB spends more time in those copies than in gRPC. What is made here is byte for byte
+what protobuf makes, and what is not of that form is left to protobuf, so any other client or server works as before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from opd.v1 import teacher_service_pb2
+
+from opd_mesh.tensors import CHUNK_BYTES, byte_view
 
 Response = teacher_service_pb2.ScoreTrajectoriesResponse
 # Field number and wire type, of ScoreTrajectoriesResponse and of TensorChunk.
@@ -44,6 +48,14 @@ def encode_chunk(item_id: str, tensor_index: int, offset: int, data: memoryview)
     fields += _DATA + _varint(len(data))
     head = (_ITEM_ID + _varint(len(name)) + name) if name else b""
     return b"".join((head, _CHUNK, _varint(len(fields) + len(data)), fields, data))
+
+
+def encoded_chunks(item_id: str, arrays: Iterable[np.ndarray], *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """Messages with the bytes of several announced tensors, in order; see :func:`opd_mesh.tensors.chunks_of`."""
+    for index, array in enumerate(arrays):
+        view = byte_view(array)
+        for offset in range(0, len(view), chunk_bytes):
+            yield encode_chunk(item_id, index, offset, view[offset : offset + chunk_bytes])
 
 
 def decode_response(message: bytes) -> RawChunk | Response:

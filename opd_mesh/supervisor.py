@@ -27,7 +27,7 @@ from opd_mesh.progress import ProgressView
 from opd_mesh.valkey import EmbeddedValkey
 
 log = logging.getLogger("opd_mesh.supervisor")
-START_TIMEOUT_S = 600.0  # a large teacher takes minutes to load and prove
+START_TIMEOUT_S = 600.0  # without a word in its log; a large teacher takes minutes to load and prove
 STOP_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 12
 
@@ -120,6 +120,7 @@ class LocalMesh:
             device=recipe.run.device,
             deterministic=recipe.run.deterministic,
             threads=recipe.run.threads,
+            pool=recipe.pool,
         )
 
     def _rollout_config(self) -> RolloutServerConfig:
@@ -158,8 +159,10 @@ class LocalMesh:
         return child
 
     async def _address(self, child: Child) -> str:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline, said = time.monotonic() + START_TIMEOUT_S, 0
         while time.monotonic() < deadline:
+            if (size := child.log_path.stat().st_size) != said:
+                deadline, said = time.monotonic() + START_TIMEOUT_S, size
             if child.ready_file.exists():
                 return str(json.loads(child.ready_file.read_text())["address"])
             code = child.process.poll()
@@ -169,7 +172,7 @@ class LocalMesh:
                 )
             await asyncio.sleep(0.05)
         raise UnavailableError(
-            f"the {child.name} server was not ready within {START_TIMEOUT_S:g} s; see {child.log_path}"
+            f"the {child.name} server was not ready and said nothing for {START_TIMEOUT_S:g} s; see {child.log_path}"
         )
 
     def ended(self) -> list[Child]:
@@ -198,7 +201,9 @@ def resolve_paths(recipe: Recipe) -> Recipe:
         ModelNotFoundError: a model's folder does not exist; names the field.
     """
 
-    def checked(path: Path, field: str) -> Path:
+    def checked(path: Path | str, field: str) -> Path | str:
+        if isinstance(path, str):
+            return path  # a URL: the teacher server fetches it, and says what is wrong with it
         if not path.exists():
             raise ModelNotFoundError(
                 f"{path} does not exist (from {Path.cwd()}). Give the folder of a Hugging Face checkpoint; the demo's "

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -119,6 +120,17 @@ def _allocate(headers: Sequence[common_pb2.TensorHeader], dtypes: Sequence[np.dt
     ]
 
 
+class Chunk(Protocol):
+    """``opd.v1.TensorChunk``, or :class:`opd_mesh.chunk_codec.RawChunk`."""
+
+    @property
+    def tensor_index(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def data(self) -> bytes | memoryview: ...
+
+
 class TensorAssembler:
     """Collects the chunks of announced tensors into arrays.
 
@@ -146,7 +158,7 @@ class TensorAssembler:
         self._filled = [0] * len(self._arrays)
         self.bytes_received = 0
 
-    def add(self, chunk: common_pb2.TensorChunk) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Take one chunk; they come in order, without gaps."""
         index = chunk.tensor_index
         if index >= len(self._arrays):
@@ -154,7 +166,7 @@ class TensorAssembler:
                 f"chunk for tensor {index}, but {len(self._arrays)} are announced", field="tensor_index"
             )
         field = f"tensor {self._headers[index].name!r}"
-        data = chunk.data  # one copy; reading the field again would be another
+        data = chunk.data  # of a protobuf message one copy; reading the field again would be another
         if chunk.offset != self._filled[index]:
             raise TensorDecodeError(f"chunk at offset {chunk.offset}, expected {self._filled[index]}", field=field)
         end = chunk.offset + len(data)

@@ -22,6 +22,9 @@ from teacher_server.scheduling import Waiting, choose_batch, choose_turn, teache
 
 log = logging.getLogger("teacher_server")
 Answer = dict[str, np.ndarray]
+# An idle engine waits for more while items keep coming within so long, and ten times as long at most.
+BURST_WAIT_S = 0.002
+MAX_BURST_WAITS = 10
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +87,10 @@ class ScoringQueue:
 
     async def _run(self) -> None:
         while True:
-            await self._arrived.wait()
-            # Items that arrive in one burst are decoded one by one: give the burst one turn of the loop to land.
-            await asyncio.sleep(0)
+            if not self._arrived.is_set():
+                await self._arrived.wait()
+                await self._let_burst_land()
+            await asyncio.sleep(0)  # what was just answered goes out, and what arrived comes in
             teacher_id = self._choose_turn()
             if teacher_id is None:
                 self._arrived.clear()
@@ -105,6 +109,19 @@ class ScoringQueue:
                 self._fail_all(teacher_id, error)
             finally:
                 self._in_engine = []
+
+    async def _let_burst_land(self) -> None:
+        """Items of one burst are decoded one by one; the first alone would be a batch of its own."""
+        for _ in range(MAX_BURST_WAITS):
+            waiting = len(self._entries)
+            if (
+                self._max_batch_items == 1
+                or sum(entry.job.num_tokens for entry in self._entries) >= self._config.batch_tokens
+            ):
+                return
+            await asyncio.sleep(BURST_WAIT_S)
+            if len(self._entries) == waiting:
+                return
 
     def _waiting(self) -> list[Waiting]:
         return [Waiting(entry.teacher_id, entry.job.num_tokens) for entry in self._entries]

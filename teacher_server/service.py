@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import TypeAlias
 
 import grpc
 from opd.v1 import teacher_service_pb2, teacher_service_pb2_grpc
 
+from opd_mesh.chunk_codec import encoded_chunks
 from opd_mesh.errors import (
     CancelledByCallerError,
     DeadlineError,
@@ -22,11 +24,12 @@ from opd_mesh.errors import (
 )
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.rpc.status import status_of
-from opd_mesh.tensors import CHUNK_BYTES, byte_view, chunks_of, header_of
+from opd_mesh.tensors import CHUNK_BYTES, byte_view, header_of
 from teacher_server.byte_budget import ByteBudget
 from teacher_server.catalogue import SIGNALS, Catalogue, answer_bytes
 
 Response = teacher_service_pb2.ScoreTrajectoriesResponse
+Outgoing: TypeAlias = Response | bytes  # chunks are serialized already
 # Of messages (about 1 MiB each) computed but not yet taken by gRPC, per stream.
 OUTBOX_MESSAGES = 8
 
@@ -93,11 +96,11 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         self,
         request_iterator: AsyncIterator[teacher_service_pb2.ScoreTrajectoriesRequest],
         context: grpc.aio.ServicerContext,
-    ) -> AsyncIterator[Response]:
+    ) -> AsyncIterator[Outgoing]:
         """Items in, answers out, each with its own status."""
         credits = self._config.max_items_in_flight
         yield Response(credits=credits)
-        outbox: asyncio.Queue[Response | None] = asyncio.Queue(maxsize=OUTBOX_MESSAGES)
+        outbox: asyncio.Queue[Outgoing | None] = asyncio.Queue(maxsize=OUTBOX_MESSAGES)
         running: dict[str, asyncio.Task[None]] = {}
         given_up: dict[str, OpdError] = {}
         closing = asyncio.Event()
@@ -159,7 +162,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
     async def _answer_item(
         self,
         item: teacher_service_pb2.ScoreItem,
-        outbox: asyncio.Queue[Response | None],
+        outbox: asyncio.Queue[Outgoing | None],
         unsent: ByteBudget,
         closing: asyncio.Event,
         given_up: Mapping[str, OpdError],
@@ -193,8 +196,8 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                         tensors=[header_of(name, array) for name, array in tensors.items()],
                     )
                     await outbox.put(Response(item_id=item.item_id, header=header))
-                    for chunk in chunks_of(list(tensors.values())):
-                        await outbox.put(Response(item_id=item.item_id, chunk=chunk))
+                    for message in encoded_chunks(item.item_id, tensors.values()):
+                        await outbox.put(message)
             except TimeoutError:
                 raise DeadlineError(f"not computed within {timeout_s:g} s") from None
             end = Response(item_id=item.item_id)

@@ -205,7 +205,7 @@ async def _check_teacher(
         raise SignalNotOfferedError(
             f"teacher {card.teacher_id!r} does not offer {signal}, but {', '.join(offered)}. {card.note}".strip()
         )
-    largest = min(card.limits.max_top_k, card.vocab_size)
+    largest = min(card.limits.max_top_k or card.vocab_size, card.vocab_size)
     if top_k is not None and not 1 <= top_k <= largest:
         raise ConfigError(
             f"--top-k must be from 1 to {largest}, what teacher {card.teacher_id!r} allows (max_top_k of its server), "
@@ -278,8 +278,9 @@ class _Scoring:
                     item = Item(place, trajectory, self._candidates(trajectory, candidates))
                     known = self._store.digests.get(trajectory.trajectory_id)
                     if known is not None and known != item.digest:
+                        what = "tokens or candidates" if self._source.top_k else "tokens"
                         raise TrajectoryError(
-                            f"{self._store.path} has an answer to other tokens under this id",
+                            f"{self._store.path} has an answer to other {what} under this id; give another id or --out",
                             field="trajectory_id",
                         )
                 except OpdError as error:

@@ -13,9 +13,10 @@ import numpy as np
 from google.protobuf import duration_pb2
 from opd.v1 import common_pb2, teacher_service_pb2
 
+from opd_mesh.chunk_codec import RawChunk, decode_response
 from opd_mesh.errors import DeadlineError, InternalError, OpdError, TensorDecodeError, UnavailableError
 from opd_mesh.rpc.status import error_of, error_of_rpc
-from opd_mesh.tensors import TensorAssembler, dtype_code
+from opd_mesh.tensors import Chunk, TensorAssembler, dtype_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,15 @@ class WireCount:
     sent: int = 0
     received: int = 0
     items: int = 0
+
+
+def open_scoring_call(channel: grpc.aio.Channel) -> Any:
+    """A ``ScoreTrajectories`` call whose chunks are read without protobuf's copies."""
+    return channel.stream_stream(
+        "/opd.v1.TeacherService/ScoreTrajectories",
+        request_serializer=teacher_service_pb2.ScoreTrajectoriesRequest.SerializeToString,
+        response_deserializer=decode_response,
+    )()
 
 
 class ScoringStream:
@@ -174,8 +184,12 @@ class ScoringStream:
         failure: OpdError = UnavailableError(f"{self._target} ended the stream")
         try:
             async for response in self._call:
-                self._wire.received += response.ByteSize()
-                self._take(response)
+                if isinstance(response, RawChunk):
+                    self._wire.received += response.size
+                    self._take_chunk(response)
+                else:
+                    self._wire.received += response.ByteSize()
+                    self._take(response)
         except grpc.aio.AioRpcError as error:
             failure = error_of_rpc(error, target=self._target)
         except asyncio.CancelledError:
@@ -195,6 +209,21 @@ class ScoringStream:
             if not pending.future.done():
                 pending.future.set_exception(error)
 
+    def _take_chunk(self, chunk: RawChunk) -> None:
+        pending = self._pending.get(chunk.item_id)
+        if pending is None or pending.future.done():
+            return  # given up meanwhile
+        pending.wire_bytes += chunk.size
+        self._add_chunk(pending, chunk)
+
+    def _add_chunk(self, pending: _Pending, chunk: Chunk) -> None:
+        try:
+            if pending.assembler is None:
+                raise TensorDecodeError("chunk before header", field="chunk")
+            pending.assembler.add(chunk)
+        except TensorDecodeError as error:
+            pending.future.set_exception(error)
+
     def _take(self, response: teacher_service_pb2.ScoreTrajectoriesResponse) -> None:
         kind = response.WhichOneof("payload")
         if kind == "credits":
@@ -211,9 +240,7 @@ class ScoringStream:
                 pending.header = response.header
                 pending.assembler = TensorAssembler(response.header.tensors)
             elif kind == "chunk":
-                if pending.assembler is None:
-                    raise TensorDecodeError("chunk before header", field="chunk")
-                pending.assembler.add(response.chunk)
+                self._add_chunk(pending, response.chunk)
             elif kind == "status":
                 self._end(response, pending)
         except TensorDecodeError as error:

@@ -15,7 +15,7 @@ from opd_mesh.clients.base import ServiceClient
 from opd_mesh.clients.head_download import HeadData, HeadDownload
 from opd_mesh.clients.replica import Replica, ReplicaCounts, speaks_of_the_replica
 from opd_mesh.clients.replicas import ReplicaSet
-from opd_mesh.clients.scoring_stream import ScoreRequest, ScoreResult, ScoringStream, WireCount
+from opd_mesh.clients.scoring_stream import ScoreRequest, ScoreResult, ScoringStream, WireCount, open_scoring_call
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.errors import (
     DeadlineError,
@@ -262,8 +262,8 @@ class TeacherClient(ServiceClient):
     def _stream_to(self, replica: Replica) -> ScoringStream:
         stream = replica.stream
         if not isinstance(stream, ScoringStream) or stream.broken is not None:
-            stub = _stub_of(replica)
-            stream = replica.stream = ScoringStream(stub.ScoreTrajectories(), replica.address, self.wire)
+            call = open_scoring_call(replica.channel)
+            stream = replica.stream = ScoringStream(call, replica.address, self.wire)
         return stream
 
     @staticmethod
@@ -290,7 +290,8 @@ class TeacherClient(ServiceClient):
     @asynccontextmanager
     async def scoring_stream(self) -> AsyncIterator[ScoringStream]:
         """A stream of one's own, to the first replica."""
-        stream = ScoringStream(self._stub.ScoreTrajectories(), self._replicas.all[0].address, self.wire)
+        replica = self._replicas.all[0]
+        stream = ScoringStream(open_scoring_call(replica.channel), replica.address, self.wire)
         try:
             yield stream
         finally:

@@ -11,7 +11,9 @@ from opd_mesh.config.base import Strict
 from opd_mesh.config.services import (
     ComputeDType,
     Device,
+    ModelSource,
     PeerConfig,
+    PoolConfig,
     RolloutEngineConfig,
     ServerConfig,
     TeacherConfig,
@@ -109,7 +111,7 @@ class DomainConfig(Strict):
 class TeacherRef(TeacherConfig):
     """A teacher, and the servers that have it; without addresses ``opd run`` serves it from ``path``."""
 
-    path: Path | None = None  # type: ignore[assignment]
+    path: ModelSource | None = None  # type: ignore[assignment]
     addresses: list[str] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -182,6 +184,8 @@ class Recipe(Strict):
     student: StudentConfig
     teachers: dict[str, TeacherRef] = Field(min_length=1)
     domains: dict[str, DomainConfig] = Field(min_length=1)
+    # Of the teacher server that `opd run` starts for teachers without addresses.
+    pool: PoolConfig = PoolConfig()
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ReverseKlConfig()
     optimizer: OptimizerConfig = AdamWConfig()

@@ -131,7 +131,12 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_unary_rpc_method_handler
             )
             wrapped = _wrap_unary(behaviour, method, self._admission)
-        return factory(wrapped, handler.request_deserializer, handler.response_serializer)
+        return factory(wrapped, handler.request_deserializer, _unless_serialized(handler.response_serializer))
+
+
+def _unless_serialized(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """A method may answer with messages that are bytes already: see ``opd_mesh.chunk_codec``."""
+    return lambda message: message if isinstance(message, bytes) else serialize(message)
 
 
 def _wrap_unary(

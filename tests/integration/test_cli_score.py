@@ -96,11 +96,17 @@ def line_of(name: str) -> dict[str, Any]:
 def opd_score(
     served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """``opd score`` as the shell calls it; (exit code, stderr). Options of None are left out."""
+    """``opd score`` as the shell calls it; (exit code, stderr). Options of None are left out, lists repeated."""
 
     def call(trajectories: Path, out: Path, **options: Any) -> tuple[int, str]:
         given = {"teacher": "math", "address": served.address, "fingerprint": served.fingerprint, **options}
-        words = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+        each = [
+            (key, value)
+            for key, values in given.items()
+            for value in (values if isinstance(values, list) else [values])
+            if value is not None
+        ]
+        words = [word for key, value in each for word in (f"--{key}", str(value))]
         monkeypatch.setattr(sys, "argv", ["opd", "score", str(trajectories), "--out", str(out), *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -160,9 +166,132 @@ def test_lines_of_json_resume(served: Served, opd_score: Any, tmp_path: Path) ->
     code, said = opd_score(write_lines(path, {**line_of("plain"), "token_ids": [5] * 7}), out, signal="logits")
     assert code == 1
     assert "has an answer to other tokens under this id" in said
-    code, said = opd_score(path, out, signal="hidden_states")
+    assert f"{out} has an answer to other tokens under this id" in said
+    for options, reason in (
+        ({"signal": "hidden_states"}, "holds answers with signal logits, not hidden_states"),
+        ({"signal": "logits", "dtype": "float16"}, "holds answers with dtype float32, not float16"),
+        ({"signal": "top_k_logprobs", "top-k": 3}, "holds answers with signal logits, not top_k_logprobs"),
+    ):
+        code, said = opd_score(path, out, **options)
+        assert code == 2
+        assert reason in said
+    assert out.read_text().splitlines() == [json.dumps(line) for line in lines]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_top_k_logprobs_by_the_teacher_and_by_candidates(
+    served: Served, opd_score: Any, tmp_path: Path, dtype: str
+) -> None:
+    candidates = [[7, 7, 0], [128, 1, 2], [3, 4, 5], [6, 7, 8]]  # of four scored tokens
+    path = write_lines(
+        tmp_path / "in.jsonl",
+        line_of("plain") | {"candidate_token_ids": candidates},
+        line_of("two spans"),
+        line_of("one/token") | {"candidate_token_ids": None},
+    )
+    out = tmp_path / "out.safetensors"
+    options = {"signal": "top_k_logprobs", "top-k": 3} | ({"dtype": dtype} if dtype != "float32" else {})
+    assert opd_score(path, out, **options) == (0, f"3 marked: {out}")
+    tensors = load_file(out)
+    assert set(tensors) == {f"{name}.{tensor}" for name in ITEMS for tensor in ("token_ids", "logprobs")}
+    for name in ITEMS:
+        ids, logprobs = tensors[f"{name}.token_ids"], tensors[f"{name}.logprobs"]
+        all_logprobs = served.expected(name).log_softmax(-1)
+        expected_ids = torch.tensor(candidates) if name == "plain" else all_logprobs.topk(3).indices
+        assert ids.dtype == torch.int64
+        assert torch.equal(ids, expected_ids)
+        assert logprobs.dtype == getattr(torch, dtype)
+        error = (logprobs.float() - all_logprobs.gather(1, ids)).abs().max()
+        assert float(error) < (1e-4 if dtype == "float32" else 0.02)
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    assert (metadata["signal"], metadata["top_k"], metadata["dtype"]) == ("top_k_logprobs", "3", dtype)
+
+
+def test_top_k_logprobs_as_lines_resume(served: Served, opd_score: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    path = write_lines(tmp_path / "in.jsonl", line_of("plain"))
+    assert opd_score(path, out, signal="top_k_logprobs", **{"top-k": 2})[0] == 0
+    asked = line_of("one/token") | {"candidate_token_ids": [[90, 17]]}
+    write_lines(path, line_of("plain"), asked)
+    assert opd_score(path, out, signal="top_k_logprobs", **{"top-k": 2}) == (0, f"1 marked, 1 there already: {out}")
+    lines = {line["trajectory_id"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert {line["top_k"] for line in lines.values()} == {2}
+    for name, line in lines.items():
+        arrays = {
+            key: np.frombuffer(base64.b64decode(told["data"]), told["dtype"]).reshape(told["shape"])
+            for key, told in line["tensors"].items()
+        }
+        expected = served.expected(name).log_softmax(-1).numpy()
+        ids = arrays["token_ids"]
+        assert ids.dtype == np.int64
+        assert ids.tolist() == ([[90, 17]] if name == "one/token" else np.argsort(-expected)[:, :2].tolist())
+        assert np.abs(arrays["logprobs"] - np.take_along_axis(expected, ids, 1)).max() < 1e-4
+    # Other candidates are another question; so is another k, of the whole file.
+    write_lines(path, asked | {"candidate_token_ids": [[90, 18]]})
+    code, said = opd_score(path, out, signal="top_k_logprobs", **{"top-k": 2})
+    assert code == 1
+    assert "has an answer to other tokens or candidates under this id; give another id or --out" in said
+    code, said = opd_score(path, out, signal="top_k_logprobs", **{"top-k": 3})
     assert code == 2
-    assert "holds answers with signal logits, not hidden_states" in said
+    assert "holds answers with top_k 2, not 3: give another --out, or remove the file" in said
+    code, said = opd_score(path, out, signal="token_logprobs")
+    assert code == 2
+    assert "holds answers with signal top_k_logprobs, not token_logprobs" in said
+
+
+def test_token_logprobs_of_replicas(served: Served, opd_score: Any, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", *map(line_of, ITEMS))
+    out = tmp_path / "out.safetensors"
+    addresses = [served.address, "127.0.0.1:1"]  # nobody answers at the second
+    code, said = opd_score(path, out, signal="token_logprobs", address=addresses)
+    assert code == 0, said
+    assert f"3 marked: {out}" in said
+    tensors = load_file(out)
+    assert set(tensors) == set(ITEMS)
+    for name, logprobs in tensors.items():
+        ids, spans = ITEMS[name]
+        scored = torch.tensor([ids[position] for start, end in spans for position in range(start, end)])
+        expected = served.expected(name).log_softmax(-1).gather(1, scored[:, None])[:, 0]
+        assert logprobs.dtype == torch.float32
+        assert float((logprobs - expected).abs().max()) < 1e-4
+    # A finished file is replaced by its like alone.
+    assert opd_score(path, out, signal="token_logprobs")[0] == 0
+    before = out.read_bytes()
+    code, said = opd_score(path, out, signal="logits")
+    assert code == 2
+    assert f"{out} holds answers with signal token_logprobs, not logits: give another --out" in said
+    assert out.read_bytes() == before
+
+
+BAD_CANDIDATES: list[tuple[Any, str]] = [
+    ([[1, 2]], "1 lists of ids for 4 scored tokens"),
+    ([1, 2, 3, 4], "must be a list of 4 lists of 2 ids"),
+    ([[1, 2], [1, 2], [1, 2, 3], [1, 2]], "candidate_token_ids[2]: 3 ids, but --top-k is 2"),
+    ([[1, 2], [1, True], [1, 2], [1, 2]], "candidate_token_ids[1]: true is no token id"),
+    ([[1, 2], [1, 2], [1, 2], [1, 131]], "candidate_token_ids[3]: token id 131 is outside the vocabulary of 131"),
+]
+
+
+def test_bad_candidates_are_told(opd_score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line_of("plain") | {"trajectory_id": str(i), "candidate_token_ids": ids} for i, (ids, _) in
+             enumerate(BAD_CANDIDATES)]  # fmt: skip
+    path = write_lines(tmp_path / "in.jsonl", *lines, line_of("plain"))
+    out = tmp_path / "out.jsonl"
+    code, said = opd_score(path, out, signal="top_k_logprobs", **{"top-k": 2})
+    assert code == 1
+    for _, reason in BAD_CANDIDATES:
+        assert reason in said
+    assert said.endswith(f"1 marked, {len(BAD_CANDIDATES)} failed: {out}")
+    out.unlink()
+    write_lines(path, line_of("plain") | {"candidate_token_ids": [[1, 2]] * 4}, line_of("two spans"))
+    code, said = opd_score(path, out, signal="token_logprobs")
+    assert code == 1
+    assert "candidate_token_ids: goes with --signal top_k_logprobs alone 1 marked, 1 failed" in said
+    monkeypatch.setattr(score_module, "ROOM_BYTES", (8 << 20) - 12)  # 7 tokens and 8 candidates are more
+    code, said = opd_score(path, tmp_path / "other.jsonl", signal="top_k_logprobs", **{"top-k": 2})
+    assert code == 1
+    assert "19 bytes of ids, but 12 fit a message; give a smaller --top-k" in said
 
 
 BAD_LINES: list[tuple[Any, str]] = [
@@ -217,7 +346,11 @@ def test_what_concerns_all_ends_with_2(opd_score: Any, tmp_path: Path, monkeypat
         ({"teacher": "art"}, "no teacher 'art' here; served are: math"),
         ({"address": "127.0.0.1:1"}, "was not ready within 0.5 s"),
         ({"address": "nowhere"}, "is not host:port"),
-        ({"signal": "text"}, "--signal must be hidden_states or logits"),
+        ({"signal": "text"}, "--signal must be one of hidden_states, logits, top_k_logprobs, token_logprobs"),
+        ({"signal": "top_k_logprobs"}, "--signal top_k_logprobs needs --top-k K"),
+        ({"top-k": 4}, "--top-k goes with --signal top_k_logprobs alone; leave it out for hidden_states"),
+        ({"signal": "top_k_logprobs", "top-k": 0}, "--top-k must be from 1 to 131, what teacher 'math' allows"),
+        ({"signal": "top_k_logprobs", "top-k": 132}, "--top-k must be from 1 to 131"),
         ({"dtype": "int8"}, "--dtype must be one of float32, bfloat16, float16"),
         ({"cert-file": other}, "--cert-file and --key-file go together"),
     ]
@@ -244,6 +377,11 @@ def test_a_file_that_is_no_answer_is_left_alone(opd_score: Any, tmp_path: Path) 
     assert code == 2
     assert "line 1, is no answer of opd score" in said
     assert out.read_text() == "my notes\n"
+    out = write_lines(tmp_path / "notes.safetensors", "my notes, which are longer than eight bytes")
+    code, said = opd_score(path, out)
+    assert code == 2
+    assert f"{out} is no output of opd score: give another --out, or remove it" in said
+    assert out.read_text().startswith("my notes")
 
 
 def test_overload_is_waited_for_and_a_lost_server_ends_the_rest(
