@@ -94,15 +94,13 @@ class Truth:
     def of(cls, rows: Rows, *, temperature: float, top_p: float, generator: Any) -> Truth:
         import torch
 
-        head = rows.student_head
-        if head.bias is not None or head.logit_scale != 1.0 or head.soft_cap is not None:
-            raise Refusal("the student's head has a bias, a scale or a soft-cap, which the formulas here leave out")
-        weight_VD = head.weight[: head.vocab_size].double()
+        heads = rows.student_head, rows.teacher_head
+        if any(head.bias is not None or head.logit_scale != 1.0 or head.soft_cap is not None for head in heads):
+            raise Refusal("a head has a bias, a scale or a soft-cap, which the formulas here leave out")
+        weight_VD, teacher_VD = (head.weight[: head.vocab_size].double() for head in heads)
         logits_TV = rows.student_TD.double() @ weight_VD.T
         log_p_TV = logits_TV.log_softmax(-1)
         p_TV = log_p_TV.exp()
-        teacher_head = rows.teacher_head
-        teacher_VD = teacher_head.weight[: teacher_head.vocab_size].double()
         advantage_TV = log_p_TV - (rows.teacher_TD.double() @ teacher_VD.T).log_softmax(-1)
         kl_T = (p_TV * advantage_TV).sum(-1)
         gradient_TD = (p_TV * (advantage_TV - kl_T[:, None])) @ weight_VD

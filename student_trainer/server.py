@@ -82,7 +82,7 @@ async def serve(arguments: ServiceArguments[Recipe]) -> int:
 
     def stop() -> None:
         """After the step in progress, if that ends soon; at once where the supervisor, and so our peers, are dead."""
-        trainer.stopping = True
+        trainer.stop()
         loop.call_later(0 if os.getppid() != parent else STEP_GRACE_S, trainer.give_up_step)
 
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -109,6 +109,7 @@ class Trainer:
         # False while the weights are between two steps: what they are then must not become a checkpoint.
         self._weights_hold = True
         self._gathering: asyncio.Task[Gathered] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._giving_up: asyncio.Future[None] | None = None
         self._unacknowledged: list[str] = []
         self._saves: list[asyncio.Future[tuple[Path, int]]] = []
@@ -119,7 +120,13 @@ class Trainer:
     async def run(self) -> None:
         """From the first connection to the report. Raises what ended the run early, after a checkpoint."""
         try:
-            await self.prepare()
+            self._preparing = asyncio.ensure_future(self.prepare())
+            try:
+                await self._preparing
+            except asyncio.CancelledError:
+                if not (self.stopping and self._preparing.cancelled()):
+                    raise
+                raise CancelledByCallerError("stopped before the first step") from None
             self.state.set(Phase.RUNNING)
             while self.progress.step < self.recipe.run.steps and not self.stopping:
                 await self.between_steps()
@@ -287,6 +294,12 @@ class Trainer:
         loss, means = await asyncio.to_thread(compute_gradients, plan, self.student, self.objective, self.heads)
         self._weights_hold = False
         return await asyncio.to_thread(apply_gradients, self.optimizer, plan, loss, means)
+
+    def stop(self) -> None:
+        """End after the step in progress; at once where there is none yet."""
+        self.stopping = True
+        if self._preparing is not None:
+            self._preparing.cancel()
 
     def give_up_step(self) -> None:
         """Stop now: a step that still waits for responses or marks is not finished, the last whole one counts."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc
 import numpy as np
-from grpc_health.v1 import health_pb2
 from opd.inference import grpc_service_pb2 as pb
 from opd.inference import grpc_service_pb2_grpc
 
@@ -79,7 +78,7 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         is_serving: what the server's health says, so that both kinds of probe see the same.
     """
 
-    def __init__(self, catalogue: Catalogue, is_serving: Callable[[Context], Awaitable[bool]]) -> None:
+    def __init__(self, catalogue: Catalogue, is_serving: Callable[[], bool]) -> None:
         self.catalogue = catalogue
         self._is_serving = is_serving
         self._config = catalogue.config
@@ -91,11 +90,11 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
         """False while teachers are loaded, and from the beginning of a drain on."""
-        return pb.ServerReadyResponse(ready=await self._ready(context))
+        return pb.ServerReadyResponse(ready=self._ready())
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """False for a teacher or version that is not here, as Triton does."""
-        if not await self._ready(context):
+        if not self._ready():
             return pb.ModelReadyResponse(ready=False)
         try:
             self._facts(request.name, request.version)
@@ -118,8 +117,8 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
                 response.outputs.add(name=name, datatype=datatype, shape=[-1, *_row_shape(signal, facts)])
         return response
 
-    async def _ready(self, context: Context) -> bool:
-        return self.catalogue.ready and await self._is_serving(context)
+    def _ready(self) -> bool:
+        return self.catalogue.ready and self._is_serving()
 
     def _facts(
         self, name: str, version: str, name_field: str = "model_name", version_field: str = "model_version"
@@ -172,12 +171,7 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
 
 def add_inference_service(server: MeshServer, catalogue: Catalogue) -> None:
     """Register the service; ``server`` names :data:`SERVICE` among its services, for health and reflection."""
-
-    async def is_serving(context: Context) -> bool:
-        response = await server._health.Check(health_pb2.HealthCheckRequest(service=SERVICE), context)
-        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
-
-    servicer = InferenceServicer(catalogue, is_serving)
+    servicer = InferenceServicer(catalogue, lambda: server.serving)
     grpc_service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server.grpc)
 
 

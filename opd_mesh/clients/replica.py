@@ -77,7 +77,7 @@ class Replica:
     def __post_init__(self) -> None:
         config = self.config
         self.circuit = Circuit(config.circuit_failures, config.circuit_cool_down_s, config.circuit_max_cool_down_s)
-        self.channel = open_channel([self.address], self.service, config)
+        self.channel = open_channel(self.address, self.service, config)
         self.gone: asyncio.Future[OpdError] = asyncio.Future()
 
     def serves(self, teacher_id: str) -> bool:
@@ -102,7 +102,7 @@ class Replica:
     async def reopen(self) -> None:
         """A new channel: the old one would wait up to two minutes between its attempts to connect."""
         await self.close()
-        self.channel = open_channel([self.address], self.service, self.config)
+        self.channel = open_channel(self.address, self.service, self.config)
         self.must_reopen = False
 
     async def close(self) -> None:

@@ -23,7 +23,7 @@ class RewardClient(ServiceClient):
     config: ChannelConfig = field(default_factory=ChannelConfig)
 
     def __post_init__(self) -> None:
-        self._channel = open_channel([self.address], SERVICE, self.config)
+        self._channel = open_channel(self.address, SERVICE, self.config)
         self._stub = pb_grpc.GenerativeRewardServiceStub(self._channel)
 
     async def judge(self, item: pb.JudgeItem) -> pb.JudgeResponse:

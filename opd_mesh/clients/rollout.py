@@ -49,7 +49,7 @@ class RolloutClient(ServiceClient):
     config: ChannelConfig = field(default_factory=ChannelConfig)
 
     def __post_init__(self) -> None:
-        self._channel = open_channel([self.address], SERVICE, self.config)
+        self._channel = open_channel(self.address, SERVICE, self.config)
         self._stub = rollout_service_pb2_grpc.RolloutServiceStub(self._channel)
         self.wire_bytes = 0
 

@@ -25,7 +25,7 @@ class TrainerClient(ServiceClient):
     config: ChannelConfig = field(default_factory=ChannelConfig)
 
     def __post_init__(self) -> None:
-        self._channel = open_channel([self.address], SERVICE, self.config)
+        self._channel = open_channel(self.address, SERVICE, self.config)
         self._stub = trainer_service_pb2_grpc.TrainerServiceStub(self._channel)
 
     async def wait_ready(self, timeout_s: float | None = None) -> None:

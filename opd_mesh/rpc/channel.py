@@ -1,10 +1,10 @@
-"""Construction of client channels: limits, keepalive, retries of idempotent calls, health-checked balancing, TLS."""
+"""Construction of client channels: limits, keepalive, retries of idempotent calls, TLS."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from opd_mesh.config.services import ChannelConfig
-from opd_mesh.errors import ConfigError, UnavailableError
+from opd_mesh.errors import UnavailableError
 from opd_mesh.rpc.address import is_loopback, split_address
 from opd_mesh.rpc.interceptors import client_interceptors
 from opd_mesh.rpc.server import check_pem, read_pem
@@ -36,11 +36,9 @@ IDEMPOTENT: dict[str, tuple[str, ...]] = {
 }
 
 
-def service_config(service: str, *, max_attempts: int, health_checked: bool) -> str:
-    """gRPC service config (JSON): retries for what is idempotent, round robin over healthy addresses."""
-    config: dict[str, object] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    if health_checked:
-        config["healthCheckConfig"] = {"serviceName": service}
+def service_config(service: str, *, max_attempts: int) -> str:
+    """gRPC service config (JSON): retries for what is idempotent."""
+    config: dict[str, object] = {}
     if max_attempts > 1:
         config["methodConfig"] = [
             {
@@ -57,24 +55,13 @@ def service_config(service: str, *, max_attempts: int, health_checked: bool) -> 
     return json.dumps(config)
 
 
-def open_channel(
-    addresses: Sequence[str], service: str, config: ChannelConfig, *, health_checked: bool = False
-) -> grpc.aio.Channel:
-    """A channel to one or several replicas.
+def open_channel(address: str, service: str, config: ChannelConfig) -> grpc.aio.Channel:
+    """A channel to one server; several replicas are several channels (:mod:`opd_mesh.clients.replicas`).
 
     Raises:
-        ConfigError: no address, an address that is not host:port, or plaintext to another machine where TLS is
-            configured only in part.
+        ConfigError: the address is not host:port, or TLS is configured only in part.
     """
-    if not addresses:
-        raise ConfigError(f"no address for {service}", field="addresses")
-    hosts = [split_address(address)[0] for address in addresses]
-    if len(addresses) == 1:
-        target = addresses[0]
-    else:
-        if not all(host.replace(".", "").isdigit() for host in hosts):
-            raise ConfigError("several replicas must be given as IPv4 addresses, or one DNS name", field="addresses")
-        target = "ipv4:" + ",".join(addresses)
+    host, _ = split_address(address)
     options: list[tuple[str, object]] = [
         ("grpc.max_receive_message_length", config.max_message_bytes),
         ("grpc.max_send_message_length", config.max_message_bytes),
@@ -84,16 +71,13 @@ def open_channel(
         ("grpc.enable_retries", 1),
         # Above the default of 256 KiB the retry policy silently does not apply to larger requests.
         ("grpc.per_rpc_retry_buffer_size", config.max_message_bytes),
-        (
-            "grpc.service_config",
-            service_config(service, max_attempts=config.max_attempts, health_checked=health_checked),
-        ),
+        ("grpc.service_config", service_config(service, max_attempts=config.max_attempts)),
     ]
     if config.tls is None:
         # No proxy between processes of one machine, whatever the environment says.
-        if all(is_loopback(host) for host in hosts):
+        if is_loopback(host):
             options.append(("grpc.enable_http_proxy", 0))
-        return grpc.aio.insecure_channel(target, options=options, interceptors=client_interceptors())
+        return grpc.aio.insecure_channel(address, options=options, interceptors=client_interceptors())
     tls = config.tls
     credentials = grpc.ssl_channel_credentials(
         root_certificates=read_pem(tls.ca_file, "tls.ca_file"),
@@ -103,7 +87,7 @@ def open_channel(
     check_pem(tls.cert_file, tls.key_file, tls.ca_file, "tls")
     if tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
-    return grpc.aio.secure_channel(target, credentials, options=options, interceptors=client_interceptors())
+    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=client_interceptors())
 
 
 @asynccontextmanager

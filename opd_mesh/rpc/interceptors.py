@@ -209,6 +209,8 @@ class _ClientSpan:
     async def _call(self, continuation: Callable[..., Awaitable[Any]], details: Any, request: Any) -> Any:
         raw = details.method
         method = (raw.decode() if isinstance(raw, bytes) else raw).lstrip("/")
+        if method.startswith("grpc."):  # health checks: many, and nobody's trace
+            return await continuation(details, request)
         current = telemetry.start_rpc_span(method, SpanKind.CLIENT)
         started = time.monotonic()
         token = otel_context.attach(trace.set_span_in_context(current))

@@ -78,6 +78,7 @@ class MeshServer:
         self.insecure = insecure
         self.services = list(services)
         self.address = ""
+        self.serving = False  # what health says
         options = [
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", config.max_message_bytes),
@@ -134,6 +135,7 @@ class MeshServer:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in ["", *self.services]:
             await self._health.set(name, status)
+        self.serving = serving
 
     def request_stop(self) -> None:
         """Begin the drain, as SIGTERM does."""
@@ -150,6 +152,7 @@ class MeshServer:
 
     async def drain(self, on_drain: Callable[[], Awaitable[None]] | None = None) -> None:
         """The drain itself; the process may end after it."""
+        self.serving = False
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(self.config.drain_propagation_s)
         if on_drain is not None:

@@ -168,7 +168,7 @@ async def test_health_follows_the_server_through_its_life() -> None:
 async def test_waiting_for_a_server() -> None:
     server = MeshServer(QUICK, services=[SERVICE])
     address = await server.start("127.0.0.1:0")
-    channel = open_channel([address], SERVICE, ONCE)
+    channel = open_channel(address, SERVICE, ONCE)
     await wait_until_serving(channel, SERVICE, target=address, timeout_s=20, accept_not_serving=True)
     waiting = asyncio.create_task(wait_until_serving(channel, SERVICE, target=address, timeout_s=20))
     with pytest.raises(UnavailableError, match=rf"{address} was not ready within 0.3 s \(last: NOT_SERVING\)"):
@@ -425,7 +425,7 @@ async def test_certificates_that_cannot_be_used_are_no_port_in_use(ours: Authori
         (tls_channel(ours.ca_file, (cert_file, other_key)), "tls"),
     ):
         with pytest.raises(ConfigError) as caught:
-            open_channel(["127.0.0.1:1"], SERVICE, channel)
+            open_channel("127.0.0.1:1", SERVICE, channel)
         assert caught.value.field == where
 
 
@@ -443,7 +443,7 @@ async def test_errors_arrive_as_the_class_that_was_raised() -> None:
 
 async def test_errors_of_a_stream_come_after_what_was_sent() -> None:
     teacher = Teacher({"a": raising(UnknownTeacherError("no teacher 'a'; there are b and c"))})
-    async with serving(teacher) as server, open_channel([server.address], SERVICE, ONCE) as channel:
+    async with serving(teacher) as server, open_channel(server.address, SERVICE, ONCE) as channel:
         stub = teacher_service_pb2_grpc.TeacherServiceStub(channel)
         got: list[Any] = []
         with pytest.raises(UnknownTeacherError, match="there are b and c"):
@@ -461,7 +461,7 @@ async def test_a_long_message_in_any_script_arrives() -> None:
 async def test_a_defect_is_logged_here_and_not_told_there(caplog: pytest.LogCaptureFixture) -> None:
     secret = "password=hunter2"
     teacher = Teacher({"a": raising(RuntimeError(secret))})
-    async with serving(teacher) as server, open_channel([server.address], SERVICE, ONCE) as channel:
+    async with serving(teacher) as server, open_channel(server.address, SERVICE, ONCE) as channel:
         stub = teacher_service_pb2_grpc.TeacherServiceStub(channel)
 
         async def call_unary() -> None:
@@ -599,7 +599,7 @@ async def test_a_request_stream_is_not_repeated() -> None:
         yield
 
     teacher = Teacher(stream=broken)
-    async with serving(teacher) as server, open_channel([server.address], SERVICE, ChannelConfig()) as channel:
+    async with serving(teacher) as server, open_channel(server.address, SERVICE, ChannelConfig()) as channel:
         call = teacher_service_pb2_grpc.TeacherServiceStub(channel).ScoreTrajectories()
         await call.write(pb.ScoreTrajectoriesRequest(cancel_item_id="i1"))
         with pytest.raises(UnavailableError, match="just now"):
@@ -631,17 +631,9 @@ async def test_replicas_that_are_not_serving_get_no_calls() -> None:
             assert one.calls == before
 
 
-@pytest.mark.parametrize(
-    ("addresses", "message"),
-    [
-        ([], "no address"),
-        (["nowhere"], "is not host:port"),
-        (["a.example:1", "b.example:1"], "several replicas must be given as IPv4"),
-    ],
-)
-def test_addresses_that_make_no_channel(addresses: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        open_channel(addresses, SERVICE, ONCE)
+def test_an_address_that_makes_no_channel() -> None:
+    with pytest.raises(ConfigError, match="is not host:port"):
+        open_channel("nowhere", SERVICE, ONCE)
 
 
 # --- idle streams ---------------------------------------------------------------------------------------------
@@ -707,7 +699,7 @@ async def test_an_idle_client_is_told_so() -> None:
         async for request in with_idle_timeout(requests, 0.6, "ScoreTrajectories"):
             yield pb.ScoreTrajectoriesResponse(item_id=request.cancel_item_id)
 
-    async with serving(Teacher(stream=echo)) as server, open_channel([server.address], SERVICE, ONCE) as channel:
+    async with serving(Teacher(stream=echo)) as server, open_channel(server.address, SERVICE, ONCE) as channel:
         call = teacher_service_pb2_grpc.TeacherServiceStub(channel).ScoreTrajectories()
         for name in ("i1", "i2"):
             await call.write(pb.ScoreTrajectoriesRequest(cancel_item_id=name))
