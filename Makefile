@@ -77,11 +77,14 @@ $(VENV)/.bench: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@touch $@
 
-# JSON lines; about a quarter of an hour on two cores.
+# JSON lines; about half an hour on two cores.
 bench: $(VENV)/.bench demo-models
 	$(BIN)/python benchmarks/wire.py
 	$(BIN)/python benchmarks/divergence.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/teacher_serving.py
+	$(BIN)/python benchmarks/teacher_pool.py
+	$(BIN)/python benchmarks/signals.py
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,6 +5,7 @@ in memory, one with room for two teachers that orders by teacher and prefetches,
 neither. A round is one mini-batch on each; ratios are of the same round. Refuses to report unless the answers agree.
 
     python benchmarks/teacher_pool.py                # one JSON object on stdout
+    python benchmarks/teacher_pool.py --adapters 10  # instead: the memory of LoRA teachers above one base
 
 ``ordered_vs_resident``, ``unordered_vs_resident``: throughput. ``peak_memory_vs_budget``: the server's resident set at
 its highest, mapped file pages included, above what it takes with no teacher in memory, over ``pool.memory_bytes``.
@@ -168,6 +169,57 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+async def run_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One base and LoRA adapters above it, each asked for some sequences."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from opd_mesh.clients.teacher import TeacherClient
+
+    (base,) = make_teachers(folder, 1).values()
+    size = (base / "model.safetensors").stat().st_size
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=arguments.rank, target_modules="all-linear")
+    )
+    teachers = {"base": {"path": str(base)}}
+    for number in range(arguments.adapters):
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.02)
+        model.save_pretrained(folder / f"adapter{number}")
+        teachers[f"adapter{number}"] = {"path": str(base), "adapter": str(folder / f"adapter{number}")}
+    del model
+    config = {
+        "teachers": teachers,
+        "batch_tokens": BATCH_TOKENS,
+        "threads": arguments.threads,
+        "pool": {"memory_bytes": int(1.3 * size), "cache_dir": str(folder / "cache")},
+    }
+    server = TeacherProcess(folder / "logs", "adapters", config)
+    try:
+        async with TeacherClient([server.address()]) as client:
+            cards = {card.teacher_id: card for card in await client.list_teachers()}
+            idle = server.memory()["rss"]
+            server.reset_peak()
+            chance = random.Random(0)
+            _, said = await score(client, cards, make_items(list(teachers), 512, chance, cards["base"].vocab_size))
+            peak = server.memory()["peak"]
+    finally:
+        server.stop()
+    return {
+        "adapters_vs_base": round((peak - idle) / size, 3),
+        "adapters": arguments.adapters,
+        "rank": arguments.rank,
+        "base_bytes": size,
+        "adapter_bytes": (folder / "adapter0" / "adapter_model.safetensors").stat().st_size,
+        "heads": len({card.head.digest for card in cards.values()}),
+        "answers": len(said),
+    }
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,11 +230,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="keeps the teachers (0.5 GB each) for the next run")
+    parser.add_argument("--adapters", type=int, default=0, help="measure so many LoRA teachers above one base instead")
+    parser.add_argument("--rank", type=int, default=8, help="of the adapters, on all linear layers")
     arguments = parser.parse_args()
     if not MODEL.exists():
         sys.exit(f"{MODEL} is missing: make demo-models")
     with tempfile.TemporaryDirectory() as temporary:
-        result = asyncio.run(run(arguments, arguments.folder or Path(temporary)))
+        measure = run_adapters if arguments.adapters else run
+        result = asyncio.run(measure(arguments, arguments.folder or Path(temporary)))
     print(json.dumps(result, indent=2))
 
 
