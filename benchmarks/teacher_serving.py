@@ -1,10 +1,11 @@
 """What serving costs: tokens per second through gRPC against the same forward passes in process; bytes per second of a
 large answer against a bare gRPC stream of the same bytes; and how fast health answers during a forward pass.
 
-Forward passes: a real teacher server in a process of its own, and the same engine in this one, take turns with the same
-items; every batch is the same. Bytes: a server whose engine answers at once from memory, and beside it in the same
-process a gRPC method that yields the same bytes in chunks of the same size and does nothing else. Refuses to report
-unless the answers are equal.
+Forward passes: a teacher server in a process of its own scores items that come through gRPC, and calls the same engine
+directly with the same items in the same batches, in turn. (In another process the same forward passes take up to 15%
+longer or shorter, by where their memory happens to lie.) Bytes: a server whose engine answers at once from memory, and
+beside it in the same process a gRPC method that yields the same bytes in chunks of the same size and does nothing else.
+Refuses to report unless the answers are equal.
 
     python benchmarks/teacher_serving.py             # one JSON object on stdout
 
@@ -19,9 +20,9 @@ import json
 import os
 import random
 import statistics
+import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +31,14 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from servers import TeacherProcess, say
+from servers import say
 
 MODEL = Path(".cache/smollm2/smollm2-135m-instruct")
 PROMPT_TOKENS, RESPONSE_TOKENS, BATCH_ITEMS = 32, 128, 4
 ROWS, WIDTH = 16384, 1024  # of the large answer: 64 MiB of float32
 VALUE = 0.5
-BARE = "/bare.Bare/Stream"
-TOLERANCE = 1e-3  # the weights lie elsewhere in memory, and SmolLM2 amplifies rounding
+BARE = "/bare.Bare/Call"
+LARGEST_MESSAGE = 64 << 20
 
 
 # --- forward passes ----------------------------------------------------------------------------------------------
@@ -70,6 +71,48 @@ def in_process(engine: Any, items: list[list[int]]) -> tuple[float, list[Any]]:
     return time.monotonic() - started, [answer["hidden_states"] for answer in answers]
 
 
+async def serve_forward(threads: int) -> None:
+    """A teacher server, and a method of its own that calls the engine directly; prints the addresses."""
+    import grpc
+
+    from opd_mesh.config.base import parse_config
+    from opd_mesh.config.services import TeacherServerConfig
+    from teacher_server.server import load_engines
+
+    settings = parse_config(TeacherServerConfig, config(threads), source="benchmark")
+    engines = await asyncio.to_thread(load_engines, settings)
+
+    async def direct(request: bytes, context: Any) -> bytes:
+        seconds, answers = await asyncio.to_thread(in_process, engines["smollm2"], json.loads(request))
+        return struct.pack("<d", seconds) + b"".join(answer.tobytes() for answer in answers)
+
+    await serve(settings, engines, grpc.unary_unary_rpc_method_handler(direct))
+
+
+async def serve(settings: Any, engines: dict[str, Any], bare_handler: Any) -> None:
+    """The engines behind a teacher server, and the handler on a server of its own, without our interceptors."""
+    import grpc
+    from opd.v1 import teacher_service_pb2_grpc
+
+    from opd_mesh.rpc.server import MeshServer
+    from teacher_server.catalogue import Catalogue
+    from teacher_server.server import open_catalogue
+    from teacher_server.service import TeacherServicer
+
+    server = MeshServer(settings.server, services=["opd.v1.TeacherService"])
+    catalogue = Catalogue(settings)
+    teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(catalogue), server.grpc)
+    bare = grpc.aio.server(options=[("grpc.max_send_message_length", LARGEST_MESSAGE)])
+    bare.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bare.Bare", {"Call": bare_handler})])
+    bare_port = bare.add_insecure_port("127.0.0.1:0")
+    await bare.start()
+    address = await server.start("127.0.0.1:0")
+    open_catalogue(catalogue, engines)
+    await server.set_serving(True)
+    print(json.dumps({"served": address, "bare": f"127.0.0.1:{bare_port}"}), flush=True)
+    await asyncio.Event().wait()
+
+
 async def through_grpc(client: Any, card: Any, items: list[list[int]]) -> tuple[float, list[Any]]:
     """(seconds, answers)."""
     from opd_mesh.clients.teacher import ScoreRequest
@@ -95,42 +138,41 @@ async def health_seconds(address: str, latencies: list[float]) -> None:
             await asyncio.sleep(0.05)
 
 
-async def serving(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+async def forward(addresses: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Forward passes, and health during them."""
-    from opd_mesh.clients.teacher import TeacherClient
-    from opd_mesh.config.base import parse_config
-    from opd_mesh.config.services import TeacherServerConfig
-    from teacher_server.server import load_engines
+    import grpc
+    import numpy as np
 
-    settings = parse_config(TeacherServerConfig, config(arguments.threads), source="benchmark")
-    server = TeacherProcess(folder, "smollm2", config(arguments.threads))
-    engine = load_engines(settings)["smollm2"]
+    from opd_mesh.clients.teacher import TeacherClient
+
     chance = random.Random(0)
-    ratios, tokens_per_s = [], {"in_process": [], "grpc": []}
+    ratios: list[float] = []
+    tokens_per_s: dict[str, list[float]] = {"in_process": [], "grpc": []}
     latencies: list[float] = []
-    try:
-        async with TeacherClient([server.address()]) as client:
-            card = await client.get_teacher("smollm2")
-            for number in range(arguments.rounds + 1):
-                items = make_items(arguments.items, chance, card.vocab_size)
-                own_s, wanted = in_process(engine, items)
-                served_s, found = await through_grpc(client, card, items)
-                worst = max(float(abs(a - b).max() / b.std()) for a, b in zip(found, wanted, strict=True))
-                if worst > TOLERANCE:
-                    sys.exit(f"answers differ by {worst:.1e} standard deviations: nothing was measured")
-                if number == 0:
-                    continue  # warm-up
-                ratios.append(own_s / served_s)
-                tokens = len(items) * (PROMPT_TOKENS + RESPONSE_TOKENS)
-                tokens_per_s["in_process"].append(tokens / own_s)
-                tokens_per_s["grpc"].append(tokens / served_s)
-                say(f"round {number}: in process {own_s:.2f} s, through gRPC {served_s:.2f} s")
-            asking = asyncio.create_task(health_seconds(server.address(), latencies))
-            await through_grpc(client, card, make_items(arguments.items, chance, card.vocab_size))
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-    finally:
-        server.stop()
+    options = [("grpc.max_receive_message_length", LARGEST_MESSAGE)]
+    async with (
+        TeacherClient([addresses["served"]]) as client,
+        grpc.aio.insecure_channel(addresses["bare"], options=options) as channel,
+    ):
+        card = await client.get_teacher("smollm2")
+        for number in range(arguments.rounds + 1):
+            items = make_items(arguments.items, chance, card.vocab_size)
+            direct = await channel.unary_unary(BARE)(json.dumps(items).encode())
+            (own_s,) = struct.unpack("<d", direct[:8])
+            served_s, found = await through_grpc(client, card, items)
+            if not np.array_equal(np.frombuffer(direct[8:], np.float32), np.concatenate(found).reshape(-1)):
+                sys.exit("the answers differ: nothing was measured")
+            if number == 0:
+                continue  # warm-up
+            ratios.append(own_s / served_s)
+            tokens = len(items) * (PROMPT_TOKENS + RESPONSE_TOKENS)
+            tokens_per_s["in_process"].append(tokens / own_s)
+            tokens_per_s["grpc"].append(tokens / served_s)
+            say(f"round {number}: in process {own_s:.2f} s, through gRPC {served_s:.2f} s")
+        asking = asyncio.create_task(health_seconds(addresses["served"], latencies))
+        await through_grpc(client, card, make_items(arguments.items, chance, card.vocab_size))
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
     latencies.sort()
     return {
         "serving_vs_in_process": round(statistics.median(ratios), 3),
@@ -187,47 +229,29 @@ class InstantEngine:
 
 
 async def serve_bytes() -> None:
-    """Both ways of sending, in one process; prints its address."""
+    """Both ways of sending, in one process."""
     import grpc
     import numpy as np
-    from opd.v1 import teacher_service_pb2_grpc
 
     from opd_mesh.config.base import parse_config
     from opd_mesh.config.services import TeacherServerConfig
-    from opd_mesh.rpc.server import MeshServer
     from opd_mesh.tensors import CHUNK_BYTES
-    from teacher_server.catalogue import Catalogue
-    from teacher_server.server import open_catalogue
-    from teacher_server.service import TeacherServicer
 
     settings = parse_config(
         TeacherServerConfig,
         {"teachers": {"instant": {"path": "nowhere", "max_tokens_per_item": ROWS + 1}}},
         source="benchmark",
     )
-    server = MeshServer(settings.server, services=["opd.v1.TeacherService"])
-    catalogue = Catalogue(settings)
-    teacher_service_pb2_grpc.add_TeacherServiceServicer_to_server(TeacherServicer(catalogue), server.grpc)
     view = np.full((ROWS, WIDTH), VALUE, np.float32).reshape(-1).view(np.uint8).data
 
     async def stream(request: bytes, context: Any) -> Any:
         for start in range(0, len(view), CHUNK_BYTES):
             yield bytes(view[start : start + CHUNK_BYTES])
 
-    # On a server of its own, without our interceptors.
-    bare = grpc.aio.server(options=[("grpc.max_send_message_length", 8 << 20)])
-    handler = grpc.unary_stream_rpc_method_handler(stream)
-    bare.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bare.Bare", {"Stream": handler})])
-    bare_port = bare.add_insecure_port("127.0.0.1:0")
-    await bare.start()
-    address = await server.start("127.0.0.1:0")
-    open_catalogue(catalogue, {"instant": InstantEngine()})
-    await server.set_serving(True)
-    print(json.dumps({"served": address, "bare": f"127.0.0.1:{bare_port}"}), flush=True)
-    await asyncio.Event().wait()
+    await serve(settings, {"instant": InstantEngine()}, grpc.unary_stream_rpc_method_handler(stream))
 
 
-async def goodput(addresses: dict[str, str], transfers: int) -> dict[str, Any]:
+async def goodput(addresses: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
     """One large answer at a time, bare and served in turn."""
     import grpc
     import numpy as np
@@ -265,7 +289,7 @@ async def goodput(addresses: dict[str, str], transfers: int) -> dict[str, Any]:
         grpc.aio.insecure_channel(addresses["bare"], options=options) as channel,
     ):
         await client.wait_ready()
-        for number in range(transfers + 1):
+        for number in range(arguments.transfers + 1):
             seconds = {"bare": await bare(channel), "served": await served(client)}
             if number:  # the first is warm-up
                 for name, took in seconds.items():
@@ -286,25 +310,25 @@ def main() -> None:
     parser.add_argument("--transfers", type=int, default=20, help="large answers, served and bare")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=["forward", "bytes"])
-    parser.add_argument("--serve-bytes", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=["forward", "bytes"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.serve_bytes:
-        asyncio.run(serve_bytes())
+    if arguments.serve:
+        asyncio.run(serve_bytes() if arguments.serve == "bytes" else serve_forward(arguments.threads))
         return
     if not MODEL.exists():
         sys.exit(f"{MODEL} is missing: make demo-models")
     result: dict[str, Any] = {}
-    if arguments.only != "forward":
-        process = subprocess.Popen([sys.executable, __file__, "--serve-bytes"], stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout is not None
-            result |= asyncio.run(goodput(json.loads(process.stdout.readline()), arguments.transfers))
-        finally:
-            process.terminate()
-            process.wait(30)
-    if arguments.only != "bytes":
-        with tempfile.TemporaryDirectory() as folder:
-            result |= asyncio.run(serving(arguments, Path(folder)))
+    for part, measure in (("bytes", goodput), ("forward", forward)):
+        if arguments.only in (None, part):
+            command = [sys.executable, __file__, "--serve", part, "--threads", str(arguments.threads)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            try:
+                assert process.stdout is not None
+                addresses = json.loads(process.stdout.readline())
+                result |= asyncio.run(measure(addresses, arguments))
+            finally:
+                process.terminate()
+                process.wait(30)
     print(json.dumps(result, indent=2))
 
 
