@@ -28,6 +28,7 @@ from opd_mesh.clients.rollout import RolloutClient
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import RolloutServerConfig, TeacherServerConfig
 from opd_mesh.errors import (
+    CancelledByCallerError,
     ConfigError,
     CorruptWeightsError,
     DivergedError,
@@ -438,6 +439,21 @@ async def test_a_step_that_cannot_end_is_given_up_when_the_run_stops(
     resumed = await new_trainer(ground.recipe(), tmp_path, resume=True)
     await resumed.run()
     assert exact(tmp_path) == undisturbed
+
+
+async def test_a_run_that_is_stopped_while_it_waits_for_its_teachers_ends(ground: Ground, tmp_path: Path) -> None:
+    with socket.socket() as silent:  # listens, and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        recipe = ground.recipe()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        teachers = {name: teacher.replace(addresses=[address]) for name, teacher in recipe.teachers.items()}
+        trainer = await new_trainer(recipe.replace(teachers=teachers), tmp_path)
+        asyncio.get_running_loop().call_later(0.3, trainer.stop)
+        with pytest.raises(CancelledByCallerError, match="stopped before the first step"):
+            await asyncio.wait_for(trainer.run(), 30)
+    assert trainer.state.error == "stopped before the first step"
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 async def test_a_loss_that_is_not_finite_is_not_applied(

@@ -16,6 +16,7 @@ from opd_mesh.config.base import dump_config, load_config, parse_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import ClientTlsConfig, PeerConfig, ServerConfig, TeacherServerConfig
 from opd_mesh.errors import ConfigError
+from opd_mesh.supervisor import LocalMesh
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
 
@@ -319,3 +320,24 @@ def test_a_reference_need_not_mark_a_domain() -> None:
     )
     assert recipe.reference_id == "base"
     assert refusal(plain(teachers=teachers)).message.count("base")
+
+
+def test_weights_may_lie_in_a_store_and_the_pool_goes_with_the_teachers(tmp_path: Path) -> None:
+    url = "s3://bucket/teachers/math"
+    value = plain(teachers={"arithmetic": {"path": url, "adapter": url}, "words": {"path": "models/w"}})
+    value["pool"] = {"memory_bytes": "40GiB", "order": "arrival"}
+    recipe = parse_config(Recipe, value, source="test")
+    dump_config(recipe, tmp_path / "recipe.yaml")
+    loaded = load_config(Recipe, tmp_path / "recipe.yaml")
+    assert loaded == recipe
+    assert (loaded.teachers["arithmetic"].path, loaded.teachers["arithmetic"].adapter) == (url, url)
+    assert loaded.teachers["words"].path == Path("models/w")
+    served = LocalMesh(loaded, tmp_path)._teacher_config()
+    assert served.pool.memory_bytes == 40 * 2**30
+    assert served.teachers["arithmetic"].path == url
+
+
+@pytest.mark.parametrize("text", ["40 apples", "-1", "0"])
+def test_a_budget_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"pool\.memory_bytes"):
+        parse_config(Recipe, plain(pool={"memory_bytes": text}), source="test")
