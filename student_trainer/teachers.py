@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
@@ -59,6 +60,7 @@ class Teachers:
         self.signals: dict[str, MarkSignal] = {}
         self.full_signals: dict[str, MarkSignal | None] = {}
         self._asked_again = 0
+        self._asked_tokens: Counter[str] = Counter()  # asked and not answered, by a client's target
 
     async def connect(self) -> None:
         """Wait for a replica of every teacher, read the cards, choose the signals.
@@ -295,7 +297,8 @@ class Teachers:
         Scoring is pure, so asking again is safe.
 
         Raises:
-            TeacherUnavailableError: silent for ``teacher_timeout_s``, all attempts together.
+            TeacherUnavailableError: out of reach for ``teacher_timeout_s``, or silent for so long and the time that all
+                we have asked of it may take.
             OpdError: what the teacher says of this item.
         """
         with telemetry.span("trainer.score", {telemetry.TRAJECTORY: trajectory.trajectory_id}):
@@ -303,13 +306,28 @@ class Teachers:
 
     async def _tensors(self, trajectory: Trajectory, teacher_id: str, signal: MarkSignal) -> dict[str, np.ndarray]:
         client = self._clients[teacher_id]
-        budget_s = self._recipe.teacher_timeout_s
+        tokens = len(trajectory.token_ids)
+        self._asked_tokens[client.target] += tokens
+        try:
+            return await self._ask_until_answered(client, trajectory, teacher_id, signal)
+        finally:
+            self._asked_tokens[client.target] -= tokens
+
+    async def _ask_until_answered(
+        self, client: TeacherClient, trajectory: Trajectory, teacher_id: str, signal: MarkSignal
+    ) -> dict[str, np.ndarray]:
+        silence_s = self._recipe.teacher_timeout_s
+        # A queue of our own making is no silence: what was asked before this is computed first.
+        per_token_s = self._recipe.teacher_channel.channel.item_timeout_per_token_s
+        budget_s = silence_s + per_token_s * self._asked_tokens[client.target]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + budget_s
         last: OpdError | None = None
+        unreachable_since: float | None = None
         while (left := deadline - loop.time()) > 0:
             self._asked_again += last is not None
             request = self._request(teacher_id, trajectory.token_ids, trajectory.scored_spans, left, signal)
+            started = loop.time()
             try:
                 async with asyncio.timeout(left):
                     result = await client.score(request)
@@ -317,8 +335,14 @@ class Teachers:
                 break
             except (UnavailableError, OverloadedError, DeadlineError) as error:
                 if last is None:
-                    log.warning("teacher %s: %s; asking again for up to %.0f s", teacher_id, error, left)
+                    log.warning("teacher %s: %s; asking again for up to %.0f s", teacher_id, error, silence_s)
                 last = error
+                if not isinstance(error, UnavailableError):
+                    unreachable_since = None
+                elif unreachable_since is None:
+                    unreachable_since = started
+                if unreachable_since is not None and loop.time() - unreachable_since > silence_s:
+                    break
                 await asyncio.sleep(min(error.retry_delay_s or RETRY_DELAY_S, max(0.0, deadline - loop.time())))
                 continue
             if set(result.tensors) != TENSORS[signal]:
@@ -332,8 +356,9 @@ class Teachers:
                     field="rows",
                 )
             return result.tensors
+        waited_s = budget_s if unreachable_since is None else silence_s
         raise TeacherUnavailableError(
-            f"teacher {teacher_id!r} at {client.target} gave no answer for {budget_s:g} s "
+            f"teacher {teacher_id!r} at {client.target} gave no answer for {waited_s:g} s "
             f"(last: {client.troubles() or last or 'no answer'}). See whether it is running; then `opd run --resume`",
             metadata={"teacher_id": teacher_id},
         )

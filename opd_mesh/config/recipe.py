@@ -198,7 +198,8 @@ class Recipe(Strict):
     tokenizer_roles: Literal["same", "student"] = "same"
     # Trajectories from outside that are older than so many versions are dropped and counted.
     max_staleness: int = Field(0, ge=0)
-    # How long a teacher may be silent, all attempts together, before the run ends with a checkpoint.
+    # How long a teacher may be out of reach, or silent beyond item_timeout_per_token_s for every token asked of it,
+    # before the run ends with a checkpoint.
     teacher_timeout_s: float = Field(120.0, gt=0)
     # Unset: OPD_REDIS_URL, else an embedded Valkey.
     redis_url: str | None = None
