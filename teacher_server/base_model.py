@@ -42,7 +42,7 @@ class BaseModel:
         self.model_type = loaded.model_type
         self.digest = loaded.weights_digest
         self.device = torch.device(device)
-        self.adapters: dict[str, InjectedAdapter] = {}
+        self._adapters: dict[str, tuple[InjectedAdapter, MappedWeights | None]] = {}
         self._cache_dir = cache_dir
         self._shared = SharedBase(self.model)
         # By identity, for a tied weight bears the embedding's name.
@@ -64,9 +64,13 @@ class BaseModel:
         )
 
     def add_adapter(self, folder: Path) -> tuple[InjectedAdapter, MappedWeights | None]:
-        """Put a LoRA adapter above the base. Its tensors come and go on their own."""
+        """Put a LoRA adapter above the base, once. Its tensors come and go on their own."""
         adapter = self._shared.add(folder)
-        return adapter, self._map(adapter.digest, adapter.tensors, [])
+        if adapter.digest in self._adapters:
+            self._shared.remove(adapter)
+        else:
+            self._adapters[adapter.digest] = adapter, self._map(adapter.digest, adapter.tensors, [])
+        return self._adapters[adapter.digest]
 
     def activate(self, adapter: InjectedAdapter | None) -> None:
         """What the model computes from now on. Only the computing thread may call it, once the server runs."""

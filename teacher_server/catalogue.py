@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from opd.v1 import common_pb2, teacher_service_pb2
 
 from opd_mesh.config.services import TeacherConfig, TeacherServerConfig
@@ -114,7 +115,7 @@ class Catalogue:
             )
         if item.dtype not in (0, *WIRE_DTYPES):
             raise InvalidInputError("must be float32, bfloat16 or float16", field="dtype")
-        self._check_top_k(item, signal, trajectory.num_scored, facts)
+        candidates = self._checked_candidates(item, signal, trajectory.num_scored, facts)
         own = "float32" if signal in LOGPROBS else facts.dtype
         job = ScoreJob(
             token_ids=trajectory.token_ids,
@@ -122,33 +123,38 @@ class Catalogue:
             signal=signal,
             dtype=dtype_name(item.dtype) if item.dtype else own,
             top_k=item.top_k,
-            candidate_ids=tuple(item.candidate_token_ids),
+            candidate_ids=candidates,
         )
         return facts, job
 
-    def _check_top_k(self, item: teacher_service_pb2.ScoreItem, signal: Signal, rows: int, facts: EngineFacts) -> None:
+    def _checked_candidates(
+        self, item: teacher_service_pb2.ScoreItem, signal: Signal, rows: int, facts: EngineFacts
+    ) -> np.ndarray | None:
+        """[R, k] int64, or None: the teacher's own choice."""
         if signal is not Signal.TOP_K_LOGPROBS:
             if item.top_k or item.candidate_token_ids:
                 raise InvalidInputError(f"goes with TOP_K_LOGPROBS alone, {signal.name} was asked for", field="top_k")
-            return
+            return None
         largest = min(self.config.max_top_k, facts.vocab_size)
         if not 1 <= item.top_k <= largest:
             raise InvalidInputError(
                 f"must be from 1 to {largest} (max_top_k of the card), got {item.top_k}", field="top_k"
             )
-        ids = item.candidate_token_ids
-        if not ids:
-            return
-        if len(ids) != rows * item.top_k:
+        count = len(item.candidate_token_ids)
+        if not count:
+            return None
+        if count != rows * item.top_k:
             raise InvalidInputError(
-                f"{len(ids)} ids, expected {rows} scored tokens × top_k {item.top_k}", field="candidate_token_ids"
+                f"{count} ids, expected {rows} scored tokens × top_k {item.top_k}", field="candidate_token_ids"
             )
-        if not 0 <= min(ids) <= max(ids) < facts.vocab_size:
-            bad = next(index for index, token in enumerate(ids) if not 0 <= token < facts.vocab_size)
+        ids = np.fromiter(item.candidate_token_ids, np.int64, count)
+        bad = np.flatnonzero((ids < 0) | (ids >= facts.vocab_size))
+        if len(bad):
             raise InvalidInputError(
-                f"id {ids[bad]} at index {bad} is outside the vocabulary of {facts.vocab_size}",
+                f"id {ids[bad[0]]} at index {bad[0]} is outside the vocabulary of {facts.vocab_size}",
                 field="candidate_token_ids",
             )
+        return ids.reshape(rows, item.top_k)
 
 
 def _check_identity(item: teacher_service_pb2.ScoreItem, facts: EngineFacts) -> None:

@@ -34,7 +34,7 @@ class ScoreJob:
     signal: Signal
     dtype: str  # of the answer
     top_k: int = 0  # of TOP_K_LOGPROBS
-    candidate_ids: tuple[int, ...] = ()  # [R · k], or none: the teacher's own choice
+    candidate_ids: np.ndarray | None = None  # [R, k] int64; None: the teacher's own choice
 
     @property
     def num_tokens(self) -> int:
@@ -75,10 +75,18 @@ class EngineFacts:
 
 
 class WeightSet(Protocol):
-    """What comes into memory and leaves it as one. Teachers that share weights share the object."""
+    """What comes into memory and leaves it as one. Teachers that share weights share the object, which is its identity.
+
+    Attributes:
+        name: for people.
+    """
 
     name: str
     num_bytes: int
+
+    def check(self) -> None:
+        """Raise :class:`OpdError` where the files are not what they were when they were proved. A few stats."""
+        ...
 
     def load(self) -> None:
         """Bring it into memory, in the pool's thread. Raises :class:`OpdError` where it cannot be had."""

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from opd_mesh import telemetry
-from opd_mesh.errors import ConfigError
+from opd_mesh.errors import ConfigError, InternalError, OpdError
 from teacher_server.engine import WeightSet
 from teacher_server.residency import Resident, choose_victims
 
@@ -25,9 +25,13 @@ log = logging.getLogger("teacher_server")
 @dataclass(slots=True, eq=False)
 class _Entry:
     weights: WeightSet
-    loading: asyncio.Task[None] | None
+    loading: asyncio.Task[None]
     users: int = 0
     last_used: int = 0
+
+    @property
+    def ready(self) -> bool:
+        return self.loading.done() and not self.loading.cancelled() and self.loading.exception() is None
 
 
 @dataclass(slots=True)
@@ -41,6 +45,17 @@ class PoolCounters:
     loaded: dict[str, int] = field(default_factory=dict)  # loads by name
 
 
+def check_fits(teacher_id: str, sets: Sequence[WeightSet], budget_bytes: int | None) -> None:
+    """Raises :class:`ConfigError` for a teacher that never fits."""
+    needed = sum(weights.num_bytes for weights in sets)
+    if budget_bytes is not None and needed > budget_bytes:
+        raise ConfigError(
+            f"teacher {teacher_id!r} needs {needed} bytes of weights, pool.memory_bytes is {budget_bytes}: raise it, "
+            "or serve the teacher elsewhere",
+            field="pool.memory_bytes",
+        )
+
+
 class WeightPool:
     """Of one event loop.
 
@@ -50,7 +65,7 @@ class WeightPool:
 
     def __init__(self, budget_bytes: int | None) -> None:
         self._budget = budget_bytes
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[WeightSet, _Entry] = {}
         self._freed = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._clock = 0
@@ -63,21 +78,11 @@ class WeightPool:
 
     def is_ready(self, sets: Sequence[WeightSet]) -> bool:
         """Whether nothing is to be waited for."""
-        return all((entry := self._entries.get(weights.name)) is not None and entry.loading is None for weights in sets)
+        return all((entry := self._entries.get(weights)) is not None and entry.ready for weights in sets)
 
     def has_begun(self, sets: Sequence[WeightSet]) -> bool:
         """Whether everything is in memory or on its way."""
-        return all(weights.name in self._entries for weights in sets)
-
-    def check_fits(self, what: str, sets: Sequence[WeightSet]) -> None:
-        """Raises :class:`ConfigError` for a teacher that never fits."""
-        needed = sum(weights.num_bytes for weights in sets)
-        if self._budget is not None and needed > self._budget:
-            raise ConfigError(
-                f"teacher {what!r} needs {needed} bytes of weights, pool.memory_bytes is {self._budget}: raise it, or "
-                "serve the teacher elsewhere",
-                field="pool.memory_bytes",
-            )
+        return all(weights in self._entries for weights in sets)
 
     @asynccontextmanager
     async def using(self, sets: Sequence[WeightSet]) -> AsyncIterator[None]:
@@ -87,24 +92,23 @@ class WeightPool:
             OpdError: they could not be loaded.
         """
         started = time.monotonic()
-        held: dict[str, _Entry] = {}
+        held: dict[WeightSet, _Entry] = {}
         try:
             while True:
                 # Held from now on, those on their way too: what is here already must not leave for what is missing.
                 for weights in sets:
-                    entry = self._entries.get(weights.name)
-                    if entry is not None and held.get(weights.name) is not entry:
-                        held[weights.name] = entry
+                    entry = self._entries.get(weights)
+                    if entry is not None and held.get(weights) is not entry:
+                        held[weights] = entry
                         entry.users += 1
-                missing = [weights for weights in sets if weights.name not in self._entries]
+                missing = [weights for weights in sets if weights not in self._entries]
                 if not missing:
                     break
                 if not self._begin(missing, keep=()):
                     self._freed.clear()
                     await self._freed.wait()
             for entry in held.values():
-                if entry.loading is not None:
-                    await asyncio.shield(entry.loading)
+                await asyncio.shield(entry.loading)
                 self._clock += 1
                 entry.last_used = self._clock
             self.counters.wait_s += time.monotonic() - started
@@ -114,56 +118,64 @@ class WeightPool:
                 entry.users -= 1
             self._freed.set()
 
-    def prefetch(self, sets: Sequence[WeightSet], *, keep: Collection[str] = ()) -> bool:
+    def prefetch(self, sets: Sequence[WeightSet], *, keep: Collection[WeightSet] = ()) -> bool:
         """Begin to load what will be needed next, if there is room without evicting ``keep``; False if there is not."""
-        missing = [weights for weights in sets if weights.name not in self._entries]
+        missing = [weights for weights in sets if weights not in self._entries]
         if not missing:
             return True
-        begun = self._begin(missing, keep={*keep, *(weights.name for weights in sets)})
+        try:
+            begun = self._begin(missing, keep={*keep, *sets})
+        except OpdError:
+            return False  # who uses it is told
         self.counters.prefetches += begun
         return begun
 
-    def _begin(self, missing: Sequence[WeightSet], *, keep: Collection[str]) -> bool:
-        """Reserve the room and let the thread evict, then load."""
+    def _begin(self, missing: Sequence[WeightSet], *, keep: Collection[WeightSet]) -> bool:
+        """Reserve the room and let the thread evict, then load. Raises :class:`OpdError` for what cannot be loaded."""
+        for weights in missing:
+            weights.check()  # before anybody leaves for it
+        victims: list[WeightSet] = []
         if self._budget is not None:
             residents = [
-                Resident(name, entry.weights.num_bytes, entry.last_used, bool(entry.users or entry.loading))
-                for name, entry in self._entries.items()
+                Resident(weights, weights.num_bytes, entry.last_used, bool(entry.users or not entry.loading.done()))
+                for weights, entry in self._entries.items()
             ]
             needed = sum(weights.num_bytes for weights in missing)
-            victims = choose_victims(residents, needed, self._budget, keep=keep)
-            if victims is None:
+            chosen = choose_victims(residents, needed, self._budget, keep=keep)
+            if chosen is None:
                 return False
-        else:
-            victims = []
-        leaving = [self._entries.pop(name).weights for name in victims]
-        self.counters.evictions += len(leaving)
+            victims = [weights for weights in self._entries if weights in chosen]
+        for weights in victims:
+            del self._entries[weights]
+        self.counters.evictions += len(victims)
         loop = asyncio.get_running_loop()
         for index, weights in enumerate(missing):
-            out = leaving if index == 0 else []
             self._clock += 1
-            entry = _Entry(weights, None, last_used=self._clock)
-            entry.loading = loop.create_task(self._exchange(entry, out))
-            entry.loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # told to who waits
-            self._entries[weights.name] = entry
+            loading = loop.create_task(self._exchange(weights, victims if index == 0 else []))
+            loading.add_done_callback(lambda task: task.cancelled() or task.exception())  # told to who waits
+            self._entries[weights] = _Entry(weights, loading, last_used=self._clock)
         return True
 
-    async def _exchange(self, entry: _Entry, leaving: Sequence[WeightSet]) -> None:
-        weights = entry.weights
-
+    async def _exchange(self, weights: WeightSet, leaving: Sequence[WeightSet]) -> None:
         def exchange() -> None:
             for old in leaving:
-                old.unload()
+                _unload(old)
             weights.load()
 
         try:
             with telemetry.span("teacher.load_weights", {telemetry.WEIGHTS: weights.name}):
                 await asyncio.get_running_loop().run_in_executor(self._thread, exchange)
-        except BaseException:
-            self._entries.pop(weights.name, None)
+        except OpdError:
+            self._entries.pop(weights, None)
             raise
+        except Exception as error:
+            self._entries.pop(weights, None)
+            log.exception("loading %s failed", weights.name)
+            raise InternalError(
+                f"weights {weights.name} cannot be loaded ({type(error).__name__}); the server's log has the stack. "
+                "Out of memory? Lower pool.memory_bytes, or batch_tokens",
+            ) from error
         finally:
-            entry.loading = None
             self._freed.set()
         self.counters.loads += 1
         self.counters.loaded[weights.name] = self.counters.loaded.get(weights.name, 0) + 1
@@ -171,9 +183,16 @@ class WeightPool:
 
     async def close(self) -> None:
         """Wait for the thread and unload everything."""
-        loading = [entry.loading for entry in self._entries.values() if entry.loading is not None]
-        await asyncio.gather(*loading, return_exceptions=True)
+        await asyncio.gather(*(entry.loading for entry in self._entries.values()), return_exceptions=True)
         await asyncio.to_thread(self._thread.shutdown)
-        for entry in self._entries.values():
-            entry.weights.unload()
+        for weights in list(self._entries):
+            _unload(weights)
         self._entries.clear()
+
+
+def _unload(weights: WeightSet) -> None:
+    """What cannot be unloaded must not keep others from it; the memory is given up for lost."""
+    try:
+        weights.unload()
+    except Exception:
+        log.exception("unloading %s failed", weights.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,20 +12,21 @@ class Resident:
     """Weights in memory.
 
     Attributes:
+        key: what tells it from others; hashable.
         last_used: a counter; larger is later.
         in_use: a forward pass needs it, or it is being loaded.
     """
 
-    name: str
+    key: Any
     num_bytes: int
     last_used: int
     in_use: bool
 
 
 def choose_victims(
-    residents: Iterable[Resident], needed_bytes: int, budget_bytes: int, *, keep: Collection[str] = ()
-) -> list[str] | None:
-    """Names to evict so that ``needed_bytes`` fit: least recently used first, and none without need.
+    residents: Iterable[Resident], needed_bytes: int, budget_bytes: int, *, keep: Collection[Any] = ()
+) -> list[Any] | None:
+    """Keys to evict so that ``needed_bytes`` fit: least recently used first, and none without need.
 
     Args:
         keep: not to be evicted, though not in use.
@@ -38,7 +40,7 @@ def choose_victims(
     for item in sorted(residents, key=lambda item: item.last_used):
         if excess <= 0:
             break
-        if not item.in_use and item.name not in keep:
+        if not item.in_use and item.key not in keep:
             victims.append(item)
             excess -= item.num_bytes
     if excess > 0:
@@ -48,4 +50,4 @@ def choose_victims(
         if excess + item.num_bytes <= 0:
             victims.remove(item)
             excess += item.num_bytes
-    return [item.name for item in victims]
+    return [item.key for item in victims]

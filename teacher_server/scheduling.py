@@ -20,17 +20,25 @@ def teachers_in_order(waiting: Sequence[Waiting]) -> list[str]:
 
 
 def choose_turn(
-    waiting: Sequence[Waiting], current: str | None, *, served_tokens: int, turn_tokens: int, ready: Collection[str]
+    waiting: Sequence[Waiting],
+    current: str | None,
+    *,
+    served_tokens: int,
+    turn_tokens: int,
+    ready: Collection[str],
+    passed_over: str | None = None,
 ) -> str | None:
     """The teacher that computes next, so that weights are exchanged as seldom as fairness allows.
 
     The present one goes on while it has items, for ``turn_tokens`` at most where others wait. Then comes the teacher
-    with the oldest item among those whose weights are in memory; the oldest of all where none is.
+    with the oldest item among those whose weights are in memory; the oldest of all where none is, or where it was
+    passed over once already.
 
     Args:
         waiting: oldest first.
         served_tokens: that ``current`` has computed in this turn.
         ready: teachers whose weights are in memory.
+        passed_over: who had the oldest item when the last turn went to somebody else.
     """
     teachers = teachers_in_order(waiting)
     if not teachers:
@@ -38,6 +46,8 @@ def choose_turn(
     others = [teacher for teacher in teachers if teacher != current]
     if current in teachers and (served_tokens < turn_tokens or not others):
         return current
+    if others[0] == passed_over:
+        return passed_over
     return next((teacher for teacher in others if teacher in ready), others[0])
 
 
@@ -64,4 +74,6 @@ def choose_batch(
         if not chosen or tokens + item.num_tokens <= token_budget:
             chosen.append(index)
             tokens += item.num_tokens
+        elif in_order:
+            break
     return chosen

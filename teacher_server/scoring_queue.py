@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -34,6 +34,16 @@ class _Entry:
     future: asyncio.Future[Answer]
 
 
+def _checked_score(engine: TeacherEngine, jobs: Sequence[ScoreJob]) -> list[Answer | OpdError]:
+    """A file that was overwritten where it lies is seen through its mapping: such an answer is nobody's."""
+    for weights in engine.weight_sets:
+        weights.check()
+    answers = engine.score(jobs)
+    for weights in engine.weight_sets:
+        weights.check()
+    return answers
+
+
 class ScoringQueue:
     """Batched by teacher under a token budget; teachers take turns, so that the pool exchanges weights seldom.
 
@@ -55,6 +65,7 @@ class ScoringQueue:
         self._runner: asyncio.Task[None] | None = None
         self._turn: str | None = None
         self._turn_tokens = 0
+        self._passed_over: str | None = None
         self._closed = False
         self.batches = 0
         self.tokens = 0
@@ -77,7 +88,7 @@ class ScoringQueue:
         entry = _Entry(teacher_id, job, asyncio.get_running_loop().create_future())
         self._entries.append(entry)
         self._arrived.set()
-        if self._in_engine:
+        if self._in_engine and not self.pool.has_begun(self._engines[teacher_id].weight_sets):
             self._look_ahead()
         try:
             return await entry.future
@@ -96,6 +107,7 @@ class ScoringQueue:
                 self._arrived.clear()
                 continue
             engine = self._engines[teacher_id]
+            batch: list[_Entry] = []
             try:
                 async with self.pool.using(engine.weight_sets):
                     # Chosen only now: while the weights were loaded, more may have come for them, or all been given up.
@@ -106,7 +118,12 @@ class ScoringQueue:
                         self._answer(batch, await self._compute(teacher_id, engine, batch))
             except OpdError as error:
                 log.warning("the weights of teacher %r cannot be had: %s", teacher_id, error)
-                self._fail_all(teacher_id, error)
+                self._fail(teacher_id, batch, error)
+            except Exception as error:
+                # Whatever it is, the queue goes on: other teachers are well.
+                log.exception("teacher %r failed", teacher_id)
+                why = f"teacher {teacher_id!r} failed: {type(error).__name__}; the server's log has the stack"
+                self._fail(teacher_id, batch, InternalError(why))
             finally:
                 self._in_engine = []
 
@@ -131,13 +148,18 @@ class ScoringQueue:
         if self._config.pool.order == "arrival":
             teacher_id = waiting[0].teacher_id if waiting else None
         else:
+            teachers = teachers_in_order(waiting)
             teacher_id = choose_turn(
                 waiting,
                 self._turn,
                 served_tokens=self._turn_tokens,
                 turn_tokens=self._config.pool.turn_tokens,
                 ready=[name for name, engine in self._engines.items() if self.pool.is_ready(engine.weight_sets)],
+                passed_over=self._passed_over,
             )
+            if teacher_id != self._turn:
+                oldest = next((teacher for teacher in teachers if teacher != self._turn), None)
+                self._passed_over = oldest if oldest != teacher_id else None
         if teacher_id is not None and (teacher_id != self._turn or self._turn_tokens >= self._config.pool.turn_tokens):
             self._turn, self._turn_tokens = teacher_id, 0
         return teacher_id
@@ -159,13 +181,13 @@ class ScoringQueue:
         """While a teacher computes, bring the weights of the next one that lacks them."""
         if not self._config.pool.prefetch:
             return
-        needed_before = {weights.name for weights in self._engines[self._in_engine[0].teacher_id].weight_sets}
+        needed_before = set(self._engines[self._in_engine[0].teacher_id].weight_sets)
         for teacher_id in teachers_in_order(self._waiting()):
             sets = self._engines[teacher_id].weight_sets
             if not self.pool.has_begun(sets):
                 self.pool.prefetch(sets, keep=needed_before)
                 return
-            needed_before |= {weights.name for weights in sets}
+            needed_before |= set(sets)
 
     async def _compute(self, teacher_id: str, engine: TeacherEngine, batch: list[_Entry]) -> list[Answer | OpdError]:
         tokens = sum(entry.job.num_tokens for entry in batch)
@@ -175,7 +197,9 @@ class ScoringQueue:
         try:
             with telemetry.span("teacher.forward", {telemetry.TEACHER: teacher_id, telemetry.TOKENS: tokens}):
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._thread, engine.score, [entry.job for entry in batch])
+                return await loop.run_in_executor(self._thread, _checked_score, engine, [entry.job for entry in batch])
+        except OpdError as error:  # the weights are not what they were
+            return [error] * len(batch)
         except Exception as error:
             log.exception("the engine of teacher %r failed on %d items", teacher_id, len(batch))
             failure = InternalError(f"the engine failed: {type(error).__name__}; the server's log has the stack")
@@ -190,9 +214,12 @@ class ScoringQueue:
             else:
                 entry.future.set_result(answer)
 
-    def _fail_all(self, teacher_id: str, error: OpdError) -> None:
-        for entry in [entry for entry in self._entries if entry.teacher_id == teacher_id]:
-            self._entries.remove(entry)
+    def _fail(self, teacher_id: str, batch: Sequence[_Entry], error: OpdError) -> None:
+        """Those in the batch, or, where none could be made, all that wait for the teacher."""
+        failed = list(batch) or [entry for entry in self._entries if entry.teacher_id == teacher_id]
+        for entry in failed:
+            if entry in self._entries:
+                self._entries.remove(entry)
             if not entry.future.done():
                 entry.future.set_exception(error)
 

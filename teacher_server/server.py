@@ -18,7 +18,7 @@ from teacher_server.engine import TeacherEngine
 from teacher_server.engines import load_engine
 from teacher_server.inference_service import SERVICE as INFERENCE_SERVICE
 from teacher_server.inference_service import add_inference_service
-from teacher_server.pool import WeightPool
+from teacher_server.pool import WeightPool, check_fits
 from teacher_server.scoring_queue import ScoringQueue
 from teacher_server.service import TeacherServicer
 
@@ -27,37 +27,40 @@ SERVICE = "opd.v1.TeacherService"
 
 
 def load_engines(config: TeacherServerConfig) -> dict[str, TeacherEngine]:
-    """Load and prove every teacher, one after the other. Raises the errors of its engine, naming the teacher."""
-    device = configure_torch(config.device, threads=config.threads, deterministic=config.deterministic)
-    bases = BaseModels(device=device, keep_in_memory=config.pool.memory_bytes is None, cache_dir=config.pool.cache_dir)
-    engines: dict[str, TeacherEngine] = {}
-    for teacher_id, teacher in config.teachers.items():
-        log.info("loading teacher %s from %s", teacher_id, teacher.path)
-        try:
-            engine = load_engine(teacher_id, teacher, config, bases)
-        except OpdError as error:
-            error.message = f"teacher {teacher_id!r}: {error.message}"
-            raise
-        facts = engine.facts
-        log.info(
-            "teacher %s: %s, V=%d, d=%d, %s, batching %s, head error %.1e, digest %s",
-            teacher_id, facts.model_type, facts.vocab_size, facts.hidden_size, facts.dtype,
-            facts.batch_layout, facts.head_error, facts.teacher_digest[:12],
-        )  # fmt: skip
-        engines[teacher_id] = engine
-    return engines
-
-
-def open_catalogue(catalogue: Catalogue, engines: dict[str, TeacherEngine]) -> ScoringQueue:
-    """Begin to serve the engines; the queue is to be closed at the end.
+    """Load and prove every teacher, one after the other. Raises the errors of its engine, naming the teacher.
 
     Raises:
         ConfigError: a teacher is larger than the pool's memory.
     """
+    device = configure_torch(config.device, threads=config.threads, deterministic=config.deterministic)
+    bases = BaseModels(device=device, keep_in_memory=config.pool.memory_bytes is None, cache_dir=config.pool.cache_dir)
+    engines: dict[str, TeacherEngine] = {}
+    try:
+        for teacher_id, teacher in config.teachers.items():
+            log.info("loading teacher %s from %s", teacher_id, teacher.path)
+            try:
+                engine = engines[teacher_id] = load_engine(teacher_id, teacher, config, bases)
+            except OpdError as error:
+                error.message = f"teacher {teacher_id!r}: {error.message}"
+                raise
+            check_fits(teacher_id, engine.weight_sets, config.pool.memory_bytes)
+            facts = engine.facts
+            log.info(
+                "teacher %s: %s, V=%d, d=%d, %s, batching %s, head error %.1e, digest %s",
+                teacher_id, facts.model_type, facts.vocab_size, facts.hidden_size, facts.dtype,
+                facts.batch_layout, facts.head_error, facts.teacher_digest[:12],
+            )  # fmt: skip
+    except BaseException:
+        for engine in engines.values():
+            engine.close()
+        raise
+    return engines
+
+
+def open_catalogue(catalogue: Catalogue, engines: dict[str, TeacherEngine]) -> ScoringQueue:
+    """Begin to serve the engines; the queue is to be closed at the end."""
     config = catalogue.config
     pool = WeightPool(config.pool.memory_bytes)
-    for teacher_id, engine in engines.items():
-        pool.check_fits(teacher_id, engine.weight_sets)
     queue = ScoringQueue(engines, pool, config)
     queue.start()
     catalogue.install(engines, queue)

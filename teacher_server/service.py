@@ -32,6 +32,8 @@ Response = teacher_service_pb2.ScoreTrajectoriesResponse
 Outgoing: TypeAlias = Response | bytes  # chunks are serialized already
 # Of messages (about 1 MiB each) computed but not yet taken by gRPC, per stream.
 OUTBOX_MESSAGES = 8
+# Candidates that are checked in a thread: a million of them take a tenth of a second.
+MANY_IDS = 10_000
 
 
 class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
@@ -86,7 +88,8 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
         for _, array in tensors:
             view = byte_view(array)
             for start in range(max(0, request.offset - base), len(view), CHUNK_BYTES):
-                data = bytes(view[start : start + CHUNK_BYTES])
+                # Mapped pages come from the disk here: not on the loop.
+                data = await asyncio.to_thread(bytes, view[start : start + CHUNK_BYTES])
                 chunk = teacher_service_pb2.HeadChunk(offset=base + start, data=data)
                 yield teacher_service_pb2.GetHeadResponse(chunk=chunk)
             base += len(view)
@@ -180,7 +183,10 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                 raise OverloadedError(
                     f"more than {self._config.max_items_in_flight} items in flight on one stream", retry_delay_s=1.0
                 )
-            facts, job = self.catalogue.checked_job(item)
+            if len(item.candidate_token_ids) > MANY_IDS:
+                facts, job = await asyncio.to_thread(self.catalogue.checked_job, item)
+            else:
+                facts, job = self.catalogue.checked_job(item)
             deadline = asyncio.get_running_loop().time() + timeout_s
             try:
                 async with AsyncExitStack() as stack:

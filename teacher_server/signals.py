@@ -49,8 +49,8 @@ def _narrowed(job: ScoreJob, rows: slice, logits_of: Callable[[slice], Tensor]) 
         ids = torch.tensor([job.token_ids[position + 1] for position in job.predicting_positions[rows]])
         ids_rk = ids.to(logprobs_rV.device)[:, None]
         return ids_rk, logprobs_rV.gather(1, ids_rk)[:, 0]
-    if job.candidate_ids:
-        ids_rk = torch.tensor(job.candidate_ids, device=logprobs_rV.device).view(-1, job.top_k)[rows]
+    if job.candidate_ids is not None:
+        ids_rk = torch.from_numpy(job.candidate_ids[rows]).to(logprobs_rV.device)
         return ids_rk, logprobs_rV.gather(1, ids_rk)
     best = logprobs_rV.topk(job.top_k, dim=-1)
     return best.indices, best.values

@@ -52,7 +52,9 @@ class TransformersEngine:
             digest = self._base.digest
             if above is not None:
                 self._adapter, weights = self._base.add_adapter(above)
-                self._sets += [weights] if weights is not None else []
+                if weights is not None:
+                    self._sets.append(weights)
+                    weights.load()  # it may be another teacher's, too, and proved already
                 digest = hashlib.sha256(f"{digest} {self._adapter.digest}".encode()).hexdigest()
             if config.expected_digest not in (None, digest):
                 raise CorruptWeightsError(

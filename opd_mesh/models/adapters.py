@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -17,6 +18,18 @@ from opd_mesh.errors import ConfigError, CorruptWeightsError, ModelNotFoundError
 from opd_mesh.models.checkpoint import ADAPTER_CONFIG, check_safetensors, state_digest
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Of LoRA's configuration, what leaves the base's own weights and its embeddings alone. Other fields, those of later
+# versions of PEFT too, must be as PEFT has them by default.
+_HARMLESS = frozenset(
+    {
+        "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+        "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+        "use_rslora", "use_dora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+        "init_lora_weights", "runtime_config", "ensure_weight_tying",
+    }
+)  # fmt: skip
+# Others (PiSSA, OLoRA, CorDA, LoftQ, …) take something out of the base's weights.
+_INITS = (True, False, "gaussian", "orthogonal")
 # PEFT puts it before the names of the model it wraps.
 _PREFIX = "base_model.model."
 
@@ -91,12 +104,13 @@ def reason_not_to_share(model: Any, folder: Path) -> str | None:
     config, stored = read_adapter(folder)
     if type(config) is not LoraConfig:
         return f"it is {config.peft_type}, not LoRA"
-    for field in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
-                  "megatron_config", "alora_invocation_tokens", "use_qalora", "lora_bias"):  # fmt: skip
-        if getattr(config, field, None):
-            return f"it has {field}"
-    if config.bias != "none":
-        return f"it has bias: {config.bias}"
+    plain = LoraConfig()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _HARMLESS and value != getattr(plain, field.name) and value not in (None, False, [], {}):
+            return f"it has {field.name}: {value!r}"
+    if config.init_lora_weights not in _INITS:
+        return f"it was begun by {config.init_lora_weights!r}, which changes its base"
     outer = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
     for key in sorted(stored):
         path, factor, _ = key.removeprefix(_PREFIX).partition(".lora_")
@@ -127,6 +141,9 @@ class InjectedAdapter:
     peft_name: str
     tensors: Mapping[str, Tensor]
     digest: str
+
+
+_UNKNOWN = "?"
 
 
 class SharedBase:
@@ -163,7 +180,7 @@ class SharedBase:
             if isinstance(module, LoraLayer) and name in module.scaling
         }
         text = json.dumps([state_digest(tensors.items()), scaling], sort_keys=True)
-        self._active = name
+        self._active = _UNKNOWN
         self.activate(None)
         return InjectedAdapter(name, tensors, hashlib.sha256(text.encode()).hexdigest())
 
@@ -173,13 +190,19 @@ class SharedBase:
         if name == self._active:
             return
         tuner = self._peft.base_model
+        was, self._active = self._active, _UNKNOWN  # whatever is raised below, nothing is taken for granted then
         if name is None:
             tuner.disable_adapter_layers()
         else:
-            if self._active is None:
+            if was in (None, _UNKNOWN):
                 tuner.enable_adapter_layers()
             tuner.set_adapter(name, inference_mode=True)
         self._active = name
+
+    def remove(self, adapter: InjectedAdapter) -> None:
+        """Take it out again."""
+        self.activate(None)
+        self._peft.delete_adapter(adapter.peft_name)
 
 
 # --- merged ----------------------------------------------------------------------------------------------------

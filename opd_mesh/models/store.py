@@ -6,6 +6,7 @@ changed. Pickles are never fetched.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -14,11 +15,15 @@ import uuid
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock
+
 from opd_mesh.errors import ConfigError, ModelNotFoundError, UnavailableError
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".json", ".txt", ".model", ".jinja", ".tiktoken")
 _STATE = ".fetched.json"
+# Of the cache, and not of the store.
+_LOCAL_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
 
 def default_cache_dir() -> Path:
@@ -58,9 +63,28 @@ def _fetch(url: str, folder: Path) -> Path:
     wanted = {PurePosixPath(path).name: path for path in listing if path.endswith(SUFFIXES)}
     if not wanted:
         raise ModelNotFoundError(f"{url} holds no {', '.join(SUFFIXES)} file; give the folder of a checkpoint")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):  # servers of one machine may share the cache
+            _fetch_files(url, store, wanted, listing, folder)
+    except OSError as error:
+        if error.errno not in _LOCAL_ERRORS:
+            raise
+        raise ConfigError(
+            f"{folder} cannot be written: {error.strerror}; set pool.cache_dir to a folder with room for {url}",
+            field="pool.cache_dir",
+        ) from error
+    return folder
+
+
+def _fetch_files(
+    url: str, store: Any, wanted: dict[str, str], listing: dict[str, dict[str, Any]], folder: Path
+) -> None:
     state_file = folder / _STATE
-    state: dict[str, list[Any]] = json.loads(state_file.read_text()) if state_file.exists() else {}
+    try:
+        state: dict[str, list[Any]] = json.loads(state_file.read_text())
+    except (OSError, ValueError):
+        state = {}
     fetched: dict[str, list[Any]] = {}
     for name, path in sorted(wanted.items()):
         # The store's own word for "changed": an ETag, a generation, a time.
@@ -73,6 +97,10 @@ def _fetch(url: str, folder: Path) -> Path:
         try:
             store.get_file(path, str(partial))
             os.replace(partial, target)  # readers that have the old file mapped keep it
+        except OSError as error:
+            if error.errno in _LOCAL_ERRORS:
+                raise
+            raise _unreachable(f"{url}/{name}", error) from error
         except Exception as error:
             raise _unreachable(f"{url}/{name}", error) from error
         finally:
@@ -82,7 +110,6 @@ def _fetch(url: str, folder: Path) -> Path:
     replacement = folder / f"{_STATE}.{uuid.uuid4().hex}"
     replacement.write_text(json.dumps(fetched))
     os.replace(replacement, state_file)
-    return folder
 
 
 def _unreachable(url: str, error: Exception) -> UnavailableError:

@@ -135,15 +135,30 @@ async def test_a_dtype_that_is_not_the_files_is_converted_once(folder: Path, tmp
     pool = {"memory_bytes": nbytes("a", folder) // 2, "cache_dir": str(tmp_path)}
     async with pooled(config(teachers)) as whole:
         wanted = await whole.hidden("b")
+    stamps: list[dict[str, int]] = []
     for _ in range(2):
         async with pooled(config(teachers, pool=pool)) as few:
             await few.hidden("a")
             # bfloat16 products on a CPU depend on where the weights lie in memory, in the last place.
             assert np.allclose(await few.hidden("b"), wanted, atol=0.1)
-        files = sorted((tmp_path / "weights").iterdir())
+        files = sorted((tmp_path / "weights").glob("*.safetensors"))
         assert len(files) == 2
-        stamps = {file: file.stat().st_mtime_ns for file in files}
-        assert stamps == {file: file.stat().st_mtime_ns for file in sorted((tmp_path / "weights").iterdir())}
+        stamps.append({file.name: file.stat().st_mtime_ns for file in files})
+    assert stamps[0] == stamps[1]
+    # One that was cut short, by a machine that lost its power, is written again.
+    files[0].write_bytes(files[0].read_bytes()[:1000])
+    async with pooled(config(teachers, pool=pool)) as few:
+        assert np.allclose(await few.hidden("b"), wanted, atol=0.1)
+
+
+async def test_servers_that_share_a_cache_write_each_file_once(folder: Path, tmp_path: Path) -> None:
+    teachers = {"a": {"path": str(folder / "a"), "dtype": "bfloat16"}}
+    settings = config(teachers, pool={"memory_bytes": nbytes("a", folder), "cache_dir": str(tmp_path)})
+    both = await asyncio.gather(*(asyncio.to_thread(load_engines, settings) for _ in range(2)))
+    for engines in both:
+        queue = open_catalogue(Catalogue(settings), engines)
+        await queue.score("a", job())
+        await queue.close()
 
 
 async def test_a_teacher_larger_than_the_budget_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -169,6 +184,15 @@ async def test_weights_that_vanish_fail_their_teachers_items_alone(folder: Path,
         with pytest.raises(CorruptWeightsError, match=r"model\.safetensors cannot be read any more"):
             await few.hidden("b")
         await few.hidden("a", 1)
+        # One that is in memory is seen through its mapping when its file is written over.
+        head = dict(few.engines["a"].head_tensors())["weight"]
+        with (tmp_path / "a" / "model.safetensors").open("r+b") as file:
+            file.write(replaced.read_bytes())
+        with pytest.raises(CorruptWeightsError, match="has been replaced"):
+            await few.hidden("a", 2)
+        with pytest.raises(CorruptWeightsError, match="has been replaced"):
+            few.engines["a"].head_tensors()
+        assert head.shape[1] == 48
 
 
 # --- sharing -----------------------------------------------------------------------------------------------------
@@ -206,6 +230,30 @@ async def test_ten_adapters_cost_little_more_than_their_base(folder: Path, tmp_p
         assert len({engine.facts.teacher_digest for engine in few.engines.values()}) == 11
 
 
+async def test_one_adapter_under_two_ids_and_two_bases_of_one_name(folder: Path, tmp_path: Path) -> None:
+    for place, name in (("p", "a"), ("q", "b")):
+        shutil.copytree(folder / name, tmp_path / place / "base")
+    save_adapter(folder / "a", tmp_path / "lora", 1)
+    shutil.copytree(tmp_path / "lora", tmp_path / "copy")
+    teachers = {
+        "p": {"path": str(tmp_path / "p/base")},
+        "p1": {"path": str(tmp_path / "p/base"), "adapter": str(tmp_path / "lora")},
+        "p2": {"path": str(tmp_path / "p/base"), "adapter": str(tmp_path / "copy")},
+        "q1": {"path": str(tmp_path / "q/base"), "adapter": str(tmp_path / "lora")},
+    }
+    async with pooled(config(teachers)) as whole:
+        wanted = {name: await whole.hidden(name) for name in teachers}
+    # Room for one base and an adapter: everything comes and goes, the base stays what it is.
+    pool = {"memory_bytes": int(1.1 * nbytes("a", folder)), "cache_dir": str(tmp_path / "cache")}
+    async with pooled(config(teachers, pool=pool)) as few:
+        for name in [*teachers, *reversed(teachers), "p1", "p", "p2", "q1", "p"]:
+            assert np.allclose(await few.hidden(name), wanted[name], atol=1e-5), name
+        assert few.engines["p1"].weight_sets == few.engines["p2"].weight_sets
+        assert few.pool.counters.evictions > 4
+    assert np.array_equal(wanted["p1"], wanted["p2"])
+    assert not np.allclose(wanted["p1"], wanted["q1"], atol=0.01)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -215,6 +263,8 @@ async def test_ten_adapters_cost_little_more_than_their_base(folder: Path, tmp_p
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj"], "use_rslora": True},
         {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {"target_modules": ["q_proj"], "init_lora_weights": "olora"},
     ],
     ids=lambda settings: " ".join(f"{key}={value}" for key, value in settings.items()),
 )
@@ -226,8 +276,12 @@ async def test_adapters_of_every_kind_are_served_as_peft_computes_them(
     save_adapter(base, tmp_path / "adapter", 1, **settings)
     teachers = {"base": {"path": str(base)}, "adapted": {"path": str(base), "adapter": str(tmp_path / "adapter")}}
     pool = {"memory_bytes": 1 << 20, "cache_dir": str(tmp_path / "cache")}
+    async with pooled(config({"base": teachers["base"]})) as alone:
+        base_answer = await alone.hidden("base")
+    async with pooled(config(teachers)) as whole:
+        assert np.allclose(await whole.hidden("base"), base_answer, atol=1e-5)
     async with pooled(config(teachers, pool=pool)) as few:
-        await few.hidden("base")
+        assert np.allclose(await few.hidden("base"), base_answer, atol=1e-5)
         engine = few.engines["adapted"]
         answer = await few.queue.score("adapted", job(signal=Signal.HIDDEN_STATES))
         logits = (await few.queue.score("adapted", job(signal=Signal.LOGITS)))["logits"]
@@ -240,7 +294,7 @@ async def test_adapters_of_every_kind_are_served_as_peft_computes_them(
         assert np.allclose(logits, wanted, atol=1e-4)
         assert np.allclose(answer["hidden_states"] @ head["weight"].T, wanted, atol=1e-4)
         assert not np.allclose(plain, wanted, atol=0.1)
-        shares = "lm_head" not in str(settings) and "embed_tokens" not in str(settings)
+        shares = not any(word in str(settings) for word in ("lm_head", "embed_tokens", "pissa", "olora"))
         assert len(engine.weight_sets) == (2 if shares else 1)
 
 

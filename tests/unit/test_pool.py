@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mesh.errors import ConfigError, CorruptWeightsError
-from teacher_server.pool import WeightPool
+from opd_mesh.errors import ConfigError, CorruptWeightsError, InternalError, OpdError
+from teacher_server.pool import WeightPool, check_fits
 from teacher_server.residency import Resident, choose_victims
 from teacher_server.scheduling import Waiting, choose_turn
 
@@ -27,9 +27,9 @@ def test_victims_make_room_and_no_more_than_is_needed(
     drawn: list[tuple[Resident, bool]], needed: int, budget: int
 ) -> None:
     residents = [resident for resident, _ in drawn]
-    keep = {resident.name for resident, kept in drawn if kept}
+    keep = {resident.key for resident, kept in drawn if kept}
     victims = choose_victims(residents, needed, budget, keep=keep)
-    free_to_go = {item.name: item.num_bytes for item in residents if not item.in_use and item.name not in keep}
+    free_to_go = {item.key: item.num_bytes for item in residents if not item.in_use and item.key not in keep}
     held = sum(item.num_bytes for item in residents)
     if victims is None:
         assert held - sum(free_to_go.values()) + needed > budget
@@ -72,6 +72,28 @@ def test_a_turn_goes_to_somebody_who_waits(
         assert not ready & (set(teachers) - {current})  # nobody who could have begun at once
 
 
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=6), st.sets(st.sampled_from("abcd")))
+def test_no_teacher_waits_for_more_than_a_few_turns(arrivals: list[str], ready: set[str]) -> None:
+    """Two busy teachers in memory and more that never are: nobody is passed over twice in a row."""
+    waiting = [Waiting("x", 5), *(Waiting(name, 5) for name in arrivals), Waiting("y", 5)]
+    current, passed = "x", None
+    served: list[str] = []
+    for _ in range(3 * len(waiting)):
+        chosen = choose_turn(
+            waiting, current, served_tokens=9, turn_tokens=1, ready={"x", "y", *ready}, passed_over=passed
+        )
+        assert chosen is not None
+        oldest = next((item.teacher_id for item in waiting if item.teacher_id != current), None)
+        if chosen != current:
+            passed = oldest if oldest != chosen else None
+        current = chosen
+        served.append(chosen)
+        waiting = [item for item in waiting if item.teacher_id != chosen]
+        if chosen in "xy":
+            waiting.append(Waiting(chosen, 5))  # they never run dry
+    assert set(arrivals) <= set(served)
+
+
 def test_a_teacher_whose_turn_is_over_comes_behind_the_others() -> None:
     waiting = [Waiting("a", 5), Waiting("b", 5), Waiting("c", 5)]
     turn = {"turn_tokens": 20}
@@ -94,6 +116,10 @@ class Weights:
         self.log = log
         self.gate = gate
         self.failure: Exception | None = None
+
+    def check(self) -> None:
+        if isinstance(self.failure, OpdError):
+            raise self.failure
 
     def load(self) -> None:
         if self.gate is not None:
@@ -144,8 +170,8 @@ async def test_prefetching_is_no_wait_and_spares_what_is_needed_first() -> None:
         gate.set()
         async with pool.using([slow]):
             assert log == ["+a", "+slow"]
-    assert not pool.prefetch([b], keep=["a", "slow"])
-    assert pool.prefetch([b], keep=["slow"])
+    assert not pool.prefetch([b], keep=[a, slow])
+    assert pool.prefetch([b], keep=[slow])
     async with pool.using([b]):
         assert log == ["+a", "+slow", "-a", "+b"]
     await pool.close()
@@ -162,11 +188,62 @@ async def test_a_failure_to_load_is_told_and_takes_no_room() -> None:
             async with pool.using([a]):
                 pass
         assert pool.resident_bytes == 0
+    assert not pool.prefetch([a])
+    a.failure = RuntimeError("out of memory")
     assert pool.prefetch([a])
-    await asyncio.sleep(0.05)
+    with pytest.raises(InternalError, match="weights a cannot be loaded"):
+        async with pool.using([a]):
+            pass
     a.failure = None
     async with pool.using([a]):
         assert log == ["+a"]
+    await pool.close()
+
+
+@pytest.mark.asyncio
+async def test_one_that_cannot_be_loaded_evicts_nobody() -> None:
+    log: list[str] = []
+    a, b = weights(4, 4, log=log)
+    pool = WeightPool(4)
+    async with pool.using([a]):
+        pass
+    b.failure = CorruptWeightsError("gone")
+    with pytest.raises(CorruptWeightsError):
+        async with pool.using([b]):
+            pass
+    assert log == ["+a"]
+    assert pool.is_ready([a])
+    await pool.close()
+
+
+@pytest.mark.asyncio
+async def test_what_will_not_unload_keeps_nobody_out() -> None:
+    class Stuck(Weights):
+        def unload(self) -> None:
+            raise RuntimeError("still busy")
+
+    log: list[str] = []
+    stuck, b, c = Stuck("stuck", 2, log), *weights(2, 4, log=log)
+    pool = WeightPool(4)
+    async with pool.using([stuck, b]):
+        pass
+    async with pool.using([c]):
+        assert log == ["+stuck", "+a", "-a", "+b"]
+    await pool.close()
+
+
+@pytest.mark.asyncio
+async def test_a_set_that_failed_is_not_entered_beside_one_that_is_there() -> None:
+    log: list[str] = []
+    gate = threading.Event()
+    base, adapter = Weights("base", 4, log), Weights("adapter", 1, log, gate)
+    adapter.failure = RuntimeError("no")
+    pool = WeightPool(8)
+    pool.prefetch([adapter])
+    asyncio.get_running_loop().call_later(0.05, gate.set)
+    with pytest.raises(InternalError):
+        async with pool.using([base, adapter]):
+            raise AssertionError("entered")
     await pool.close()
 
 
@@ -178,7 +255,7 @@ async def test_sets_that_are_shared_are_loaded_once() -> None:
     async with pool.using([base, one]), pool.using([base, two]):
         assert sorted(log) == ["+a", "+b", "+c"]
     with pytest.raises(ConfigError, match="teacher 'x' needs 7 bytes"):
-        pool.check_fits("x", [base, one, two, Weights("d", 1, log)])
+        check_fits("x", [base, one, two, Weights("d", 1, log)], 6)
     await pool.close()
 
 

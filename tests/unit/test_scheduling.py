@@ -26,6 +26,13 @@ def test_one_that_does_not_fit_is_passed_over_and_not_waited_for() -> None:
     assert choose_batch(waiting, waiting[0].teacher_id, token_budget=10, max_items=1) == [0]
 
 
+def test_in_order_nothing_is_passed_over() -> None:
+    waiting = [Waiting("a", 4), Waiting("a", 7), Waiting("a", 1), Waiting("b", 1), Waiting("a", 1)]
+    assert choose_batch(waiting, "a", token_budget=10, max_items=9, in_order=True) == [0]
+    assert choose_batch(waiting, "a", token_budget=12, max_items=9, in_order=True) == [0, 1, 2]
+    assert choose_batch(waiting, "b", token_budget=12, max_items=9, in_order=True) == [3]
+
+
 @given(ITEMS, st.integers(1, 60), st.integers(1, 8))
 def test_a_batch_is_one_teachers_within_the_budget_and_holds_the_oldest(
     waiting: list[Waiting], token_budget: int, max_items: int
