@@ -17,8 +17,10 @@ from torch import Tensor
 from opd_mesh.errors import ConfigError, CorruptWeightsError
 from opd_mesh.models.checkpoint import check_safetensors, skeleton, state_digest, weight_files
 from opd_mesh.models.heads import extract_head
+from opd_mesh.models.mapped import FileIdentity
 
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CONFIG_FILE = "config.json"
 # ModelOpt writes its own file, other tools a section of config.json; TensorRT-LLM reads both by itself.
 QUANT_FILE, QUANT_SECTION = "hf_quant_config.json", "quantization_config"
 
@@ -33,6 +35,7 @@ class CheckpointFacts:
         num_bytes: of the safetensors files.
         architecture: the first of ``architectures``, by which TensorRT-LLM finds its model class; "" if none is named.
         quantization: the algorithm's name, such as "FP8"; "" for weights that are not quantized.
+        identities: of the weights' and the configuration's files, from before they were read.
     """
 
     folder: Path
@@ -45,29 +48,43 @@ class CheckpointFacts:
     vocab_size: int  # padding included
     quantization: str
     config: Mapping[str, Any]  # of the language model
+    identities: Mapping[Path, FileIdentity]
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointFacts:
         """Raises :class:`ModelNotFoundError`, :class:`CorruptWeightsError`, :class:`ConfigError`."""
         files = tuple(weight_files(folder))
-        whole = _json(folder / "config.json")
+        configs = [file for name in (CONFIG_FILE, QUANT_FILE) if (file := folder / name).is_file()]
+        identities = {file: FileIdentity.of(file) for file in (*files, *configs)}
+        whole = _json(folder / CONFIG_FILE)
         config = whole.get("text_config", whole)
         try:
             digest = state_digest(_tensors(files))
         except ValueError as error:
             raise CorruptWeightsError(f"{folder}: two safetensors files hold the same tensor: {error}") from error
-        return cls(
+        facts = cls(
             folder=folder,
             files=files,
             digest=digest,
-            num_bytes=sum(file.stat().st_size for file in files),
+            num_bytes=sum(identities[file].size for file in files),
             model_type=str(whole.get("model_type", "")),
             architecture=next(iter(whole.get("architectures") or ()), ""),
             hidden_size=int(_first(config, "hidden_size", "n_embd", folder=folder)),
             vocab_size=int(_first(config, "vocab_size", folder=folder)),
             quantization=_quantization(folder, whole),
             config=config,
+            identities=identities,
         )
+        facts.check()  # what was read belongs to these identities only if nothing was replaced meanwhile
+        return facts
+
+    def check(self) -> None:
+        """Raises :class:`CorruptWeightsError` where a file is gone, or another one than before it was read."""
+        for path, identity in self.identities.items():
+            if FileIdentity.of(path) != identity:
+                raise CorruptWeightsError(
+                    f"{path} has been replaced since it was first read; restart the server to serve the new weights"
+                )
 
     def kv_bytes_per_token(self, width: int) -> int:
         """Of the KV cache over all layers, for elements of ``width`` bytes; more than it takes where windows bound it.

@@ -83,10 +83,9 @@ class TensorRtEngine:
         )
         self._head: LinearHead | None = None
         try:
-            error, note = self._load_with_hidden_states(checkpoint, config)
-            self._layout = self._prove_rows(folder, TORCH_DTYPES[config.dtype], alone=deterministic)
+            error, note = self._load_proved(checkpoint, config, alone=deterministic)
         except BaseException:
-            self._weights.unload()
+            self._weights.discard()
             raise
         if not stays_loaded:
             self._weights.unload()
@@ -115,31 +114,36 @@ class TensorRtEngine:
         return (self._weights,)
 
     # --- proofs --------------------------------------------------------------------------------------------------
-    def _load_with_hidden_states(self, checkpoint: CheckpointFacts, config: TeacherConfig) -> tuple[float, str]:
-        """Loaded afterwards in any case: wrapped where that proves good, else as TensorRT-LLM makes it.
+    def _load_proved(self, checkpoint: CheckpointFacts, config: TeacherConfig, *, alone: bool) -> tuple[float, str]:
+        """Loaded afterwards: wrapped where all that it answers proves good, else as TensorRT-LLM makes it.
 
         Returns:
             The head's error in standard deviations of the logits (NaN: none measured), and why there is no head.
+
+        Raises:
+            ConfigError, CorruptWeightsError, InternalError, TooLongError: what TensorRT-LLM makes is not good either.
         """
-        error = float("nan")
+        error, dtype = float("nan"), TORCH_DTYPES[config.dtype]
         if config.tensorrt_llm.hidden_states:
             try:
-                head = checkpoint.head(vocab_size=self._vocab_size, dtype=TORCH_DTYPES[config.dtype])
+                head = checkpoint.head(vocab_size=self._vocab_size, dtype=dtype)
                 self._weights.load()
                 error = self._head_error(head)
-                tolerance = HEAD_TOLERANCES.get(TORCH_DTYPES[config.dtype], HEAD_TOLERANCES_DEFAULT)
+                tolerance = HEAD_TOLERANCES.get(dtype, HEAD_TOLERANCES_DEFAULT)
                 if error <= tolerance:  # refuses NaN, too
+                    self._layout = self._prove_rows(checkpoint.folder, dtype, alone=alone, hidden=True)
                     self._head = head
                     return error, ""
                 reason = f"hidden × head differs from the logits by {error:.1e} of their standard deviation"
             except Exception as failure:  # noqa: BLE001  internals that change by version: the model serves without
                 reason = f"{type(failure).__name__}: {failure}"
             log.warning("teacher %s offers no hidden states: %s", self.teacher_id, reason)
-            self._weights.unload()
+            self._weights.discard()
             self._weights.hidden = False
         else:
             reason = "tensorrt_llm.hidden_states is off"
         self._weights.load()
+        self._layout = self._prove_rows(checkpoint.folder, dtype, alone=alone, hidden=False)
         return error, f"hidden states are not offered: {reason}"
 
     def _head_error(self, head: LinearHead) -> float:
@@ -154,11 +158,12 @@ class TensorRtEngine:
         # Constant logits would prove nothing: NaN, or infinite.
         return float((ours_NV - logits_NV).abs().max() / logits_NV.std())
 
-    def _prove_rows(self, folder: Path, dtype: torch.dtype, *, alone: bool) -> BatchLayout:
+    def _prove_rows(self, folder: Path, dtype: torch.dtype, *, alone: bool, hidden: bool) -> BatchLayout:
         """Count, width and values of the rows: alone, in a batch, and of the longest item. Returns the layout.
 
         Args:
             alone: sequences will never share a batch.
+            hidden: also of the hidden states.
 
         Raises:
             ConfigError, CorruptWeightsError, InternalError, TooLongError.
@@ -167,9 +172,9 @@ class TensorRtEngine:
         for rows in self._ask([Prompt(self._probe(self._limit), logits=True)]):
             self._checked(folder, rows)
         worst = 0.0
-        for hidden in (False, True) if self._head is not None else (False,):
+        for of_hidden in (False, True) if hidden else (False,):
             prompts = [
-                Prompt(self._probe(tokens, seed), logits=not hidden, hidden=hidden)
+                Prompt(self._probe(tokens, seed), logits=not of_hidden, hidden=of_hidden)
                 for seed, tokens in enumerate(PROBE_TOKENS)
             ]
             lone = [self._checked(folder, rows) for prompt in prompts for rows in self._ask([prompt])]
@@ -220,7 +225,7 @@ class TensorRtEngine:
         """See :class:`teacher_server.engine.TeacherEngine`.
 
         Raises:
-            Exception: what TensorRT-LLM raises that does not concern one job.
+            Exception: what TensorRT-LLM raises that does not concern one job, although it was made again.
         """
         answers: list[dict[str, np.ndarray] | OpdError] = []
         for batch in self._batches(jobs):
@@ -229,9 +234,25 @@ class TensorRtEngine:
                 Prompt(job.token_ids, logits=not _hidden(job), hidden=_hidden(job))
                 for job in batch
             ]
-            for job, rows in zip(batch, self._weights.ask(prompts), strict=True):
+            for job, rows in zip(batch, self._ask_mended(prompts), strict=True):
                 answers.append(rows if isinstance(rows, OpdError) else self._answer(job, rows))
         return answers
+
+    def _ask_mended(self, prompts: Sequence[Prompt]) -> list[Rows | OpdError]:
+        """An LLM that answers nothing any more is made again, once for a batch, and in the computing thread."""
+        if not self._weights.broken:
+            try:
+                return self._weights.ask(prompts)
+            except Exception:
+                if not self._weights.broken:
+                    raise
+                log.warning(
+                    "teacher %s: TensorRT-LLM failed on %d sequences; it is made again, and they are tried once more",
+                    self.teacher_id, len(prompts), exc_info=True,
+                )  # fmt: skip
+        # Not inside the except: the error's frames hold the old model, which must be gone before the new one comes.
+        self._weights.load()
+        return self._weights.ask(prompts)
 
     def _batches(self, jobs: Sequence[ScoreJob]) -> Iterator[list[ScoreJob]]:
         """In order, so that the logits in flight stay within what one forward pass may hold; a long one goes alone."""

@@ -15,17 +15,20 @@ import logging
 import math
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from queue import Empty
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from opd_mesh.config.services import TensorRtConfig
-from opd_mesh.errors import ConfigError, CorruptWeightsError, InternalError, OpdError, PreconditionError, TooLongError
-from opd_mesh.models.mapped import FileIdentity
+from opd_mesh.errors import ConfigError, InternalError, OpdError, PreconditionError, TooLongError
 from opd_mesh.torch_tensors import TORCH_DTYPES
 from teacher_server.tensorrt_checkpoint import CheckpointFacts
 
@@ -43,6 +46,10 @@ MAX_BATCH_ITEMS = 64
 TOKENS_PER_BLOCK = 32  # of the KV cache, TensorRT-LLM's default
 # TensorRT-LLM wants to generate at least one token.
 GENERATED_TOKENS = 1
+# For the answers of one batch: a first pass may compile kernels, and no teacher worth serving is slower than the rate.
+ANSWER_TIMEOUT_S, ANSWER_TOKENS_PER_S = 300.0, 50.0
+# A worker that hangs does not end when it is told to.
+SHUTDOWN_TIMEOUT_S = 120.0
 _TOO_LONG = ("max_seq_len", "max_input_len", "max_num_tokens", "too long", "exceed")
 
 
@@ -135,6 +142,25 @@ def _with_hidden_states(stock: Any) -> Any:
 
 
 # --- the LLM -----------------------------------------------------------------------------------------------------
+T = TypeVar("T")
+# The wrapper and the process model are set for the whole process, and more than one thread makes LLMs.
+_MAKING = threading.Lock()
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What ``call`` returns or raises. Where it takes longer, its thread is left behind: :class:`TimeoutError`."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised where it is waited for
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="tensorrt-call", daemon=True).start()
+    return outcome.result(seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A sequence, and what is wanted of its positions."""
@@ -161,6 +187,7 @@ class TensorRtWeights:
     Attributes:
         num_bytes: of one device: the files, and the KV cache of a batch. Activations and logits come on top.
         hidden: whether the next :meth:`load` wraps the model.
+        broken: the LLM answers nothing any more, or could not be made again. The next :meth:`load` makes a new one.
     """
 
     def __init__(
@@ -178,29 +205,40 @@ class TensorRtWeights:
         self._config = config
         self._dtype = dtype
         self._max_tokens = max_tokens
-        self._identities = {file: FileIdentity.of(file) for file in checkpoint.files}
+        self.broken = False
         self._llm: Any = None
+
+    def check(self) -> None:
+        """Raises :class:`CorruptWeightsError` where a file is gone, or another one than when it was proved."""
+        self._checkpoint.check()
 
     def load(self) -> None:
         """Make the LLM, which takes a minute and more for a large checkpoint.
 
         Raises:
             ConfigError: the package or the GPUs are missing, or the model cannot be wrapped.
-            CorruptWeightsError: a file is gone, or another one than when its digest was taken.
+            CorruptWeightsError: as :meth:`check`.
             PreconditionError: TensorRT-LLM cannot load the checkpoint.
         """
+        if self.broken:
+            self.discard()
         if self._llm is not None:
             return
-        for path, identity in self._identities.items():
-            if FileIdentity.of(path) != identity:
-                raise CorruptWeightsError(
-                    f"{path} has been replaced since its digest was taken; restart the server to serve the new weights"
-                )
+        self.check()
+        self._make()
+        try:
+            self.check()  # it took minutes to read them
+        except BaseException:
+            self.discard()
+            raise
+        self.broken = False
+
+    def _make(self) -> None:
         package = require_tensorrt(self._config.tensor_parallel_size)
         from tensorrt_llm import LLM
         from tensorrt_llm.llmapi import KvCacheConfig
 
-        with ExitStack() as stack:
+        with _MAKING, ExitStack() as stack:
             if self.hidden:
                 stack.enter_context(hidden_states_beside_logits(self._checkpoint.architecture))
             try:
@@ -236,23 +274,32 @@ class TensorRtWeights:
         llm, self._llm = self._llm, None
         if llm is None:
             return
+        failure = ""
         try:
-            llm.shutdown()
-        except Exception as error:
-            raise InternalError(f"{self.name}: TensorRT-LLM did not shut down: {error}") from error
-        finally:
-            # A model that lived in this process (single process) goes with its last reference.
-            del llm
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            within(SHUTDOWN_TIMEOUT_S, llm.shutdown)
+        except Exception as error:  # noqa: BLE001  raised below, without the frames that hold the LLM
+            log.warning("%s: TensorRT-LLM did not shut down", self.name, exc_info=True)
+            failure = f"{type(error).__name__}: {error}"
+        # A model that lived in this process (single process) goes with its last reference.
+        del llm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if failure:
+            raise InternalError(f"{self.name}: TensorRT-LLM did not shut down: {failure}")
+
+    def discard(self) -> None:
+        """:meth:`unload` where another error is on its way, or a new LLM: that it fails stands in the log alone."""
+        with suppress(InternalError):
+            self.unload()
 
     def ask(self, prompts: Sequence[Prompt]) -> list[Rows | OpdError]:
         """All of them in flight together; one answer per prompt, in order, whole or an error of that prompt alone.
 
         Raises:
             InternalError: not loaded.
-            Exception: whatever TensorRT-LLM raises that does not concern one request; the others are given up.
+            TimeoutError: an answer did not come. The others are given up, and the LLM is ``broken``.
+            Exception: whatever else TensorRT-LLM raises that does not concern one request; likewise.
         """
         if self._llm is None:
             raise InternalError(f"{self.name} is not loaded")
@@ -261,6 +308,8 @@ class TensorRtWeights:
         refusals = (ValueError, RequestError)  # by version
         requests: list[Any] = []
         answers: list[Rows | OpdError] = []
+        tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S + tokens / ANSWER_TOKENS_PER_S
         try:
             for prompt in prompts:
                 try:
@@ -270,15 +319,19 @@ class TensorRtWeights:
             for index, prompt in enumerate(prompts):
                 request, requests[index] = requests[index], None
                 try:
-                    answers.append(request if isinstance(request, OpdError) else _rows(prompt, request.result()))
+                    answers.append(request if isinstance(request, OpdError) else _rows(prompt, _result(request, deadline)))
                 except refusals as error:
                     answers.append(self._refused(prompt, error))
                 except OpdError as error:
                     answers.append(error)
+        except Exception:
+            self.broken = True
+            raise
         finally:
             for request in requests:
                 if request is not None and not isinstance(request, OpdError):
-                    request.abort()
+                    with suppress(Exception):  # of an LLM that is gone; the error that it is gone of is on its way
+                        request.abort()
         return answers
 
     def _begin(self, prompt: Prompt) -> Any:
@@ -297,6 +350,15 @@ class TensorRtWeights:
         text = f"TensorRT-LLM refused a sequence of {len(prompt.token_ids)} tokens: {error}"
         too_long = any(word in str(error).lower() for word in _TOO_LONG)
         return TooLongError(text) if too_long else InternalError(text)
+
+
+def _result(request: Any, deadline: float) -> Any:
+    seconds = max(deadline - time.monotonic(), 0.0)
+    try:
+        # Some versions do not heed the timeout. Where they do, it ends the thread.
+        return within(seconds, lambda: request.result(timeout=seconds))
+    except (Empty, TimeoutError) as error:
+        raise TimeoutError("TensorRT-LLM did not answer a batch in the time allowed; does a worker hang?") from error
 
 
 def _rows(prompt: Prompt, output: Any) -> Rows:

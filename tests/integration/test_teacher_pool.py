@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tiny_models import save_tiny_checkpoint, tiny_model
 from opd_mesh.config.base import parse_config
 from opd_mesh.config.services import TeacherServerConfig
 from opd_mesh.errors import ConfigError, CorruptWeightsError, ModelNotFoundError, OpdError
+from opd_mesh.models.mapped import MappedWeights
 from opd_mesh.models.store import local_folder
 from teacher_server.catalogue import Catalogue
 from teacher_server.engine import ScoreJob, Signal, TeacherEngine
@@ -151,14 +153,20 @@ async def test_a_dtype_that_is_not_the_files_is_converted_once(folder: Path, tmp
         assert np.allclose(await few.hidden("b"), wanted, atol=0.1)
 
 
-async def test_servers_that_share_a_cache_write_each_file_once(folder: Path, tmp_path: Path) -> None:
-    teachers = {"a": {"path": str(folder / "a"), "dtype": "bfloat16"}}
-    settings = config(teachers, pool={"memory_bytes": nbytes("a", folder), "cache_dir": str(tmp_path)})
-    both = await asyncio.gather(*(asyncio.to_thread(load_engines, settings) for _ in range(2)))
-    for engines in both:
-        queue = open_catalogue(Catalogue(settings), engines)
-        await queue.score("a", job())
-        await queue.close()
+async def test_servers_that_share_a_cache_write_each_file_once(tmp_path: Path) -> None:
+    """As if several servers of a machine started at once: what one has written, the others take."""
+    cache_file = tmp_path / "weights" / "digest.safetensors"
+    start = threading.Barrier(4)
+
+    def bind(number: int) -> MappedWeights:
+        tensors = {"weight": torch.arange(1 << 16, dtype=torch.float32)}
+        start.wait(20)
+        return MappedWeights.bind(str(number), tensors.items(), sources=[], cache_file=cache_file, device="cpu")
+
+    for weights in await asyncio.gather(*(asyncio.to_thread(bind, number) for number in range(4))):
+        weights.unload()
+        weights.load()  # it would say that the file has been replaced
+        assert torch.equal(weights.read("weight"), torch.arange(1 << 16, dtype=torch.float32))
 
 
 async def test_a_teacher_larger_than_the_budget_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -249,7 +257,7 @@ async def test_one_adapter_under_two_ids_and_two_bases_of_one_name(folder: Path,
         for name in [*teachers, *reversed(teachers), "p1", "p", "p2", "q1", "p"]:
             assert np.allclose(await few.hidden(name), wanted[name], atol=1e-5), name
         assert few.engines["p1"].weight_sets == few.engines["p2"].weight_sets
-        assert few.pool.counters.evictions > 4
+        assert few.pool.counters.evictions >= 4
     assert np.array_equal(wanted["p1"], wanted["p2"])
     assert not np.allclose(wanted["p1"], wanted["q1"], atol=0.01)
 
