@@ -27,6 +27,7 @@ from opd_mesh.progress import ProgressView
 from opd_mesh.valkey import EmbeddedValkey
 
 log = logging.getLogger("opd_mesh.supervisor")
+START_LIMIT_S = 7200.0
 START_TIMEOUT_S = 600.0  # without a word in its log; a large teacher takes minutes to load and prove
 STOP_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 12
@@ -160,7 +161,8 @@ class LocalMesh:
 
     async def _address(self, child: Child) -> str:
         deadline, said = time.monotonic() + START_TIMEOUT_S, 0
-        while time.monotonic() < deadline:
+        limit = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < min(deadline, limit):
             if (size := child.log_path.stat().st_size) != said:
                 deadline, said = time.monotonic() + START_TIMEOUT_S, size
             if child.ready_file.exists():
@@ -172,7 +174,8 @@ class LocalMesh:
                 )
             await asyncio.sleep(0.05)
         raise UnavailableError(
-            f"the {child.name} server was not ready and said nothing for {START_TIMEOUT_S:g} s; see {child.log_path}"
+            f"the {child.name} server is not ready; it said nothing for {START_TIMEOUT_S:g} s, or was not done in "
+            f"{START_LIMIT_S:g} s: see {child.log_path}"
         )
 
     def ended(self) -> list[Child]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -193,9 +193,21 @@ def _draw(
 class HeldoutSets:
     """The fixed responses and their marks, on disk in ``RUN_DIR/heldout``, so that a resumed run uses the same."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, head_digests: Callable[[], Mapping[str, str]] = dict) -> None:
         self._folder = folder
+        self._head_digests = head_digests
         self._samples: dict[tuple[str, str], list[Sample]] = {}
+
+    def _mark(self, mark: dict[str, Any], index: int, tensors: Mapping[str, np.ndarray]) -> Mark:
+        teacher_id = mark["teacher"]
+        place = f"{index}.{teacher_id}"
+        if "signal" in mark:
+            said = {part: tensors[f"{place}.{part}"] for part in mark["tensors"]}
+            return Mark(teacher_id, mark["weight"], MarkSignal(mark["signal"]), mark["head"], HeldAnswer(said))
+        # As runs wrote it before there were several signals: one tensor, and the head that the teacher has.
+        signal = MarkSignal.LOGITS if mark["logits"] else MarkSignal.HIDDEN_STATES
+        head = None if mark["logits"] else self._head_digests()[teacher_id]
+        return Mark(teacher_id, mark["weight"], signal, head, HeldAnswer({str(signal): tensors[place]}))
 
     def path(self, domain: str, name: str) -> Path:
         """Of the trajectories of one set."""
@@ -235,16 +247,7 @@ class HeldoutSets:
             samples = []
             for index, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
                 value = json.loads(line)
-                marks = tuple(
-                    Mark(
-                        mark["teacher"],
-                        mark["weight"],
-                        MarkSignal(mark["signal"]),
-                        mark["head"],
-                        HeldAnswer({part: tensors[f"{index}.{mark['teacher']}.{part}"] for part in mark["tensors"]}),
-                    )
-                    for mark in value["marks"]
-                )
+                marks = tuple(self._mark(mark, index, tensors) for mark in value["marks"])
                 samples.append(Sample(trajectory_from_json(value["trajectory"]), marks))
             self._samples[domain, name] = samples
         return self._samples.get((domain, name))
@@ -268,7 +271,7 @@ class Evaluator:
         self._rollouts = rollouts
         self._heads = heads
         self._measure = reverse_kl_measure(recipe.objective, deterministic=recipe.run.deterministic)
-        self._sets = HeldoutSets(run_dir / "heldout")
+        self._sets = HeldoutSets(run_dir / "heldout", lambda: teachers.head_digests)
 
     async def evaluate(self, domains: Sequence[Domain], *, lineage: int, step: int) -> dict[str, float]:
         """Metrics by name: ``heldout_kl/<domain>`` (both sets), ``heldout_kl/<domain>/<set>``,

@@ -8,11 +8,13 @@ for is asked for at once, room or not, so the bound is passed by one share of a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from opd_mesh.errors import CancelledByCallerError
+from opd_mesh.errors import CancelledByCallerError, InternalError
 
 log = logging.getLogger("student_trainer")
 Tensors = Mapping[str, np.ndarray]
@@ -39,9 +41,9 @@ class BufferCounters:
 class BufferedAnswer:
     """One answer on its way through the buffer; an :class:`student_trainer.batch.Answer`."""
 
-    def __init__(self, buffer: MarkBuffer, num_bytes: int) -> None:
+    def __init__(self, buffer: MarkBuffer, num_bytes: int, rank: int) -> None:
         self.num_bytes = num_bytes
-        self.rank = 0  # in the order of use; larger is later
+        self.rank = rank  # in the order of use; larger is later
         self.admitted = asyncio.Event()
         self.in_memory = False
         self.result: Future[Tensors | _Spilled] = Future()
@@ -60,6 +62,21 @@ class BufferedAnswer:
     def release(self) -> None:
         """See :class:`student_trainer.batch.Answer`."""
         self._buffer.release(self)
+
+    def settle(self, outcome: Tensors | _Spilled | BaseException) -> None:
+        """What whoever waits, or asks from now on, gets; what it held before is let go of."""
+        replacement: Future[Tensors | _Spilled] = self.result if not self.result.done() else Future()
+        if isinstance(outcome, BaseException):
+            replacement.set_exception(outcome)
+        else:
+            replacement.set_result(outcome)
+        self.result = replacement
+
+    def spilled(self) -> Path | None:
+        """The file, where it is on the disk."""
+        done = self.result.done() and self.result.exception() is None
+        said = self.result.result() if done else None
+        return said.path if isinstance(said, _Spilled) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,64 +106,67 @@ class MarkBuffer:
 
     Args:
         max_bytes: of answers in memory, those on their way included.
-        spill_dir: where answers go that have no room; None: asking waits.
+        spill_dir: where answers go that have no room, emptied here; None: asking waits.
     """
 
     def __init__(self, max_bytes: int, spill_dir: Path | None = None) -> None:
         self._max_bytes = max_bytes
         self._spill_dir = spill_dir
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._unreleased: set[BufferedAnswer] = set()
         self._waiting: list[BufferedAnswer] = []
-        self._held: set[BufferedAnswer] = set()  # answered, in memory, not released
-        self._spilling: set[BufferedAnswer] = set()
+        self._held: set[BufferedAnswer] = set()  # answered, in memory, not being spilled
+        self._spilling: BufferedAnswer | None = None
+        self._giving_up = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()  # of the counters that the updating thread adds to
-        self._arrivals = 0
+        self._asked = 0
         self.bytes_in_memory = 0
         self._counters = BufferCounters()
+        if spill_dir is not None:
+            shutil.rmtree(spill_dir, ignore_errors=True)  # of a run that was killed
 
     def ask(self, num_bytes: int, ask: Ask) -> BufferedAnswer:
         """Ask a teacher as soon as there is room for its answer of ``num_bytes``."""
         self._loop = asyncio.get_running_loop()
-        answer = BufferedAnswer(self, num_bytes)
-        self._arrivals += 1
-        answer.rank = self._arrivals
+        self._asked += 1
+        answer = BufferedAnswer(self, num_bytes, self._asked)
+        self._unreleased.add(answer)
         self._waiting.append(answer)
-        task = asyncio.create_task(self._fetch(answer, ask))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._start(self._fetch(answer, ask))
         self._admit()
         return answer
 
-    async def _fetch(self, answer: BufferedAnswer, ask: Ask) -> None:
-        try:
-            await answer.admitted.wait()
-            tensors = await ask()
-        except asyncio.CancelledError:
-            self._forget(answer)
-            answer.result.set_exception(CancelledByCallerError("the step was given up"))
-            raise
-        except BaseException as error:  # noqa: BLE001 - handed to who waits for it
-            self._forget(answer)
-            answer.result.set_exception(error)
-        else:
-            self._held.add(answer)
-            answer.result.set_result(tensors)
-            self._admit()
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    def expect(self, answers: Iterable[BufferedAnswer]) -> None:
+    async def _fetch(self, answer: BufferedAnswer, ask: Ask) -> None:
+        await answer.admitted.wait()
+        try:
+            tensors = await ask()
+        except Exception as error:  # noqa: BLE001 - handed to who waits for it
+            self._leave_memory(answer)
+            answer.settle(error)
+        else:
+            if answer in self._unreleased:
+                self._held.add(answer)
+                answer.settle(tensors)
+        self._admit()
+
+    def expect(self, answers: Sequence[BufferedAnswer]) -> None:
         """The order of use: who waits is admitted in it, and what is needed last is spilled first."""
-        for rank, answer in enumerate(answers):
-            answer.rank = rank
+        for rank, answer in reversed(list(enumerate(answers))):
+            answer.rank = rank  # of its first use, where it has several
         self._waiting.sort(key=lambda answer: answer.rank)
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting:
+        while self._waiting and not self._giving_up:
             answer = self._waiting[0]
             if self.bytes_in_memory and self.bytes_in_memory + answer.num_bytes > self._max_bytes:
-                if self._spill_dir is not None and not self._spilling:
-                    self._spill_one(self._spill_dir)
+                self._spill_one()
                 return
             self._let_in(answer)
 
@@ -157,50 +177,46 @@ class MarkBuffer:
         self._counters.peak_bytes = max(self._counters.peak_bytes, self.bytes_in_memory)
         answer.admitted.set()
 
-    def _spill_one(self, folder: Path) -> None:
-        if not self._held:
-            return  # all of it is on its way; the next one that arrives may go
-        answer = max(self._held, key=lambda held: held.rank)
-        self._held.discard(answer)
-        self._spilling.add(answer)
-        task = asyncio.create_task(self._spill(answer, folder / f"{uuid.uuid4().hex}.bin"))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _spill_one(self) -> None:
+        """What is needed last; the next one follows when it is on the disk."""
+        if self._spill_dir is None or self._spilling is not None or not self._held:
+            return
+        self._spilling = max(self._held, key=lambda held: held.rank)
+        self._held.discard(self._spilling)
+        self._start(self._spill(self._spilling, self._spill_dir / f"{uuid.uuid4().hex}.bin"))
 
     async def _spill(self, answer: BufferedAnswer, path: Path) -> None:
         tensors = answer.result.result()
         assert not isinstance(tensors, _Spilled)  # only what is held is spilled
+        writing = asyncio.ensure_future(asyncio.to_thread(_Spilled.write, path, tensors))
         try:
-            spilled = await asyncio.to_thread(_Spilled.write, path, tensors)
+            spilled = await asyncio.shield(writing)
         except OSError as error:
-            log.warning("%s cannot be written: %s; the answer stays in memory", path, error)
-            self._spilling.discard(answer)
-            self._held.add(answer)
-            self._max_bytes = max(self._max_bytes, self.bytes_in_memory + answer.num_bytes)
-            self._admit()
-            return
-        self._spilling.discard(answer)
-        if not answer.in_memory:  # released meanwhile
+            log.warning("%s cannot be written: %s. Answers wait for room from now on", path, error)
+            self._spill_dir = None
+            with contextlib.suppress(OSError):
+                path.unlink()
+            if answer in self._unreleased:
+                self._held.add(answer)
+        except asyncio.CancelledError:
+            await asyncio.wait({writing})
             path.unlink(missing_ok=True)
+            raise
         else:
-            replacement: Future[Tensors | _Spilled] = Future()
-            replacement.set_result(spilled)
-            answer.result = replacement
-            self._counters.spilled_bytes += answer.num_bytes
-            self._leave_memory(answer)
+            if answer in self._unreleased:
+                answer.settle(spilled)
+                self._counters.spilled_bytes += answer.num_bytes
+                self._leave_memory(answer)
+            else:
+                path.unlink(missing_ok=True)
+        finally:
+            self._spilling = None
         self._admit()
 
     def _leave_memory(self, answer: BufferedAnswer) -> None:
         if answer.in_memory:
             answer.in_memory = False
             self.bytes_in_memory -= answer.num_bytes
-
-    def _forget(self, answer: BufferedAnswer) -> None:
-        if answer in self._waiting:
-            self._waiting.remove(answer)
-        self._held.discard(answer)
-        self._leave_memory(answer)
-        self._admit()
 
     # --- from the updating thread --------------------------------------------------------------------------------
     def demand(self, answer: BufferedAnswer) -> None:
@@ -215,12 +231,19 @@ class MarkBuffer:
         """Its memory, or its file, is free."""
         self._call(self._drop, answer)
 
-    def _drop(self, answer: BufferedAnswer) -> None:
-        if answer.result.done() and answer.result.exception() is None:
-            said = answer.result.result()
-            if isinstance(said, _Spilled):
-                said.path.unlink(missing_ok=True)
-        self._forget(answer)
+    def _drop(self, answer: BufferedAnswer, why: BaseException | None = None) -> None:
+        if answer not in self._unreleased:
+            return
+        self._unreleased.discard(answer)
+        self._held.discard(answer)
+        if answer in self._waiting:
+            self._waiting.remove(answer)
+        if (path := answer.spilled()) is not None:
+            path.unlink(missing_ok=True)
+        self._leave_memory(answer)
+        # Samples and plan live until the end of the step; the numbers do not.
+        answer.settle(why or InternalError("this answer has been released"))
+        self._admit()
 
     def _call(self, method: Callable[[BufferedAnswer], None], answer: BufferedAnswer) -> None:
         assert self._loop is not None  # set by the first ask
@@ -240,9 +263,13 @@ class MarkBuffer:
 
     async def give_up(self) -> None:
         """Cancel what is asked for; who waits for it gets :class:`CancelledByCallerError`. All memory is free then."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for answer in [*self._held, *self._waiting]:
-            self._drop(answer)
+        self._giving_up = True
+        try:
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            for answer in list(self._unreleased):
+                self._drop(answer, CancelledByCallerError("the step was given up"))
+        finally:
+            self._giving_up = False

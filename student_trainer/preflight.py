@@ -12,10 +12,13 @@ from opd_mesh.clients.replica import speaks_of_the_replica
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import (
     ConfigError,
+    DeadlineError,
     OpdError,
+    OverloadedError,
     PreconditionError,
     TeacherUnavailableError,
     TokenizerMismatchError,
+    UnavailableError,
 )
 from opd_mesh.models.tokenizer import (
     TokenizerRoles,
@@ -30,6 +33,10 @@ from student_trainer.teachers import Teachers
 
 log = logging.getLogger("student_trainer")
 PROBE_TOKENS = 32
+# Between two attempts to find one replica that scores, where it does not say how long.
+RETRY_DELAY_S = 0.5
+# What may be otherwise in a moment.
+PASSING = (OverloadedError, UnavailableError, DeadlineError)
 
 
 @dataclass(frozen=True)
@@ -171,13 +178,12 @@ async def check_replicas(recipe: Recipe, teachers: Teachers) -> None:
 
     Raises:
         PreconditionError: names the teacher, both replicas, the first differing position, and by how much.
-        TeacherUnavailableError: no replica of a teacher answers.
+        TeacherUnavailableError: no replica of a teacher answers within ``teacher_timeout_s``.
     """
     references: dict[str, tuple[str, np.ndarray]] = {}
+    silent: dict[str, dict[str, OpdError]] = {}
 
     async def probe(teacher_id: str, address: str) -> None:
-        if teacher_id not in references:
-            return
         reference_address, reference = references[teacher_id]
         rows = await teachers.rows_at(teacher_id, address, _probe_ids(teachers, teacher_id))
         card, wire = teachers.cards[teacher_id], recipe.objective.wire_dtype
@@ -200,32 +206,64 @@ async def check_replicas(recipe: Recipe, teachers: Teachers) -> None:
                 metadata={"teacher_id": teacher_id, "replica": address, "position": str(found.row)},
             )
 
-    teachers.probe_newcomers(probe)
     for teacher_id in teachers.cards:
-        if teachers.has_one_address(teacher_id):
-            continue
-        silent: dict[str, OpdError] = {}
-        for address in teachers.replicas_of(teacher_id):
-            try:
-                ids = _probe_ids(teachers, teacher_id)
-                references[teacher_id] = address, await teachers.rows_at(teacher_id, address, ids)
-                break
-            except OpdError as error:
-                _keep_if_silent(error, address, silent)
-        if teacher_id not in references:
-            said = "; ".join(f"{address}: {why}" for address, why in silent.items()) or "none serves"
-            raise TeacherUnavailableError(f"no replica of teacher {teacher_id!r} scores a sequence ({said})")
-        first = references[teacher_id][0]
-        others = [each for each in teachers.replicas_of(teacher_id) if each != first and each not in silent]
+        if not teachers.has_one_address(teacher_id):
+            address, rows, silent[teacher_id] = await _first_answer(teachers, teacher_id, recipe.teacher_timeout_s)
+            references[teacher_id] = address, rows
+    # Between these two lines nothing can happen: who serves by now was admitted without a question and is listed here,
+    # who is admitted from now on is asked. A question without its reference would let a newcomer in unasked.
+    teachers.probe_newcomers(probe)
+    unasked = {
+        teacher_id: [
+            each for each in teachers.replicas_of(teacher_id) if each != first and each not in silent[teacher_id]
+        ]
+        for teacher_id, (first, _) in references.items()
+    }
+    for teacher_id, others in unasked.items():
         answers = await asyncio.gather(*(probe(teacher_id, each) for each in others), return_exceptions=True)
         for address, answer in zip(others, answers, strict=True):
             if isinstance(answer, OpdError):
-                _keep_if_silent(answer, address, silent)
+                _keep_if_silent(answer, address, silent[teacher_id])
             elif answer is not None:
                 raise answer
-        for address, why in silent.items():
+        for address, why in silent[teacher_id].items():
             log.warning("replica %s of teacher %s is left out until it scores: %s", address, teacher_id, why)
             teachers.leave_out(teacher_id, address, why)
+
+
+async def _first_answer(
+    teachers: Teachers, teacher_id: str, timeout_s: float
+) -> tuple[str, np.ndarray, dict[str, OpdError]]:
+    """The first replica that scores the sequence, what it says, and what is the matter with those asked before it.
+
+    Each is asked again, no sooner than it says, while anything may be different in a moment.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    ids = _probe_ids(teachers, teacher_id)
+    silent: dict[str, OpdError] = {}
+    due: dict[str, float] = {}
+    while True:
+        for address in teachers.replicas_of(teacher_id):
+            if due.get(address, 0.0) > loop.time():
+                continue
+            silent.pop(address, None)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return address, await teachers.rows_at(teacher_id, address, ids), silent
+            except TimeoutError:
+                silent[address] = DeadlineError(f"no answer within {timeout_s:g} s")
+            except OpdError as error:
+                _keep_if_silent(error, address, silent)
+                due[address] = loop.time() + (error.retry_delay_s or RETRY_DELAY_S)
+        left_s = deadline - loop.time()
+        if left_s <= 0 or (silent and not any(isinstance(error, PASSING) for error in silent.values())):
+            said = "; ".join(f"{address}: {why}" for address, why in silent.items()) or "none serves"
+            raise TeacherUnavailableError(
+                f"no replica of teacher {teacher_id!r} scores a sequence, asked for {timeout_s - left_s:.3g} s ({said})"
+            )
+        waits = [due[address] - loop.time() for address in teachers.replicas_of(teacher_id) if address in due]
+        await asyncio.sleep(max(0.0, min([*waits, RETRY_DELAY_S, left_s])))
 
 
 def _keep_if_silent(error: OpdError, address: str, silent: dict[str, OpdError]) -> None:

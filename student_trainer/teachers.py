@@ -60,7 +60,7 @@ class Teachers:
         self.signals: dict[str, MarkSignal] = {}
         self.full_signals: dict[str, MarkSignal | None] = {}
         self._asked_again = 0
-        self._asked_tokens: Counter[str] = Counter()  # asked and not answered, by a client's target
+        self._asked_tokens: Counter[int] = Counter()  # asked and not answered, by a client's id
 
     async def connect(self) -> None:
         """Wait for a replica of every teacher, read the cards, choose the signals.
@@ -98,7 +98,7 @@ class Teachers:
         objective = self._recipe.objective
         k = objective.k if isinstance(objective, TopKConfig) else 0
         narrow = {
-            MarkSignal.TOP_K_LOGPROBS: 0 < k <= card.limits.max_top_k,
+            MarkSignal.TOP_K_LOGPROBS: 0 < k <= (card.limits.max_top_k or k),
             MarkSignal.TOKEN_LOGPROBS: isinstance(objective, SampledTokenConfig),
         }
         usable = [HIDDEN, LOGITS, *(s for s, fits in narrow.items() if fits and objective.temperature == 1.0)]
@@ -307,11 +307,11 @@ class Teachers:
     async def _tensors(self, trajectory: Trajectory, teacher_id: str, signal: MarkSignal) -> dict[str, np.ndarray]:
         client = self._clients[teacher_id]
         tokens = len(trajectory.token_ids)
-        self._asked_tokens[client.target] += tokens
+        self._asked_tokens[id(client)] += tokens
         try:
             return await self._ask_until_answered(client, trajectory, teacher_id, signal)
         finally:
-            self._asked_tokens[client.target] -= tokens
+            self._asked_tokens[id(client)] -= tokens
 
     async def _ask_until_answered(
         self, client: TeacherClient, trajectory: Trajectory, teacher_id: str, signal: MarkSignal
@@ -319,7 +319,7 @@ class Teachers:
         silence_s = self._recipe.teacher_timeout_s
         # A queue of our own making is no silence: what was asked before this is computed first.
         per_token_s = self._recipe.teacher_channel.channel.item_timeout_per_token_s
-        budget_s = silence_s + per_token_s * self._asked_tokens[client.target]
+        budget_s = silence_s + per_token_s * self._asked_tokens[id(client)]
         loop = asyncio.get_running_loop()
         deadline = loop.time() + budget_s
         last: OpdError | None = None
@@ -327,7 +327,6 @@ class Teachers:
         while (left := deadline - loop.time()) > 0:
             self._asked_again += last is not None
             request = self._request(teacher_id, trajectory.token_ids, trajectory.scored_spans, left, signal)
-            started = loop.time()
             try:
                 async with asyncio.timeout(left):
                     result = await client.score(request)
@@ -340,7 +339,7 @@ class Teachers:
                 if not isinstance(error, UnavailableError):
                     unreachable_since = None
                 elif unreachable_since is None:
-                    unreachable_since = started
+                    unreachable_since = loop.time()
                 if unreachable_since is not None and loop.time() - unreachable_since > silence_s:
                     break
                 await asyncio.sleep(min(error.retry_delay_s or RETRY_DELAY_S, max(0.0, deadline - loop.time())))

@@ -126,7 +126,8 @@ class Trainer:
             except asyncio.CancelledError:
                 if not (self.stopping and self._preparing.cancelled()):
                     raise
-                raise CancelledByCallerError("stopped before the first step") from None
+                self.end_unbegun()
+                return
             self.state.set(Phase.RUNNING)
             while self.progress.step < self.recipe.run.steps and not self.stopping:
                 await self.between_steps()
@@ -289,7 +290,7 @@ class Trainer:
         # In deterministic mode the order of computation does not depend on how many heads fit the device.
         together = 1 if self.recipe.run.deterministic else batch.heads_resident
         plan = plan_batch(samples, tokens_per_pass=batch.tokens_per_pass, heads_together=together)
-        self.marks.expect(mark.answer for mark in marks_in_order(plan) if isinstance(mark.answer, BufferedAnswer))
+        self.marks.expect([mark.answer for mark in marks_in_order(plan) if isinstance(mark.answer, BufferedAnswer)])
         self.optimizer.zero_grad()
         loss, means = await asyncio.to_thread(compute_gradients, plan, self.student, self.objective, self.heads)
         self._weights_hold = False
@@ -307,6 +308,7 @@ class Trainer:
         if self._gathering is not None:
             self._gathering.cancel()
         self._giving_up = asyncio.ensure_future(self.marks.give_up())
+        self._giving_up.add_done_callback(lambda done: done.cancelled() or done.result())
 
     async def gather_samples(self, number: int, clock: Clock) -> Gathered:
         """Write the step's responses; every trajectory is marked as soon as it arrives."""
@@ -412,6 +414,17 @@ class Trainer:
         self.summarize("finished" if whole else "interrupted")
         self.state.set(Phase.FINISHED, "done")
         self._answer_saves()
+
+    def end_unbegun(self) -> None:
+        """Stopped while it connected and checked: what there was before is as it was."""
+        text = f"stopped before step {self.progress.step + 1}"
+        log.warning("the run was %s", text)
+        if self.metrics.lines:
+            self.summarize("interrupted")
+        for future in self._saves:
+            if not future.done():
+                future.set_exception(PreconditionError(f"the run was {text}"))
+        self.state.set(Phase.FINISHED, text)
 
     async def end_early(self, error: BaseException) -> None:
         """Keep what there is, and say why."""

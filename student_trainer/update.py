@@ -208,7 +208,13 @@ def shares_of(
                 device=device,
                 dtype=torch.float32,
             ),
-            marks=tuple(mark for marks in by_teacher for mark in marks),
+            # What is the reference's, too, is asked for again, until the pass is closed.
+            marks=tuple(
+                mark
+                for marks in by_teacher
+                for mark, sample in zip(marks, samples, strict=True)
+                if sample.reference is None or mark.answer is not sample.reference.answer
+            ),
         )
 
 

@@ -81,6 +81,18 @@ async def test_a_bound_on_answers_in_memory_changes_nothing_but_their_place(tmp_
     assert not list((tmp_path / "narrow").glob("spill/*"))
 
 
+async def test_a_reference_that_marks_too_is_kept_until_its_pass_is_closed(tmp_path: Path) -> None:
+    objective = {"name": "exopd", "reference": "one"}
+    recipe = recipe_of(tmp_path, objective=objective, run={"steps": 2, "deterministic": True}, batch=BATCH)
+    narrow = recipe.replace(batch=recipe.batch.replace(marks_memory_bytes=3000, marks_spill=True))
+    trainers = await runs(tmp_path, {"wide": recipe, "narrow": narrow})
+    assert all(line["marks_spilled_bytes"] for line in lines_of(tmp_path / "narrow"))
+    assert [line["heads_loaded"] for line in lines_of(tmp_path / "narrow")] == [4, 4]
+    for name, tensor in weights(trainers["wide"]).items():
+        assert torch.equal(tensor, weights(trainers["narrow"])[name]), name
+    assert not list((tmp_path / "narrow").glob("spill/*"))
+
+
 @pytest.mark.parametrize(
     ("objective", "signal"),
     [({"name": "top_k", "k": 2}, "top_k_logprobs"), ({"name": "sampled_token"}, "token_logprobs")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mesh.errors import CancelledByCallerError, TeacherUnavailableError
+from opd_mesh.errors import CancelledByCallerError, InternalError, TeacherUnavailableError
 from student_trainer.mark_buffer import BufferedAnswer, MarkBuffer
 
 
@@ -43,8 +44,12 @@ async def test_asking_waits_for_room_and_goes_on_when_something_is_used_up() -> 
     await settle()
     assert teacher.asked == [0, 1]
     assert (await asyncio.to_thread(answers[0].tensors))["hidden_states"].tolist() == [0] * 40
+    alive = weakref.ref((await asyncio.to_thread(answers[0].tensors))["hidden_states"])
     answers[0].release()
     await settle()
+    assert alive() is None  # though the answer itself lives on
+    with pytest.raises(InternalError, match="has been released"):
+        answers[0].tensors()
     assert teacher.asked == [0, 1, 2]
     assert buffer.bytes_in_memory == 80
     assert buffer.take_counters().peak_bytes == 80
@@ -132,6 +137,54 @@ async def test_giving_up_ends_who_waits() -> None:
     await buffer.give_up()
     with pytest.raises(CancelledByCallerError, match="given up"):
         await waiting
+
+
+async def spilled_some(folder: Path) -> tuple[MarkBuffer, list[BufferedAnswer]]:
+    buffer, teacher = MarkBuffer(100, folder), Teacher()
+    answers = [teacher.ask(buffer, number, 40) for number in range(6)]
+    while not all(answer.result.done() for answer in answers):
+        await asyncio.sleep(0.002)
+    return buffer, answers
+
+
+@pytest.mark.asyncio
+async def test_giving_up_leaves_no_file_and_spilling_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "spill").mkdir()
+    (tmp_path / "spill" / "of-a-killed-run.bin").write_bytes(b"x")
+    buffer, _ = await spilled_some(tmp_path / "spill")
+    assert len(list((tmp_path / "spill").iterdir())) >= 3
+    await buffer.give_up()
+    assert not list((tmp_path / "spill").iterdir())
+    assert buffer.bytes_in_memory == 0
+    # Given up in the middle of writing: the next step spills as before.
+    teacher = Teacher()
+    for number in range(6):
+        teacher.ask(buffer, number, 40)
+    await settle()
+    await buffer.give_up()
+    assert not list((tmp_path / "spill").iterdir())
+    answers = [teacher.ask(buffer, number, 40) for number in range(6)]
+    async with asyncio.timeout(20):
+        while not all(answer.result.done() for answer in answers):
+            await asyncio.sleep(0.002)
+    await buffer.give_up()
+
+
+@pytest.mark.asyncio
+async def test_a_folder_that_cannot_be_written_is_told_once_and_answers_wait(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    buffer, teacher = MarkBuffer(100, tmp_path / "spill"), Teacher()
+    (tmp_path / "spill").write_text("a file, where the folder should be")
+    answers = [teacher.ask(buffer, number, 40 + number) for number in range(5)]
+    await asyncio.sleep(0.1)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert teacher.asked == [0, 1]
+    for number, answer in enumerate(answers):
+        assert (await asyncio.to_thread(answer.tensors))["hidden_states"].tolist() == [number] * (40 + number)
+        answer.release()
+    await settle()
+    assert buffer.bytes_in_memory == 0
 
 
 @given(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import hypothesis.strategies as st
 import ml_dtypes
@@ -10,8 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from opd_mesh.clients.replica import is_literal, resolve_records
+from opd_mesh.clients import replicas as replicas_module
+from opd_mesh.clients.replica import Health, Replica, is_literal, resolve_records
 from opd_mesh.clients.replica_choice import Candidate, Policy, choose_replica, rendezvous_ranking
+from opd_mesh.clients.replicas import ReplicaSet
+from opd_mesh.config.services import ChannelConfig
+from opd_mesh.errors import UnavailableError
 from student_trainer.preflight import REPLICA_TOLERANCE, Tolerance, first_disagreement
 
 ADDRESSES = [f"10.0.0.{index}:7001" for index in range(1, 7)]
@@ -119,6 +126,114 @@ def test_what_is_resolved(host: str, literal: bool) -> None:
 async def test_records_of_a_host() -> None:
     assert await resolve_records("localhost", 7001) == ["127.0.0.1:7001"]
     assert await resolve_records("::1", 7001) == ["[::1]:7001"]
+
+
+# --- places, and who waits for them ----------------------------------------------------------------------------------
+@asynccontextmanager
+async def replica_set(
+    *healths: Health, teacher_ids: tuple[str, ...] = ("a",), room: int = 2
+) -> AsyncIterator[ReplicaSet]:
+    """One nobody looks after: the replicas are as the test says, and nothing is sent to them."""
+
+    async def admit(_: Replica) -> None:
+        raise AssertionError
+
+    addresses = [f"127.0.0.1:{port}" for port in range(1, len(healths) + 1)]
+    places = ReplicaSet(addresses, "opd.v1.TeacherService", ChannelConfig(max_in_flight=room), admit)
+    places._started = True
+    for replica, health in zip(places.all, healths, strict=True):
+        replica.health, replica.teacher_ids = health, frozenset(teacher_ids)
+    yield places
+    await places.close()
+
+
+async def arrived(places: ReplicaSet, count: int) -> None:
+    """Every task that wants a place has one, or waits."""
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert sum(map(len, places._waiting.values())) == count
+
+
+async def test_choices_grow_with_the_items_not_with_their_square_while_one_replica_is_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choices = 0
+
+    def counted(*arguments: object, **options: object) -> str | None:
+        nonlocal choices
+        choices += 1
+        return choose_replica(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(replicas_module, "choose_replica", counted)
+    items, teacher_ids = 4000, ("a", "b", "c")
+    names = (Health.SERVING, Health.UNREACHABLE, Health.SERVING)
+    async with replica_set(*names, teacher_ids=teacher_ids, room=8) as places:
+
+        async def item(number: int) -> None:
+            with await places.place(teacher_ids[number % 3], 1, ()):
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(item(number)) for number in range(items)]
+        await arrived(places, items - 16)
+        assert choices <= 2 * items
+        await asyncio.gather(*tasks)
+        assert not places._waiting
+        assert choices <= 4 * items
+        # News is for everybody, and costs a choice a teacher.
+        held = [await places.place("a", 1, ()) for _ in range(16)]
+        tasks = [asyncio.create_task(item(number)) for number in range(items)]
+        await arrived(places, items)
+        before = choices
+        places._tell()
+        assert choices - before == 3
+        for place in held:
+            place.release()
+        await asyncio.gather(*tasks)
+
+
+async def test_places_go_to_the_first_come_whatever_the_teacher() -> None:
+    order: list[int] = []
+    async with replica_set(Health.SERVING, Health.UNREACHABLE, teacher_ids=("a", "b"), room=1) as places:
+        held = await places.place("a", 1, ())
+
+        async def item(number: int) -> None:
+            with await places.place("ab"[number % 3 == 0], 1, ()):
+                order.append(number)
+
+        tasks = [asyncio.create_task(item(number)) for number in range(12)]
+        await arrived(places, 12)
+        tasks[4].cancel()
+        await arrived(places, 11)
+        held.release()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [number for number in range(12) if number != 4]
+
+
+async def test_one_that_must_avoid_the_free_replica_holds_up_nobody() -> None:
+    async with replica_set(Health.SERVING, Health.SERVING, room=1) as places:
+        one, two = [await places.place("a", 1, ()) for _ in range(2)]
+        picky = asyncio.create_task(places.place("a", 1, [one.replica.address]))
+        easy = asyncio.create_task(places.place("a", 1, ()))
+        await arrived(places, 2)
+        one.release()
+        assert (await easy).replica is one.replica
+        assert not picky.done()
+        two.release()
+        assert (await picky).replica is two.replica
+
+
+async def test_whoever_waits_when_the_client_is_closed_is_told() -> None:
+    async with replica_set(Health.SERVING, Health.SERVING, room=1) as places:
+        for _ in range(2):
+            await places.place("a", 1, ())
+        waiting = [asyncio.create_task(places.place("a", 1, ())) for _ in range(3)]
+        await arrived(places, 3)
+        await places.close()
+        for result in [*await asyncio.gather(*waiting, return_exceptions=True)]:
+            assert isinstance(result, UnavailableError)
+            assert "was closed" in str(result)
+        with pytest.raises(UnavailableError, match="was closed"):
+            await places.place("a", 1, ())
 
 
 # --- the pre-flight's comparison -------------------------------------------------------------------------------------

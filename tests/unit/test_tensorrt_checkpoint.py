@@ -38,7 +38,7 @@ def test_the_digest_of_shards_is_that_of_one_file(tmp_path: Path) -> None:
 
 def test_the_cache_of_latent_attention_and_of_other_names() -> None:
     def kv_bytes(config: dict[str, Any]) -> int:
-        return CheckpointFacts(Path("nowhere"), (), "", 0, "", "", 48, VALID, "", config).kv_bytes_per_token(2)
+        return CheckpointFacts(Path("nowhere"), (), "", 0, "", "", 48, VALID, "", config, {}).kv_bytes_per_token(2)
 
     assert kv_bytes({"num_hidden_layers": 3, "kv_lora_rank": 16, "qk_rope_head_dim": 8}) == 3 * 24 * 2
     assert kv_bytes({"n_layer": 3, "n_head": 4}) == 2 * 3 * 4 * 12 * 2

@@ -9,10 +9,8 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,32 +18,41 @@ import tensorrt_fake
 import torch
 from mesh import teacher_config
 from safetensors.torch import load_file, save_file
-from tensorrt_fake import API, ERAS, STOCK, Fake
+from tensorrt_fake import (
+    API,
+    ERAS,
+    FROM_LOGITS,
+    IDS,
+    STOCK,
+    Fake,
+    answers_of,
+    assert_same,
+    engine_of,
+    job,
+    one_era,
+    settings,
+    wrapped,
+)
 from tiny_models import save_tiny_checkpoint
 
 from opd_mesh.config.base import parse_config
-from opd_mesh.config.services import TeacherConfig, TeacherServerConfig
+from opd_mesh.config.services import TeacherServerConfig
 from opd_mesh.errors import (
     ConfigError,
     CorruptWeightsError,
     InternalError,
-    OpdError,
     PreconditionError,
     TooLongError,
 )
 from opd_mesh.models.checkpoint import state_digest
 from teacher_server import tensorrt_runtime
 from teacher_server.catalogue import Catalogue
-from teacher_server.engine import ScoreJob, Signal
+from teacher_server.engine import Signal
 from teacher_server.server import load_engines, open_catalogue
 from teacher_server.tensorrt_checkpoint import CheckpointFacts
 from teacher_server.tensorrt_engine import TensorRtEngine
 
 VALID, PADDED = 131, 140
-IDS = ((5, 9, 12, 40, 41, 42, 17, 88, 3, 60), (7, 8, 9), tuple(range(4, 64)))
-# Where the eras do not differ.
-one_era = pytest.mark.parametrize("fake", ["N"], indirect=True)
-FROM_LOGITS = (Signal.LOGITS, Signal.TOP_K_LOGPROBS, Signal.TOKEN_LOGPROBS)
 
 
 @pytest.fixture(scope="module")
@@ -62,41 +69,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fake(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(tensorrt_runtime, "visible_gpus", lambda: 2)
     return tensorrt_fake.install(monkeypatch, request.param)
-
-
-def settings(path: Path, **fields: Any) -> TeacherConfig:
-    tensorrt_llm = {"max_batch_tokens": 100, **fields.pop("tensorrt_llm", {})}
-    value = {"path": path, "engine": "tensorrt_llm", "max_tokens_per_item": 64, "tensorrt_llm": tensorrt_llm, **fields}
-    return parse_config(TeacherConfig, value, source="test")
-
-
-def engine_of(path: Path, *, deterministic: bool = False, stays_loaded: bool = True, **fields: Any) -> TensorRtEngine:
-    return TensorRtEngine("t", settings(path, **fields), path, deterministic=deterministic, stays_loaded=stays_loaded)
-
-
-def wrapped(path: Path, **fields: Any) -> TensorRtEngine:
-    return engine_of(path, tensorrt_llm={"hidden_states": True}, **fields)
-
-
-def job(ids: Sequence[int], signal: Signal = Signal.LOGITS, **fields: Any) -> ScoreJob:
-    top_k = 3 if signal is Signal.TOP_K_LOGPROBS else 0
-    base: dict[str, Any] = {"dtype": "float32", "top_k": top_k, **fields}
-    return ScoreJob(token_ids=tuple(ids), predicting_positions=(0, *range(2, len(ids) - 1)), signal=signal, **base)
-
-
-def answers_of(engine: Any, jobs: Sequence[ScoreJob]) -> list[dict[str, np.ndarray]]:
-    answers = engine.score(jobs)
-    assert not [answer for answer in answers if isinstance(answer, OpdError)], answers
-    return answers
-
-
-def assert_same(ours: Sequence[dict[str, np.ndarray]], theirs: Sequence[dict[str, np.ndarray]]) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            assert a[name].dtype == b[name].dtype
-            np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-4, err_msg=name)
 
 
 # --- what it answers ---------------------------------------------------------------------------------------------
@@ -118,7 +90,7 @@ def test_every_signal_is_that_of_the_transformers_engine(fake: Fake, folder: Pat
     assert mine.facts.teacher_digest == state_digest(load_file(folder / name / "model.safetensors").items())
     assert mine.facts.batch_layout == "packed"
     jobs = [job(ids, signal) for signal in Signal for ids in IDS]
-    given = job(IDS[0], Signal.TOP_K_LOGPROBS, candidate_ids=tuple(range(8 * 3)))
+    given = job(IDS[0], Signal.TOP_K_LOGPROBS, candidate_ids=np.arange(8 * 3).reshape(8, 3))
     assert_same(answers_of(mine, [*jobs, given]), answers_of(theirs, [*jobs, given]))
     for ours, other in zip(mine.head_tensors(), theirs.head_tensors(), strict=True):
         assert ours[0] == other[0]
@@ -229,14 +201,6 @@ def test_a_refused_sequence_fails_alone(fake: Fake, folder: Path) -> None:
     assert_same([answers[0], answers[2]], good)  # type: ignore[list-item]
 
 
-def test_an_engine_that_dies_fails_the_batch_and_gives_the_others_up(fake: Fake, folder: Path) -> None:
-    engine = engine_of(folder / "llama")
-    fake.dies = True
-    with pytest.raises(RuntimeError, match="the executor is gone"):
-        engine.score([job(ids) for ids in IDS[:2]])
-    assert fake.aborted == 1
-
-
 @pytest.mark.parametrize("argument", ["max_input_len", "kv_cache_config"])
 def test_an_argument_that_a_version_does_not_know_is_named(
     fake: Fake, folder: Path, argument: str, monkeypatch: pytest.MonkeyPatch
@@ -295,30 +259,6 @@ def test_the_wrapper_leaves_nothing_behind(fake: Fake, folder: Path) -> None:
     assert type(engine_of(folder / "llama")._weights._llm.model) is STOCK["LlamaForCausalLM"]
 
 
-@one_era
-def test_hidden_states_that_are_not_proved_are_not_offered(fake: Fake, folder: Path) -> None:
-    fake.hidden_scale = 1.5
-    engine = wrapped(folder / "llama")
-    assert engine.facts.signals == FROM_LOGITS
-    assert "hidden × head differs from the logits by" in engine.facts.note
-    assert engine.facts.head_error > 0.1
-    wrapper, plain = fake.llms
-    assert wrapper.shut_down
-    assert type(plain.model) is STOCK["LlamaForCausalLM"]
-    assert not plain.args.disable_overlap_scheduler
-    answers_of(engine, [job(ids) for ids in IDS])
-
-
-def test_a_model_that_cannot_be_wrapped_serves_logits(
-    fake: Fake, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(STOCK, "LlamaForCausalLM", STOCK["Phi3VForCausalLM"])
-    fake.mapping["LlamaForCausalLM"] = STOCK["Phi3VForCausalLM"]
-    engine = wrapped(folder / "llama")
-    assert engine.facts.signals == FROM_LOGITS
-    assert "class for LlamaForCausalLM is not one of its decoders" in engine.facts.note
-
-
 def test_hidden_states_need_one_gpu(folder: Path) -> None:
     with pytest.raises(ConfigError, match="hidden_states needs tensor_parallel_size: 1"):
         settings(folder, tensorrt_llm={"hidden_states": True, "tensor_parallel_size": 2})
@@ -374,8 +314,20 @@ def test_the_llm_leaves_memory_and_comes_back(fake: Fake, folder: Path, tmp_path
     weights.unload()
     assert not fake.running
     save_file(load_file(folder / "other" / "model.safetensors"), path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CorruptWeightsError, match="has been replaced"):
-        weights.load()
+    for call in (weights.check, weights.load):
+        with pytest.raises(CorruptWeightsError, match=r"model.safetensors has been replaced"):
+            call()
+    (path / "model.safetensors").unlink()
+    with pytest.raises(CorruptWeightsError, match="cannot be read any more"):
+        weights.check()
+
+
+@one_era
+def test_equal_weight_sets_are_two(fake: Fake, folder: Path) -> None:
+    (one,), (two,) = (engine_of(folder / "llama").weight_sets for _ in range(2))
+    assert one.name == two.name
+    assert len({one, two}) == 2
+    assert {one: 1}[one] == 1
 
 
 async def test_two_llms_take_turns_in_a_pool_with_room_for_one(fake: Fake, folder: Path) -> None:
@@ -396,9 +348,14 @@ async def test_two_llms_take_turns_in_a_pool_with_room_for_one(fake: Fake, folde
         assert len(fake.running) == 1
         assert answer["logprobs"].shape == (8, 3)
     assert queue.pool.counters.evictions == 2
-    fake.dies = True
+    fake.dies = 1
+    await catalogue.score("llama", wanted["llama"])  # by another LLM
+    fake.dies = 2
     with pytest.raises(InternalError, match="the engine failed"):
         await catalogue.score("llama", wanted["llama"])
+    for name in ("other", "llama"):  # the dead one is evicted, and loaded again
+        await catalogue.score(name, wanted[name])
+        assert len(fake.running) == 1
     await queue.close()
     assert not fake.running
     assert teacher_config({"a": folder / "llama"}).teachers["a"].tensorrt_llm.tensor_parallel_size == 1
