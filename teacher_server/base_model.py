@@ -101,10 +101,15 @@ class BaseModels:
         self._cache_dir = cache_dir or default_cache_dir()
         self._mapped = not keep_in_memory
         self._by_source: dict[tuple[Path, Path | None, torch.dtype], BaseModel] = {}
+        self._vocabularies: dict[str, Mapping[str, int]] = {}
 
     def folder_of(self, source: Path | str) -> Path:
         """A local copy of what a URL holds, or the folder itself."""
         return local_folder(source, self._cache_dir)
+
+    def vocabulary(self, fingerprint: str, vocabulary: Mapping[str, int]) -> Mapping[str, int]:
+        """Experts of one base have one vocabulary, of ten and more megabytes: kept once."""
+        return self._vocabularies.setdefault(fingerprint, vocabulary)
 
     def get(self, folder: Path, adapter: Path | None, dtype: torch.dtype) -> tuple[BaseModel, Path | None]:
         """The model, and the adapter that must still be put above it, where it can stand there."""

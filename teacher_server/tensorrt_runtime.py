@@ -277,7 +277,7 @@ class TensorRtWeights:
         failure = ""
         try:
             within(SHUTDOWN_TIMEOUT_S, llm.shutdown)
-        except Exception as error:  # noqa: BLE001  raised below, without the frames that hold the LLM
+        except Exception as error:
             log.warning("%s: TensorRT-LLM did not shut down", self.name, exc_info=True)
             failure = f"{type(error).__name__}: {error}"
         # A model that lived in this process (single process) goes with its last reference.
@@ -319,7 +319,9 @@ class TensorRtWeights:
             for index, prompt in enumerate(prompts):
                 request, requests[index] = requests[index], None
                 try:
-                    answers.append(request if isinstance(request, OpdError) else _rows(prompt, _result(request, deadline)))
+                    answers.append(
+                        request if isinstance(request, OpdError) else _rows(prompt, _result(request, deadline))
+                    )
                 except refusals as error:
                     answers.append(self._refused(prompt, error))
                 except OpdError as error:
@@ -330,7 +332,7 @@ class TensorRtWeights:
         finally:
             for request in requests:
                 if request is not None and not isinstance(request, OpdError):
-                    with suppress(Exception):  # of an LLM that is gone; the error that it is gone of is on its way
+                    with suppress(Exception):  # where the LLM is gone; why is on its way already
                         request.abort()
         return answers
 

@@ -69,7 +69,7 @@ class TransformersEngine:
         self._layout = BatchLayout.LONE if deterministic else proof.allowed[0]
         if proof.reason:
             log.info("teacher %s: batching by %s: %s", teacher_id, self._layout, proof.reason)
-        vocabulary = tokenizer.get_vocab()
+        fingerprint = tokenizer_fingerprint(vocabulary := tokenizer.get_vocab())
         self.facts = EngineFacts(
             model_type=self._base.model_type,
             vocab_size=vocab_size,
@@ -81,9 +81,9 @@ class TransformersEngine:
             signals=FROM_LOGITS if facts is None else (Signal.HIDDEN_STATES, *FROM_LOGITS),
             note=note,
             batch_layout=str(self._layout),
-            tokenizer_fingerprint=tokenizer_fingerprint(vocabulary),
+            tokenizer_fingerprint=fingerprint,
             tokenizer_roles=tokenizer_roles(tokenizer),
-            vocabulary=vocabulary,
+            vocabulary=bases.vocabulary(fingerprint, vocabulary),
         )
 
     @property

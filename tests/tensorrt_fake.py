@@ -9,17 +9,31 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Empty
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from opd_mesh.config.base import parse_config
+from opd_mesh.config.services import TeacherConfig
+from opd_mesh.errors import OpdError
+from teacher_server.engine import ScoreJob, Signal
+from teacher_server.tensorrt_engine import TensorRtEngine
+
 API = json.loads((Path(__file__).parent / "data" / "tensorrt_llm_api.json").read_text())
 ERAS = tuple(API["eras"])
+IDS = ((5, 9, 12, 40, 41, 42, 17, 88, 3, 60), (7, 8, 9), tuple(range(4, 64)))
+# Where the eras do not differ.
+one_era = pytest.mark.parametrize("fake", ["N"], indirect=True)
+FROM_LOGITS = (Signal.LOGITS, Signal.TOP_K_LOGPROBS, Signal.TOKEN_LOGPROBS)
 
 
 class RequestError(RuntimeError):
@@ -87,7 +101,10 @@ class Fake:
         drop_rows: of every answer, from the front.
         leak: added to the logits of a sequence that is not alone.
         refuse_over: tokens; longer sequences are refused, whatever was asked of the constructor.
-        dies: any answer raises what is not about one request.
+        dies: so many LLMs die of the next thing that is asked of them, and answer nothing from then on.
+        hangs: so many LLMs never give the next answer. Whether they heed a timeout differs by version: here N does not.
+        no_hidden_below: sequences of fewer tokens come without the additional outputs.
+        shutdown: what it does: ends, "raises" or "hangs".
         force_reuse: as if enable_block_reuse=False had not been said.
         hidden_scale: the wrapper's hidden states are not what goes into the head.
     """
@@ -100,7 +117,10 @@ class Fake:
     drop_rows: int = 0
     leak: float = 0.0
     refuse_over: int = 1 << 30
-    dies: bool = False
+    dies: int = 0
+    hangs: int = 0
+    no_hidden_below: int = 0
+    shutdown: str = "ends"
     force_reuse: bool = False
     hidden_scale: float = 1.0
 
@@ -118,7 +138,11 @@ class Request:
         self.context_logits: Tensor | None = None
         self.outputs = [SimpleNamespace(additional_context_outputs=None, token_ids=[])]
 
-    def result(self) -> Request:
+    def result(self, timeout: float | None = None) -> Request:
+        if self.llm.fake.hangs:
+            self.llm.fake.hangs -= 1
+            threading.Event().wait(timeout if self.llm.fake.era == "A" else None)
+            raise Empty
         self.alone = len(self.llm.in_flight) == 1 and self.alone
         for other in self.llm.in_flight:
             other.alone = other.alone and self.alone
@@ -128,6 +152,8 @@ class Request:
 
     def abort(self) -> None:
         self.llm.fake.aborted += 1
+        if self.llm.dead:
+            raise AttributeError("there is no executor to tell")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, era: str) -> Fake:
@@ -152,7 +178,7 @@ def install(monkeypatch: pytest.MonkeyPatch, era: str) -> Fake:
             self.kv = self.args.kv_cache_config or KvCacheConfig()
             self.in_flight: list[Request] = []
             self.seen: list[list[int]] = []
-            self.shut_down = False
+            self.shut_down = self.dead = False
             loaded = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=getattr(torch, self.args.dtype))
             architecture = loaded.config.architectures[0]
             # A worker process has TensorRT-LLM's own classes, whatever was registered here.
@@ -182,7 +208,10 @@ def install(monkeypatch: pytest.MonkeyPatch, era: str) -> Fake:
 
         @torch.inference_mode()
         def answer(self, request: Request) -> None:
-            if fake.dies:
+            if fake.dies and not self.dead:
+                fake.dies -= 1
+                self.dead = True
+            if self.dead:
                 raise RuntimeError("the executor is gone")
             ids, sampling = request.ids, request.sampling
             if (
@@ -205,7 +234,7 @@ def install(monkeypatch: pytest.MonkeyPatch, era: str) -> Fake:
             self.seen.append(ids)
             if sampling.return_context_logits:
                 request.context_logits = outputs["logits"][first:] + (0.0 if request.alone else fake.leak)
-            if sampling.additional_model_outputs:
+            if sampling.additional_model_outputs and len(ids) >= fake.no_hidden_below:
                 if not self.args.disable_overlap_scheduler:
                     raise RequestError("additional outputs need disable_overlap_scheduler")
                 request.outputs[0].additional_context_outputs = {
@@ -214,6 +243,10 @@ def install(monkeypatch: pytest.MonkeyPatch, era: str) -> Fake:
 
         def shutdown(self) -> None:
             self.shut_down = True
+            if fake.shutdown == "hangs":
+                threading.Event().wait()
+            if fake.shutdown == "raises":
+                raise RuntimeError("nobody is there to be shut down")
 
     modeling = ModuleType("tensorrt_llm._torch.models.modeling_utils")
     on_demand = API["eras"][era]["models_on_demand"]
@@ -252,3 +285,39 @@ def install(monkeypatch: pytest.MonkeyPatch, era: str) -> Fake:
 
 def _common(a: list[int], b: list[int]) -> int:
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# --- engines -----------------------------------------------------------------------------------------------------
+def settings(path: Path, **fields: Any) -> TeacherConfig:
+    tensorrt_llm = {"max_batch_tokens": 100, **fields.pop("tensorrt_llm", {})}
+    value = {"path": path, "engine": "tensorrt_llm", "max_tokens_per_item": 64, "tensorrt_llm": tensorrt_llm, **fields}
+    return parse_config(TeacherConfig, value, source="test")
+
+
+def engine_of(path: Path, *, deterministic: bool = False, stays_loaded: bool = True, **fields: Any) -> TensorRtEngine:
+    return TensorRtEngine("t", settings(path, **fields), path, deterministic=deterministic, stays_loaded=stays_loaded)
+
+
+def wrapped(path: Path, **fields: Any) -> TensorRtEngine:
+    return engine_of(path, tensorrt_llm={"hidden_states": True}, **fields)
+
+
+def job(ids: Sequence[int], signal: Signal = Signal.LOGITS, **fields: Any) -> ScoreJob:
+    top_k = 3 if signal is Signal.TOP_K_LOGPROBS else 0
+    base: dict[str, Any] = {"dtype": "float32", "top_k": top_k, **fields}
+    return ScoreJob(token_ids=tuple(ids), predicting_positions=(0, *range(2, len(ids) - 1)), signal=signal, **base)
+
+
+def answers_of(engine: Any, jobs: Sequence[ScoreJob]) -> list[dict[str, np.ndarray]]:
+    answers = engine.score(jobs)
+    assert not [answer for answer in answers if isinstance(answer, OpdError)], answers
+    return answers
+
+
+def assert_same(ours: Sequence[dict[str, np.ndarray]], theirs: Sequence[dict[str, np.ndarray]]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-4, err_msg=name)
