@@ -8,7 +8,7 @@ neither. A round is one mini-batch on each; ratios are of the same round. Refuse
     python benchmarks/teacher_pool.py --adapters 10  # instead: the memory of LoRA teachers above one base
 
 ``ordered_vs_resident``, ``unordered_vs_resident``: throughput. ``peak_memory_vs_budget``: the server's resident set at
-its highest, mapped file pages included, above what it takes with no teacher in memory, over ``pool.memory_bytes``.
+its highest, mapped file pages included, above that of a server with one tiny teacher, over ``pool.memory_bytes``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from servers import TeacherProcess, say
 
 MODEL = Path(".cache/smollm2/smollm2-135m-instruct")
 PROMPT_TOKENS, RESPONSE_TOKENS = 32, 128
-BATCH_TOKENS = 640
+BATCH_TOKENS = 480
 TOLERANCE = 2e-3  # of hidden states, whose batches differ between the servers
 
 
@@ -60,6 +60,25 @@ def make_teachers(folder: Path, count: int) -> dict[str, Path]:
         save_file(changed, path / "partial", metadata={"format": "pt"})
         (path / "partial").rename(path / "model.safetensors")
     return paths
+
+
+def bare_rss(folder: Path) -> int:
+    """Bytes of a server whose one teacher weighs nothing, after it has computed: libraries, tokenizer, protocol."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = folder / "tiny"
+    if not path.exists():
+        torch.manual_seed(0)
+        shutil.copytree(MODEL, path, ignore=shutil.ignore_patterns("*.safetensors"))
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **sizes)).save_pretrained(path)
+    server = TeacherProcess(folder / "logs", "bare", {"teachers": {"tiny": {"path": str(path)}}})
+    try:
+        server.address()
+        return server.memory()["rss"]
+    finally:
+        server.stop()
 
 
 def make_items(teachers: list[str], response_tokens: int, chance: random.Random, vocab_size: int) -> list[Any]:
@@ -97,6 +116,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from opd_mesh.config.services import ChannelConfig
 
     paths = make_teachers(folder, arguments.teachers)
+    bare = bare_rss(folder)
     size = (next(iter(paths.values())) / "model.safetensors").stat().st_size
     budget = arguments.room * size
     pools: dict[str, dict[str, Any]] = {
@@ -155,10 +175,11 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "ordered_vs_resident": round(statistics.median(ratios["ordered"]), 3),
         "unordered_vs_resident": round(statistics.median(ratios["unordered"]), 3),
-        "peak_memory_vs_budget": round((memory["ordered"]["peak"] - idle["ordered"]["rss"]) / budget, 3),
+        "peak_memory_vs_budget": round((memory["ordered"]["peak"] - bare) / budget, 3),
         "ratios": {name: [round(ratio, 3) for ratio in values] for name, values in ratios.items()},
         "tokens_per_s": {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()},
         "budget_bytes": budget,
+        "bare_rss_bytes": bare,
         "idle_rss_bytes": {name: figures["rss"] for name, figures in idle.items()},
         "peak_rss_bytes": {name: figures["peak"] for name, figures in memory.items()},
         "largest_difference_stds": worst,
@@ -178,6 +199,7 @@ async def run_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str,
     from opd_mesh.clients.teacher import TeacherClient
 
     (base,) = make_teachers(folder, 1).values()
+    bare = bare_rss(folder)
     size = (base / "model.safetensors").stat().st_size
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=arguments.rank, target_modules="all-linear")
@@ -202,7 +224,6 @@ async def run_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str,
     try:
         async with TeacherClient([server.address()]) as client:
             cards = {card.teacher_id: card for card in await client.list_teachers()}
-            idle = server.memory()["rss"]
             server.reset_peak()
             chance = random.Random(0)
             _, said = await score(client, cards, make_items(list(teachers), 512, chance, cards["base"].vocab_size))
@@ -210,7 +231,7 @@ async def run_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str,
     finally:
         server.stop()
     return {
-        "adapters_vs_base": round((peak - idle) / size, 3),
+        "adapters_vs_base": round((peak - bare) / size, 3),
         "adapters": arguments.adapters,
         "rank": arguments.rank,
         "base_bytes": size,

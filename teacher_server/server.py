@@ -9,7 +9,7 @@ from opd.v1 import teacher_service_pb2_grpc
 
 from opd_mesh.config.services import TeacherServerConfig
 from opd_mesh.errors import OpdError
-from opd_mesh.models.runtime import configure_torch
+from opd_mesh.models.runtime import configure_torch, release_free_memory
 from opd_mesh.process import ServiceArguments
 from opd_mesh.rpc.server import MeshServer
 from teacher_server.base_model import BaseModels
@@ -54,6 +54,7 @@ def load_engines(config: TeacherServerConfig) -> dict[str, TeacherEngine]:
         for engine in engines.values():
             engine.close()
         raise
+    release_free_memory()
     return engines
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 
 import torch
@@ -38,3 +41,10 @@ def configure_torch(device: str, *, threads: int, deterministic: bool) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def release_free_memory() -> None:
+    """Give back to the system what was freed: loading and converting models leaves a lot of it with the allocator."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
