@@ -256,8 +256,8 @@ async def _first_answer(
             except OpdError as error:
                 _keep_if_silent(error, address, silent)
                 due[address] = loop.time() + (error.retry_delay_s or RETRY_DELAY_S)
-        left_s = deadline - loop.time()
-        if left_s <= 0 or (silent and not any(isinstance(error, PASSING) for error in silent.values())):
+        left_s = max(0.0, deadline - loop.time())
+        if not left_s or (silent and not any(isinstance(error, PASSING) for error in silent.values())):
             said = "; ".join(f"{address}: {why}" for address, why in silent.items()) or "none serves"
             raise TeacherUnavailableError(
                 f"no replica of teacher {teacher_id!r} scores a sequence, asked for {timeout_s - left_s:.3g} s ({said})"

@@ -56,6 +56,8 @@ CONNECT_TIMEOUT_S = 10.0
 ITEM_TIMEOUT_S = 300.0
 # Of one item, while the server is overloaded or the connection breaks.
 MAX_ATTEMPTS = 5
+# Between attempts, where nobody says how long.
+RETRY_DELAY_S = 1.0
 MAX_IN_FLIGHT = 64
 # Of a message, for all that is not ids.
 ROOM_BYTES = 4096
@@ -348,10 +350,12 @@ class _Scoring:
             except OverloadedError as error:
                 if attempt == MAX_ATTEMPTS:
                     raise
-                await asyncio.sleep(error.retry_delay_s or 1.0)
+                await asyncio.sleep(error.retry_delay_s or RETRY_DELAY_S)
             except UnavailableError as error:
                 if attempt == MAX_ATTEMPTS:
                     raise TeacherUnavailableError(str(error)) from error
+                # Replicas that are all overloaded say that they serve, so this is no matter of readiness alone.
+                await asyncio.sleep(error.retry_delay_s or RETRY_DELAY_S)
                 await self._client.wait_ready()
             else:
                 if result.teacher_digest != self._source.teacher_digest:

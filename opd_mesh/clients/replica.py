@@ -94,10 +94,20 @@ class Replica:
         return self.serves(teacher_id) and self.circuit.admits(now) and now >= self.busy_until
 
     @property
+    def idle(self) -> bool:
+        """Whether its channel may be closed: nothing is under way there."""
+        return not self.in_flight and not self.calls
+
+    @property
     def capacity(self) -> int:
         """Items that may be in flight."""
         credits = self.stream.credits if self.stream is not None else None
         return min(self.config.max_in_flight, credits or self.config.max_in_flight)
+
+    def end_calls(self, error: OpdError) -> None:
+        """What waits for an answer other than an item's fails with ``error``."""
+        gone, self.gone = self.gone, asyncio.Future()
+        gone.set_result(error)
 
     async def reopen(self) -> None:
         """A new channel: the old one would wait up to two minutes between its attempts to connect."""

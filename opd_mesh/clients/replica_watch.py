@@ -51,6 +51,7 @@ class ReplicaWatch:
         self._admit = admit
         self._given = targets_text(addresses)
         self._replicas: dict[str, Replica] = {}
+        self._leaving: set[Replica] = set()  # no replicas any more; what is under way there is waited for
         self._names: list[str] = []
         for address in dict.fromkeys(addresses):
             if is_literal(split_address(address)[0]):
@@ -65,7 +66,7 @@ class ReplicaWatch:
         self._resolve_now = asyncio.Event()
         self._resolved = not self._names
         self._unresolved: dict[str, str] = {}
-        self._started = self._was_ready = False
+        self._started = self._was_ready = self._closed = False
 
     # --- who they are ------------------------------------------------------------------------------------------
     @property
@@ -137,9 +138,18 @@ class ReplicaWatch:
                 log.info("%s is no replica of %s any more", replica.address, name)
                 del self._replicas[replica.address]
                 replica.leaving = True
+                self._leaving.add(replica)
                 self._following.pop(replica).cancel()
-                if not replica.in_flight:
-                    self._spawn(replica.close())
+                self._part_if_idle(replica)
+
+    def _part_if_idle(self, replica: Replica) -> None:
+        """Close one that has left, but not under a call or an item: that would end in a bare cancellation."""
+        if replica in self._leaving and replica.idle and not self._closed:
+            self._spawn(self._part(replica))
+
+    async def _part(self, replica: Replica) -> None:
+        await replica.close()
+        self._leaving.discard(replica)
 
     # --- how they are ------------------------------------------------------------------------------------------
     async def ready(self, timeout_s: float) -> None:
@@ -178,8 +188,13 @@ class ReplicaWatch:
     async def _until(self, condition: Callable[[], bool]) -> None:
         self._start()
         while not condition():
+            if self._closed:
+                raise self._over()
             self._news.clear()
             await self._news.wait()
+
+    def _over(self) -> UnavailableError:
+        return UnavailableError(f"the client of {self._given} was closed", metadata={"target": self._given})
 
     def _follow(self, replica: Replica) -> None:
         self._following[replica] = self._spawn(self._keep_looking_at(replica))
@@ -193,7 +208,7 @@ class ReplicaWatch:
                     await replica.look.wait()
 
     async def _look_at(self, replica: Replica) -> None:
-        if replica.must_reopen and not replica.in_flight and not replica.calls:
+        if replica.must_reopen and replica.idle:
             await replica.reopen()
         timeout_s = self._config.health_timeout_s
         try:
@@ -238,8 +253,7 @@ class ReplicaWatch:
             log.warning(
                 "%d items in flight at %s are to be asked again elsewhere: %s", replica.in_flight, replica, error
             )
-        gone, replica.gone = replica.gone, asyncio.Future()
-        gone.set_result(error)
+        replica.end_calls(error)
         stream, replica.stream = replica.stream, None
         if stream is not None:
             stream.abandon(error)
@@ -265,10 +279,15 @@ class ReplicaWatch:
         self._news.set()
 
     async def close(self) -> None:
-        """Ends health checks, streams and channels."""
+        """Ends health checks, streams and channels, also of replicas that have left; what waits fails."""
+        self._closed = True
+        self._tell()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for replica in self.all:
+        for replica in [*self.all, *self._leaving]:
+            replica.health = Health.UNREACHABLE  # whoever asks again finds nobody, not a closed channel
+            replica.end_calls(self._over())
             await replica.close()
+        self._leaving.clear()

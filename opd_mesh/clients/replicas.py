@@ -8,11 +8,14 @@ The choice itself is :mod:`opd_mesh.clients.replica_choice`; what is known of th
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from opd_mesh.clients.replica import Health, Replica, speaks_of_the_replica
 from opd_mesh.clients.replica_choice import Candidate, Policy, choose_replica
@@ -21,6 +24,8 @@ from opd_mesh.config.services import ChannelConfig
 from opd_mesh.errors import OpdError, UnavailableError, UnknownTeacherError
 
 ResultT = TypeVar("ResultT")
+# Teacher, and the addresses to avoid: of two waiters with the same, either both find a place or none.
+Wish: TypeAlias = tuple[str, frozenset[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +44,9 @@ class Place:
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    teacher_id: str
+    number: int  # in order of arrival
+    wish: Wish
     tokens: int
-    avoid: Collection[str]
     future: asyncio.Future[Place]
 
 
@@ -56,7 +61,9 @@ class ReplicaSet(ReplicaWatch):
         admit: Callable[[Replica], Awaitable[None]],
     ) -> None:
         super().__init__(addresses, service, config, admit)
-        self._waiting: list[_Waiter] = []
+        # One queue a wish. An ordered dict, because waiters leave from the front and, when cancelled, from anywhere.
+        self._waiting: dict[Wish, OrderedDict[_Waiter, None]] = {}
+        self._arrivals = itertools.count()
         self._turn = 0
 
     def _tell(self) -> None:
@@ -70,16 +77,19 @@ class ReplicaSet(ReplicaWatch):
             avoid: addresses that have failed this item already.
 
         Raises:
-            UnavailableError: none is usable; ``retry_delay_s`` says when one may be.
+            UnavailableError: none is usable, and ``retry_delay_s`` says when one may be; or the client was closed.
             UnknownTeacherError, PreconditionError: they serve, but not this teacher, or not the same as the others.
         """
+        if self._closed:
+            raise self._over()
         if self.lone:
             (replica,) = self.all
             return self._reserve(replica, tokens)
         self._start()
-        waiter = _Waiter(teacher_id, tokens, avoid, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(next(self._arrivals), (teacher_id, frozenset(avoid)), tokens, future)
         if not self._serve(waiter):
-            self._waiting.append(waiter)
+            self._waiting.setdefault(waiter.wish, OrderedDict())[waiter] = None
         try:
             return await waiter.future
         except asyncio.CancelledError:
@@ -87,8 +97,14 @@ class ReplicaSet(ReplicaWatch):
                 waiter.future.result().release()
             raise
         finally:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
+            self._forget(waiter)
+
+    def _forget(self, waiter: _Waiter) -> None:
+        queue = self._waiting.get(waiter.wish)
+        if queue is not None:
+            queue.pop(waiter, None)
+            if not queue:
+                del self._waiting[waiter.wish]
 
     def _reserve(self, replica: Replica, tokens: int) -> Place:
         replica.in_flight += 1
@@ -102,27 +118,42 @@ class ReplicaSet(ReplicaWatch):
         replica.tokens_in_flight -= tokens
         if trial:
             replica.circuit.withdraw()
-        if replica.leaving and not replica.in_flight:
-            self._spawn(replica.close())
+        self._part_if_idle(replica)
         self._hand_out(news=False)
 
     def _hand_out(self, *, news: bool) -> None:
         """Give free places to those who wait, first come, first served; ``news``: some may have nothing to wait for."""
-        for waiter in list(self._waiting):
-            if not news and not any(each.in_flight < each.capacity for each in self._replicas.values()):
-                break
-            if self._serve(waiter):
-                self._waiting.remove(waiter)
+        # Thousands may wait, and this runs after every item: it must cost no more than there are places and wishes.
+        if not news and not self._has_room():
+            return
+        heads = [(next(iter(queue)).number, wish) for wish, queue in self._waiting.items()]
+        heapq.heapify(heads)
+        while heads and (news or self._has_room()):
+            _, wish = heapq.heappop(heads)
+            queue = self._waiting[wish]
+            waiter = next(iter(queue))
+            if self._serve(waiter):  # else the others of this wish would find nothing, either
+                self._forget(waiter)
+                if queue:
+                    heapq.heappush(heads, (next(iter(queue)).number, wish))
+
+    def _has_room(self) -> bool:
+        # Those that are down have nothing in flight, and no room for that.
+        return any(each.in_flight < each.capacity and self._may_have_item(each, "") for each in self._replicas.values())
 
     def _serve(self, waiter: _Waiter) -> bool:
         """A place or a reason why there will be none; False where it must wait."""
         if waiter.future.done():
             return True  # given up
-        replica = self._choice(waiter.teacher_id, waiter.avoid, bounded=True)
+        if self._closed:
+            waiter.future.set_exception(self._over())
+            return True
+        teacher_id, avoid = waiter.wish
+        replica = self._choice(teacher_id, avoid, bounded=True)
         if replica is not None:
             waiter.future.set_result(self._reserve(replica, waiter.tokens))
-        elif self._settled and not self.usable(waiter.teacher_id, waiter.avoid):
-            waiter.future.set_exception(self._none_for(waiter.teacher_id))
+        elif self._settled and not self.usable(teacher_id, avoid):
+            waiter.future.set_exception(self._none_for(teacher_id))
         return waiter.future.done()
 
     def usable(self, teacher_id: str, avoid: Collection[str] = ()) -> list[Replica]:
@@ -201,9 +232,12 @@ class ReplicaSet(ReplicaWatch):
         return found[0] if found else None
 
     async def while_there(self, replica: Replica, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-        """The result of ``work``; :class:`UnavailableError` as soon as the replica is lost."""
+        """The result of ``work``; :class:`UnavailableError` as soon as the replica is lost, or the client closed."""
         if self.lone:
             return await work
+        if self._closed:
+            work.close()
+            raise self._over()
         task, gone = asyncio.ensure_future(work), replica.gone
         either: list[asyncio.Future[Any]] = [task, gone]
         replica.calls += 1
@@ -211,9 +245,12 @@ class ReplicaSet(ReplicaWatch):
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
                 raise gone.result()
+            if task.cancelled():  # by its channel, not by our caller, who did not ask for it
+                raise UnavailableError(f"{replica.address}: the connection was closed here")
             return await task
         finally:
             replica.calls -= 1
+            self._part_if_idle(replica)
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)

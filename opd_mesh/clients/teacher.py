@@ -27,7 +27,7 @@ from opd_mesh.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from opd_mesh.rpc.channel import responses_of, rpc_errors
+from opd_mesh.rpc.channel import responses_of, rpc_errors, targets_text
 from opd_mesh.tensors import dtype_name
 
 SERVICE = "opd.v1.TeacherService"
@@ -58,8 +58,13 @@ class TeacherClient(ServiceClient):
         await self._replicas.close()
 
     @property
+    def name(self) -> str:
+        """The addresses as given: the same for as long as the client lives, whoever is behind them."""
+        return targets_text(self.addresses)
+
+    @property
     def target(self) -> str:
-        """The replicas, for messages."""
+        """The replicas present now, for messages; as a key, use :attr:`name`."""
         return self._replicas.target
 
     @property
@@ -108,6 +113,8 @@ class TeacherClient(ServiceClient):
         except UnimplementedError:
             return  # a server of another make; every item names the digest that it expects
         replica.refused = {}
+        # Without a probe nothing below waits, up to where it counts as serving: whoever sets one now and then lists
+        # the replicas that serve has missed nobody.
         for card in cards:
             address, known = self._cards.setdefault(card.teacher_id, (replica.address, card))
             error = _disagreement(address, known, replica.address, card)
@@ -277,9 +284,20 @@ class TeacherClient(ServiceClient):
         return result
 
     async def score_at(self, address: str, request: ScoreRequest) -> ScoreResult:
-        """One attempt at one replica, whatever its health. Raises as :meth:`ScoringStream.score`."""
-        (replica,) = (each for each in self._replicas.all if each.address == address)
-        return self._checked(replica, request, await self._stream_to(replica).score(request))
+        """One attempt at one replica, whatever its health.
+
+        Raises:
+            UnavailableError: it is no replica any more.
+            OpdError: as :meth:`ScoringStream.score`.
+        """
+        replica = next((each for each in self._replicas.all if each.address == address), None)
+        if replica is None:
+            raise UnavailableError(f"{address} is no replica of {self.name} any more", metadata={"target": address})
+
+        async def ask(replica: Replica) -> ScoreResult:
+            return self._checked(replica, request, await self._stream_to(replica).score(request))
+
+        return await self._replicas.while_there(replica, ask(replica))
 
     def leave_out(self, address: str, error: OpdError) -> None:
         """This replica gets no items until it is admitted again, which asks :attr:`probe`; those in flight move."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import itertools
 import json
 import os
 import signal
@@ -24,6 +26,7 @@ from tiny_models import logits_of, save_tiny_checkpoint, tiny_model, tiny_tokeni
 
 from opd_mesh.cli import score as score_module
 from opd_mesh.cli.main import main
+from opd_mesh.clients.scoring_stream import ScoringStream
 from opd_mesh.clients.teacher import ScoreRequest, ScoreResult, TeacherClient
 from opd_mesh.errors import OverloadedError, UnavailableError
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
@@ -401,6 +404,7 @@ def test_overload_is_waited_for_and_a_lost_server_ends_the_rest(
         return await really_score(self, request)
 
     monkeypatch.setattr(TeacherClient, "score", score)
+    monkeypatch.setattr(score_module, "RETRY_DELAY_S", 0.01)
     code, said = opd_score(path, out)
     assert code == 2
     assert f"the same command continues from {out}.partial.jsonl error: the stream is broken" in said
@@ -411,3 +415,26 @@ def test_overload_is_waited_for_and_a_lost_server_ends_the_rest(
     assert code == 0
     assert "there already" in said
     assert set(load_file(out)) == set(ITEMS)
+
+
+def test_replicas_that_are_all_overloaded_are_waited_for(
+    served: Served, opd_score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "in.jsonl", *({**line_of("plain"), "trajectory_id": str(i)} for i in range(12)))
+    out = tmp_path / "out.safetensors"
+    sent = itertools.count()
+    really_score = ScoringStream.score
+
+    async def score(self: ScoringStream, request: ScoreRequest) -> ScoreResult:
+        number = next(sent)
+        if number < 4:  # as many as begin together: each replica refuses two of them, and all while both are busy
+            await asyncio.sleep(0.05)
+            if number < 2:
+                raise OverloadedError("full", retry_delay_s=0.5)
+        return await really_score(self, request)
+
+    monkeypatch.setattr(ScoringStream, "score", score)
+    addresses = [served.address, served.address.replace("127.0.0.1", "localhost")]
+    assert opd_score(path, out, address=addresses) == (0, f"12 marked: {out}")
+    assert len(load_file(out)) == 12
+    assert next(sent) >= 14

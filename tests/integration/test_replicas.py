@@ -431,6 +431,76 @@ async def test_a_name_is_as_many_replicas_as_it_has_records(monkeypatch: pytest.
             await score_all(client, 4)
 
 
+@asynccontextmanager
+async def named(monkeypatch: pytest.MonkeyPatch, *records: str) -> AsyncIterator[tuple[TeacherClient, list[str]]]:
+    """A client of a name, and the name's records, which the test may change."""
+    present = list(records)
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return list(present)
+
+    monkeypatch.setattr(replica_watch, "resolve_records", resolve)
+    monkeypatch.setattr(replica_watch, "UNRESOLVED_RETRY_S", 0.05)
+    async with TeacherClient(["teachers.mesh.svc:7001"], QUICKLY) as client:
+        await client.wait_ready()
+        yield client, present
+
+
+@dataclass
+class Slow(Fake):
+    """Says who it is when it is told to."""
+
+    asked: int = 0
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def GetTeacher(self, request: Any, context: Any) -> Any:
+        """One card, later."""
+        self.asked += 1
+        await self.told.wait()
+        return await super().GetTeacher(request, context)
+
+
+async def test_a_call_under_way_at_a_replica_that_leaves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = Slow(), Fake(answer=for_ever)
+    async with serving(one, two), named(monkeypatch, one.address) as (client, records):
+        call = asyncio.create_task(client.get_teacher("one"))
+        await until(lambda: one.asked)
+        score = asyncio.create_task(client.score(item()))
+        await until(lambda: one.seen == 1 and score.done())  # an item comes and goes while the call is under way
+        records[:] = [two.address]
+        await until(lambda: client.replicas_of("one") == [two.address])
+        await asyncio.sleep(0.1)
+        assert not call.done()
+        one.told.set()
+        assert (await call).teacher_id == "one"
+        await until(lambda: not client._replicas._leaving, "it was closed when the call had ended")
+        assert client.name == "teachers.mesh.svc:7001" != client.target
+        with pytest.raises(UnavailableError, match=f"{one.address} is no replica of teachers.mesh.svc:7001 any more"):
+            await client.score_at(one.address, item())
+
+
+async def test_closing_ends_what_is_under_way_also_at_a_replica_that_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = Slow(answer=for_ever), Slow(answer=for_ever)
+    async with serving(one, two), named(monkeypatch, one.address) as (client, records):
+        under_way = [asyncio.create_task(client.score(item())) for _ in range(3)]
+        under_way.append(asyncio.create_task(client.get_teacher("one")))
+        await until(lambda: one.running == 3 and one.asked)
+        records[:] = [two.address]
+        await until(lambda: client.replicas_of("one") == [two.address])
+        under_way += [asyncio.create_task(client.score(item())), asyncio.create_task(client.get_teacher("one"))]
+        await until(lambda: two.running and two.asked)
+        waiting = asyncio.create_task(client.get_head("one"))
+        left = next(iter(client._replicas._leaving))
+        await client.close()
+        for result in await asyncio.wait_for(asyncio.gather(*under_way, waiting, return_exceptions=True), WAIT_S):
+            assert isinstance(result, OpdError), result
+        assert left.stream is None
+        assert not client._replicas._leaving
+        await until(lambda: not one.running and not two.running, "the servers know")
+        with pytest.raises(UnavailableError, match="was closed"):
+            await client.get_teacher("one")
+
+
 async def test_a_head_goes_on_from_another_replica_where_it_broke() -> None:
     data = bytes(range(256)) * 4
     offsets: list[tuple[str, int]] = []
@@ -477,10 +547,13 @@ async def test_replicas_of_which_one_is_another_teacher_are_refused(name: str) -
         await teachers.close()
 
 
-def fake_teachers(addresses: list[str], **sections: Any) -> Teachers:
-    channel = QUICKLY.model_dump(mode="json") | {"item_timeout_s": 0.5}
-    recipe = tiny_recipe(Path("nowhere"), {"one": Path("nowhere")}, teacher_channel={"channel": channel}, **sections)
-    recipe = recipe.replace(teachers={"one": {"addresses": addresses}})
+def fake_teachers(
+    addresses: list[str], names: tuple[str, ...] = ("one",), item_timeout_s: float = 0.5, **sections: Any
+) -> Teachers:
+    channel = QUICKLY.model_dump(mode="json") | {"item_timeout_s": item_timeout_s}
+    nowhere = dict.fromkeys(names, Path("nowhere"))
+    recipe = tiny_recipe(Path("nowhere"), nowhere, teacher_channel={"channel": channel}, **sections)
+    recipe = recipe.replace(teachers={name: {"addresses": addresses} for name in names})
     return Teachers(recipe, "tokenizer")
 
 
@@ -550,6 +623,83 @@ async def test_a_newcomer_is_asked_the_same_sequence() -> None:
         await until(lambda: right.address in teachers.replicas_of("one") and wrong.seen)
         assert wrong.address not in teachers.replicas_of("one")
         assert (wrong.seen, right.seen) == (1, 1)
+        await teachers.close()
+
+
+def overloaded(times: int, delay_s: float) -> Callable[[Any], Awaitable[np.ndarray]]:
+    left = [times]
+
+    async def answer(request: Any) -> np.ndarray:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OverloadedError("full", retry_delay_s=delay_s)
+        return rows_of(request.token_ids)
+
+    return answer
+
+
+async def test_an_overloaded_moment_refuses_no_run() -> None:
+    one, two = Fake(answer=overloaded(2, 0.2)), Fake(answer=overloaded(9, 30.0))
+    async with serving(one, two) as addresses:
+        teachers = await checked(fake_teachers(addresses))
+        assert one.seen == 3
+        assert (two.seen, teachers.replicas_of("one")) == (1, [one.address])  # it wants to be asked in half a minute
+        await teachers.close()
+
+
+async def test_replicas_that_never_score_refuse_the_run_in_the_end() -> None:
+    one, two = Fake(answer=overloaded(99, 0.3)), Fake(answer=overloaded(99, 60.0))
+    async with serving(one, two) as addresses:
+        teachers = fake_teachers(addresses, teacher_timeout_s=1.0)
+        with pytest.raises(
+            TeacherUnavailableError, match=r"'one' scores a sequence, asked for 1 s \(.*: full; .*: full"
+        ):
+            await checked(teachers)
+        assert 2 <= one.seen <= 4
+        assert two.seen == 1
+        await teachers.close()
+
+
+async def test_replicas_that_cannot_score_refuse_the_run_at_once() -> None:
+    fakes = [Fake(answer=raising(InternalError("defect"))) for _ in range(2)]
+    async with serving(*fakes) as addresses:
+        teachers = fake_teachers(addresses)
+        with pytest.raises(TeacherUnavailableError, match="defect"):
+            await checked(teachers)
+        assert [fake.seen for fake in fakes] == [1, 1]
+        await teachers.close()
+
+
+async def test_a_newcomer_is_asked_although_it_came_before_there_was_anything_to_compare() -> None:
+    """It joins while teacher two has a reference and teacher one has none; only of one it says something else."""
+    release, late_release = asyncio.Event(), asyncio.Event()
+    names = ("one", "two")
+
+    async def hold(request: Any) -> np.ndarray:
+        if request.teacher_id == "one":
+            await release.wait()
+        return rows_of(request.token_ids)
+
+    async def wrong(request: Any) -> np.ndarray:
+        if request.teacher_id == "two":
+            await late_release.wait()
+            return rows_of(request.token_ids)
+        return await off(3, 0.1)(request)
+
+    first, second, late = Fake(names, answer=hold), Fake(names, answer=hold), Fake(names, answer=wrong)
+    async with serving(first, second, late) as addresses:
+        await _stop(late)
+        teachers = fake_teachers(addresses, names=("two", "one"), item_timeout_s=WAIT_S)
+        await teachers.connect()
+        checking = asyncio.create_task(check_replicas(teachers._recipe, teachers))
+        await until(lambda: first.running or second.running)
+        await _start(late, late.address)
+        await until(lambda: late.seen or late.address in teachers.replicas_of("one"))
+        release.set()
+        await asyncio.sleep(0.2)
+        late_release.set()
+        with pytest.raises(PreconditionError, match=f"replica {late.address} of teacher 'one' does not say"):
+            await checking
         await teachers.close()
 
 

@@ -168,14 +168,16 @@ async def test_choices_grow_with_the_items_not_with_their_square_while_one_repli
     items, teacher_ids = 4000, ("a", "b", "c")
     names = (Health.SERVING, Health.UNREACHABLE, Health.SERVING)
     async with replica_set(*names, teacher_ids=teacher_ids, room=8) as places:
+        begin = asyncio.Event()
 
         async def item(number: int) -> None:
             with await places.place(teacher_ids[number % 3], 1, ()):
-                await asyncio.sleep(0)
+                await begin.wait()
 
         tasks = [asyncio.create_task(item(number)) for number in range(items)]
         await arrived(places, items - 16)
         assert choices <= 2 * items
+        begin.set()
         await asyncio.gather(*tasks)
         assert not places._waiting
         assert choices <= 4 * items
