@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from opd.v1 import common_pb2
+from opd.v1 import common_pb2, rollout_service_pb2
 
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
 from opd_mesh.config.recipe import Recipe
@@ -22,6 +22,7 @@ from opd_mesh.errors import (
     StreamUnavailableError,
     TokenizerMismatchError,
     TrajectoryError,
+    UnavailableError,
 )
 from opd_mesh.policy import PolicyId
 from opd_mesh.seeds import derive_seed
@@ -50,6 +51,19 @@ def own_trajectory_id(lineage: int, step: int, index: int) -> str:
 def is_own_id(trajectory_id: str) -> bool:
     """Whether an id is of the form that the run gives to its own trajectories (or its evaluations)."""
     return trajectory_id[:1] in ("l", "e") and trajectory_id[1:5].isdigit() and trajectory_id[5:6] == "-"
+
+
+async def _policy_once_loaded(client: RolloutClient) -> rollout_service_pb2.GetPolicyResponse:
+    """A server answers health before its model is there. Raises :class:`UnavailableError` where that takes too long."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + client.config.connect_timeout_s
+    while True:
+        try:
+            return await client.get_policy()
+        except UnavailableError as error:
+            if loop.time() > deadline:
+                raise
+            await asyncio.sleep(min(error.retry_delay_s or 0.5, max(0.0, deadline - loop.time())))
 
 
 class Rollouts:
@@ -96,7 +110,7 @@ class Rollouts:
         await self.stream.length()
         for client in self._clients:
             await client.wait_ready()
-            policy = await client.get_policy()
+            policy = await _policy_once_loaded(client)
             if policy.tokenizer_fingerprint != self._fingerprint:
                 raise TokenizerMismatchError(
                     f"rollout server {client.address} has tokenizer {policy.tokenizer_fingerprint[:16]}…, the student "

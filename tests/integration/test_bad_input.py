@@ -19,7 +19,8 @@ import pytest
 import pytest_asyncio
 import torch
 import yaml
-from mesh import new_trainer, running_valkey, serving_rollouts, serving_teachers, teacher_config, tiny_recipe
+from mesh import QUICK, new_trainer, running_valkey, serving_rollouts, serving_teachers, teacher_config, tiny_recipe
+from opd.v1 import rollout_service_pb2_grpc
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_checkpoint
 
@@ -41,8 +42,11 @@ from opd_mesh.errors import (
     TokenizerMismatchError,
     UnknownTeacherError,
 )
+from opd_mesh.rpc.server import MeshServer
 from opd_mesh.trajectory import Trajectory
 from opd_mesh.valkey import EmbeddedValkey
+from rollout_server.server import load_engine
+from rollout_server.service import RolloutServicer
 from student_trainer.run_state import Phase
 from student_trainer.server import check_run_dir
 from student_trainer.trainer import Trainer
@@ -396,6 +400,25 @@ async def test_redis_that_goes_ends_the_run_and_a_resume_goes_on(
         resumed = await new_trainer(ground.recipe(**own), tmp_path / "run", resume=True)
         await resumed.run()
     assert exact(tmp_path / "run") == undisturbed
+
+
+async def test_a_rollout_server_that_is_still_loading_is_waited_for(ground: Ground, tmp_path: Path) -> None:
+    rollouts = RolloutServerConfig(model=ground.models["student"], redis_url=ground.redis_url)
+    server = MeshServer(QUICK, services=["opd.v1.RolloutService"])
+    servicer = RolloutServicer(rollouts, redis_url=rollouts.redis_url, on_serving=server.set_serving)
+    rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server.grpc)
+    address = await server.start("127.0.0.1:0")
+    trainer = await new_trainer(ground.recipe(rollout={"peers": {"addresses": [address]}}), tmp_path)
+    try:
+        connecting = asyncio.create_task(trainer.rollouts.connect())
+        await asyncio.sleep(1.5)  # longer than gRPC's own attempts, which would give up
+        assert not connecting.done()
+        engine, fingerprint, vocab_size = await asyncio.to_thread(load_engine, rollouts)
+        servicer.install(engine, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
+        await asyncio.wait_for(connecting, 30)
+    finally:
+        await trainer.rollouts.close()
+        await server.drain(servicer.close)
 
 
 async def test_a_rollout_server_that_goes_ends_the_run(
