@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 
+from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
-
-
-class MarkSignal(StrEnum):
-    """What a mark consists of; the names of ``opd.v1.Signal``, in lower case."""
-
-    HIDDEN_STATES = "hidden_states"
-    LOGITS = "logits"
-    TOP_K_LOGPROBS = "top_k_logprobs"
-    TOKEN_LOGPROBS = "token_logprobs"
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it tells the whole distribution."""
-        return self in (MarkSignal.HIDDEN_STATES, MarkSignal.LOGITS)
 
 
 class Answer(Protocol):
@@ -62,7 +48,7 @@ class Mark:
 
     teacher_id: str
     weight: float
-    signal: MarkSignal
+    signal: SignalKind
     head_digest: str | None
     answer: Answer
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.convert import trajectory_from_json, trajectory_to_json
 from opd_mesh.sampling import sample_tokens
+from opd_mesh.signals import SignalKind
 from opd_mesh.torch_tensors import from_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
-from student_trainer.batch import HeldAnswer, Mark, MarkSignal, Sample, plan_batch
+from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
 from student_trainer.data import Domain
 from student_trainer.heads import HeadStore
 from student_trainer.objective import BatchObjective, reverse_kl_measure
@@ -176,7 +177,7 @@ def _draw(
     sampling: SamplingParams,
     first_position: int,
 ) -> list[int]:
-    hidden = teachers.full_signals[teacher_id] is MarkSignal.HIDDEN_STATES
+    hidden = teachers.full_signals[teacher_id] is SignalKind.HIDDEN_STATES
     head = heads.get(teachers.head_digests[teacher_id]) if hidden else None
     tokens: list[int] = []
     for said in from_numpy(rows).split(DRAW_ROWS):
@@ -203,9 +204,9 @@ class HeldoutSets:
         place = f"{index}.{teacher_id}"
         if "signal" in mark:
             said = {part: tensors[f"{place}.{part}"] for part in mark["tensors"]}
-            return Mark(teacher_id, mark["weight"], MarkSignal(mark["signal"]), mark["head"], HeldAnswer(said))
+            return Mark(teacher_id, mark["weight"], SignalKind(mark["signal"]), mark["head"], HeldAnswer(said))
         # As runs wrote it before there were several signals: one tensor, and the head that the teacher has.
-        signal = MarkSignal.LOGITS if mark["logits"] else MarkSignal.HIDDEN_STATES
+        signal = SignalKind.LOGITS if mark["logits"] else SignalKind.HIDDEN_STATES
         head = None if mark["logits"] else self._head_digests()[teacher_id]
         return Mark(teacher_id, mark["weight"], signal, head, HeldAnswer({str(signal): tensors[place]}))
 

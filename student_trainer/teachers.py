@@ -26,25 +26,14 @@ from opd_mesh.errors import (
     TensorDecodeError,
     UnavailableError,
 )
+from opd_mesh.signals import SIGNAL_CODES, SignalKind, answer_bytes
 from opd_mesh.tensors import DTYPES, dtype_code, dtype_name
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import Answer, HeldAnswer, Mark, MarkSignal, Sample
+from student_trainer.batch import Answer, HeldAnswer, Mark, Sample
 from student_trainer.mark_buffer import MarkBuffer
 
 log = logging.getLogger("student_trainer")
-HIDDEN, LOGITS = MarkSignal.HIDDEN_STATES, MarkSignal.LOGITS
-SIGNAL_CODES: dict[MarkSignal, teacher_service_pb2.Signal] = {
-    MarkSignal.HIDDEN_STATES: teacher_service_pb2.SIGNAL_HIDDEN_STATES,
-    MarkSignal.LOGITS: teacher_service_pb2.SIGNAL_LOGITS,
-    MarkSignal.TOP_K_LOGPROBS: teacher_service_pb2.SIGNAL_TOP_K_LOGPROBS,
-    MarkSignal.TOKEN_LOGPROBS: teacher_service_pb2.SIGNAL_TOKEN_LOGPROBS,
-}
-TENSORS = {
-    MarkSignal.HIDDEN_STATES: {"hidden_states"},
-    MarkSignal.LOGITS: {"logits"},
-    MarkSignal.TOP_K_LOGPROBS: {"token_ids", "logprobs"},
-    MarkSignal.TOKEN_LOGPROBS: {"logprobs"},
-}
+HIDDEN, LOGITS = SignalKind.HIDDEN_STATES, SignalKind.LOGITS
 RETRY_DELAY_S = 0.5
 
 
@@ -57,8 +46,8 @@ class Teachers:
         self._by_addresses: dict[tuple[str, ...], TeacherClient] = {}
         self._clients: dict[str, TeacherClient] = {}
         self.cards: dict[str, teacher_service_pb2.TeacherCard] = {}
-        self.signals: dict[str, MarkSignal] = {}
-        self.full_signals: dict[str, MarkSignal | None] = {}
+        self.signals: dict[str, SignalKind] = {}
+        self.full_signals: dict[str, SignalKind | None] = {}
         self._asked_again = 0
         self._asked_tokens: Counter[int] = Counter()  # asked and not answered, by a client's id
 
@@ -93,16 +82,16 @@ class Teachers:
             chosen = self.signals[teacher_id]
             self.full_signals[teacher_id] = chosen if chosen.is_full else next(iter(full), None)
 
-    def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> MarkSignal:
+    def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> SignalKind:
         """The best that the card offers and the objective can use."""
         objective = self._recipe.objective
         k = objective.k if isinstance(objective, TopKConfig) else 0
         narrow = {
-            MarkSignal.TOP_K_LOGPROBS: 0 < k <= (card.limits.max_top_k or k),
-            MarkSignal.TOKEN_LOGPROBS: isinstance(objective, SampledTokenConfig),
+            SignalKind.TOP_K_LOGPROBS: 0 < k <= (card.limits.max_top_k or k),
+            SignalKind.TOKEN_LOGPROBS: isinstance(objective, SampledTokenConfig),
         }
         usable = [HIDDEN, LOGITS, *(s for s, fits in narrow.items() if fits and objective.temperature == 1.0)]
-        wanted = usable if objective.signal == "auto" else [MarkSignal(objective.signal)]
+        wanted = usable if objective.signal == "auto" else [SignalKind(objective.signal)]
         for signal in wanted:
             if signal in usable and SIGNAL_CODES[signal] in card.signals:
                 return signal
@@ -231,30 +220,28 @@ class Teachers:
             ),
         )
 
-    def _full(self, teacher_id: str) -> MarkSignal:
+    def _full(self, teacher_id: str) -> SignalKind:
         signal = self.full_signals[teacher_id]
         if signal is None:
             raise SignalNotOfferedError(f"teacher {teacher_id!r} does not tell its whole distribution")
         return signal
 
-    def _mark(self, teacher_id: str, weight: float, signal: MarkSignal, answer: Answer) -> Mark:
+    def _mark(self, teacher_id: str, weight: float, signal: SignalKind, answer: Answer) -> Mark:
         digest = self.cards[teacher_id].head.digest if signal is HIDDEN else None
         return Mark(teacher_id, weight, signal, digest, answer)
 
-    def _answer_bytes(self, teacher_id: str, signal: MarkSignal, rows: int) -> int:
+    def _answer_bytes(self, teacher_id: str, signal: SignalKind, rows: int) -> int:
         card = self.cards[teacher_id]
-        itemsize = np.dtype(DTYPES[dtype_code(self._wire_dtype(teacher_id, signal))]).itemsize
-        match signal:
-            case MarkSignal.HIDDEN_STATES:
-                return rows * card.hidden_size * itemsize
-            case MarkSignal.LOGITS:
-                return rows * card.vocab_size * itemsize
-            case MarkSignal.TOP_K_LOGPROBS:
-                return rows * self._top_k * (8 + itemsize)
-            case MarkSignal.TOKEN_LOGPROBS:
-                return rows * itemsize
+        return answer_bytes(
+            signal,
+            rows,
+            itemsize=DTYPES[dtype_code(self._wire_dtype(teacher_id, signal))].itemsize,
+            hidden_size=card.hidden_size,
+            vocab_size=card.vocab_size,
+            top_k=self._top_k,
+        )
 
-    def _wire_dtype(self, teacher_id: str, signal: MarkSignal) -> str:
+    def _wire_dtype(self, teacher_id: str, signal: SignalKind) -> str:
         wire = self._recipe.objective.wire_dtype
         if wire != "auto":
             return wire
@@ -270,7 +257,7 @@ class Teachers:
         token_ids: Sequence[int],
         spans: Sequence[tuple[int, int]],
         timeout_s: float,
-        signal: MarkSignal,
+        signal: SignalKind,
     ) -> ScoreRequest:
         card = self.cards[teacher_id]
         return ScoreRequest(
@@ -283,7 +270,7 @@ class Teachers:
             timeout_s=timeout_s,
             expected_teacher_digest=card.teacher_digest,
             expected_head_digest=card.head.digest if signal is HIDDEN else "",
-            top_k=self._top_k if signal is MarkSignal.TOP_K_LOGPROBS else 0,
+            top_k=self._top_k if signal is SignalKind.TOP_K_LOGPROBS else 0,
         )
 
     async def rows(self, trajectory: Trajectory, teacher_id: str) -> np.ndarray:
@@ -291,7 +278,7 @@ class Teachers:
         (rows,) = (await self.tensors(trajectory, teacher_id, self._full(teacher_id))).values()
         return rows
 
-    async def tensors(self, trajectory: Trajectory, teacher_id: str, signal: MarkSignal) -> dict[str, np.ndarray]:
+    async def tensors(self, trajectory: Trajectory, teacher_id: str, signal: SignalKind) -> dict[str, np.ndarray]:
         """R rows of each tensor of a signal: of one replica after the other, and again while none can answer.
 
         Scoring is pure, so asking again is safe.
@@ -304,7 +291,7 @@ class Teachers:
         with telemetry.span("trainer.score", {telemetry.TRAJECTORY: trajectory.trajectory_id}):
             return await self._tensors(trajectory, teacher_id, signal)
 
-    async def _tensors(self, trajectory: Trajectory, teacher_id: str, signal: MarkSignal) -> dict[str, np.ndarray]:
+    async def _tensors(self, trajectory: Trajectory, teacher_id: str, signal: SignalKind) -> dict[str, np.ndarray]:
         client = self._clients[teacher_id]
         tokens = len(trajectory.token_ids)
         self._asked_tokens[id(client)] += tokens
@@ -314,7 +301,7 @@ class Teachers:
             self._asked_tokens[id(client)] -= tokens
 
     async def _ask_until_answered(
-        self, client: TeacherClient, trajectory: Trajectory, teacher_id: str, signal: MarkSignal
+        self, client: TeacherClient, trajectory: Trajectory, teacher_id: str, signal: SignalKind
     ) -> dict[str, np.ndarray]:
         silence_s = self._recipe.teacher_timeout_s
         # A queue of our own making is no silence: what was asked before this is computed first.
@@ -344,7 +331,7 @@ class Teachers:
                     break
                 await asyncio.sleep(min(error.retry_delay_s or RETRY_DELAY_S, max(0.0, deadline - loop.time())))
                 continue
-            if set(result.tensors) != TENSORS[signal]:
+            if result.tensors.keys() != signal.tensors:
                 raise TensorDecodeError(
                     f"teacher {teacher_id!r} answered {', '.join(result.tensors)} for {signal}", field="tensors"
                 )

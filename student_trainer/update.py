@@ -21,8 +21,9 @@ from opd_kernels import Divergence, Signal
 from torch import Tensor
 
 from opd_mesh.errors import DivergedError
+from opd_mesh.signals import SignalKind
 from opd_mesh.torch_tensors import from_numpy
-from student_trainer.batch import BatchPlan, Mark, MarkSignal, Sample
+from student_trainer.batch import BatchPlan, Mark, Sample
 from student_trainer.heads import HeadStore
 from student_trainer.objective import BatchObjective
 from student_trainer.optimizer import Optimizer
@@ -226,16 +227,16 @@ def signal_of(marks: Sequence[Mark], heads: HeadStore, device: torch.device) -> 
         return torch.cat([from_numpy(tensors[name]) for tensors in said]).to(device)
 
     match marks[0].signal:
-        case MarkSignal.HIDDEN_STATES:
+        case SignalKind.HIDDEN_STATES:
             digest = marks[0].head_digest
             assert digest is not None  # hidden states always come with one
             # A narrower wire is widened by the divergence, to the precision of its GEMM.
             return Signal(hidden_TE=joined("hidden_states"), head=heads.get(digest))
-        case MarkSignal.LOGITS:
+        case SignalKind.LOGITS:
             return Signal(logits_TV=joined("logits"))
-        case MarkSignal.TOP_K_LOGPROBS:
+        case SignalKind.TOP_K_LOGPROBS:
             return Signal(top_k_ids_TK=joined("token_ids"), top_k_logprobs_TK=joined("logprobs"))
-        case MarkSignal.TOKEN_LOGPROBS:
+        case SignalKind.TOKEN_LOGPROBS:
             return Signal(token_logprobs_T=joined("logprobs"))
 
 

@@ -18,18 +18,12 @@ from opd_mesh.errors import (
     UnavailableError,
     UnknownTeacherError,
 )
+from opd_mesh.signals import SIGNAL_CODES, SIGNALS_BY_CODE, answer_bytes
 from opd_mesh.tensors import DTYPES, dtype_code, dtype_name
 from opd_mesh.trajectory import Trajectory
 from teacher_server.engine import EngineFacts, ScoreJob, Signal, TeacherEngine
 from teacher_server.scoring_queue import Answer, ScoringQueue
 
-SIGNALS: dict[Signal, teacher_service_pb2.Signal] = {
-    Signal.HIDDEN_STATES: teacher_service_pb2.SIGNAL_HIDDEN_STATES,
-    Signal.LOGITS: teacher_service_pb2.SIGNAL_LOGITS,
-    Signal.TOP_K_LOGPROBS: teacher_service_pb2.SIGNAL_TOP_K_LOGPROBS,
-    Signal.TOKEN_LOGPROBS: teacher_service_pb2.SIGNAL_TOKEN_LOGPROBS,
-}
-SIGNALS_BACK = {code: signal for signal, code in SIGNALS.items()}
 LOGPROBS = (Signal.TOP_K_LOGPROBS, Signal.TOKEN_LOGPROBS)
 WIRE_DTYPES = (common_pb2.D_TYPE_FLOAT32, common_pb2.D_TYPE_BFLOAT16, common_pb2.D_TYPE_FLOAT16)
 
@@ -105,7 +99,7 @@ class Catalogue:
         )
         limit = self.config.teachers[item.teacher_id].max_tokens_per_item
         trajectory.validate(vocab_size=facts.vocab_size, max_tokens=limit)
-        signal = SIGNALS_BACK.get(item.signal)
+        signal = SIGNALS_BY_CODE.get(item.signal)
         if signal is None:
             raise InvalidInputError("name a signal", field="signal")
         if signal not in facts.signals:
@@ -180,18 +174,16 @@ def _check_identity(item: teacher_service_pb2.ScoreItem, facts: EngineFacts) -> 
             )
 
 
-def answer_bytes(facts: EngineFacts, job: ScoreJob) -> int:
+def bytes_of(facts: EngineFacts, job: ScoreJob) -> int:
     """Of all tensors of an answer."""
-    rows, width = len(job.predicting_positions), DTYPES[dtype_code(job.dtype)].itemsize
-    match job.signal:
-        case Signal.HIDDEN_STATES:
-            return rows * facts.hidden_size * width
-        case Signal.LOGITS:
-            return rows * facts.vocab_size * width
-        case Signal.TOP_K_LOGPROBS:
-            return rows * job.top_k * (8 + width)
-        case Signal.TOKEN_LOGPROBS:
-            return rows * width
+    return answer_bytes(
+        job.signal,
+        len(job.predicting_positions),
+        itemsize=DTYPES[dtype_code(job.dtype)].itemsize,
+        hidden_size=facts.hidden_size,
+        vocab_size=facts.vocab_size,
+        top_k=job.top_k,
+    )
 
 
 def _card(teacher_id: str, facts: EngineFacts, server: TeacherServerConfig) -> teacher_service_pb2.TeacherCard:
@@ -207,7 +199,7 @@ def _card(teacher_id: str, facts: EngineFacts, server: TeacherServerConfig) -> t
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         teacher_digest=facts.teacher_digest,
         head=_head_form(facts),
-        signals=[SIGNALS[signal] for signal in facts.signals],
+        signals=[SIGNAL_CODES[signal] for signal in facts.signals],
         note=facts.note,
         limits=teacher_service_pb2.TeacherLimits(
             max_tokens_per_item=config.max_tokens_per_item,

@@ -7,22 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 
 from opd_mesh.errors import OpdError
 from opd_mesh.models.tokenizer import TokenizerRoles
-
-
-class Signal(StrEnum):
-    """What a teacher can say of a position; the names of ``opd.v1.Signal`` without their prefix."""
-
-    HIDDEN_STATES = "hidden_states"
-    LOGITS = "logits"
-    TOP_K_LOGPROBS = "top_k_logprobs"
-    TOKEN_LOGPROBS = "token_logprobs"
+from opd_mesh.signals import SignalKind as Signal
 
 
 @dataclass(frozen=True, slots=True)

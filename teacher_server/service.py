@@ -24,9 +24,10 @@ from opd_mesh.errors import (
 )
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.rpc.status import status_of
+from opd_mesh.signals import SIGNAL_CODES
 from opd_mesh.tensors import CHUNK_BYTES, byte_view, header_of
 from teacher_server.byte_budget import ByteBudget
-from teacher_server.catalogue import SIGNALS, Catalogue, answer_bytes
+from teacher_server.catalogue import Catalogue, bytes_of
 
 Response = teacher_service_pb2.ScoreTrajectoriesResponse
 Outgoing: TypeAlias = Response | bytes  # chunks are serialized already
@@ -191,13 +192,13 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
             try:
                 async with AsyncExitStack() as stack:
                     async with asyncio.timeout_at(deadline):
-                        await stack.enter_async_context(unsent.hold(answer_bytes(facts, job)))
+                        await stack.enter_async_context(unsent.hold(bytes_of(facts, job)))
                         tensors = await self.catalogue.score(item.teacher_id, job)
                     header = teacher_service_pb2.ScoreHeader(
                         teacher_id=item.teacher_id,
                         teacher_digest=facts.teacher_digest,
                         head_digest=facts.head.digest if facts.head is not None else "",
-                        signal=SIGNALS[job.signal],
+                        signal=SIGNAL_CODES[job.signal],
                         rows=len(job.predicting_positions),
                         tensors=[header_of(name, array) for name, array in tensors.items()],
                     )

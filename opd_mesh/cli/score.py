@@ -42,15 +42,11 @@ from opd_mesh.errors import (
     UnavailableError,
     UnknownTeacherError,
 )
+from opd_mesh.signals import SIGNAL_CODES
 from opd_mesh.tensors import dtype_name
 from opd_mesh.trajectory import Trajectory
 
-SIGNALS = {
-    "hidden_states": teacher_service_pb2.SIGNAL_HIDDEN_STATES,
-    "logits": teacher_service_pb2.SIGNAL_LOGITS,
-    "top_k_logprobs": teacher_service_pb2.SIGNAL_TOP_K_LOGPROBS,
-    "token_logprobs": teacher_service_pb2.SIGNAL_TOKEN_LOGPROBS,
-}
+SIGNALS = {str(signal): code for signal, code in SIGNAL_CODES.items()}
 LOGPROBS = ("top_k_logprobs", "token_logprobs")
 CONNECT_TIMEOUT_S = 10.0
 ITEM_TIMEOUT_S = 300.0

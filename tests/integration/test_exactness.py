@@ -20,8 +20,9 @@ from tiny_models import save_tiny_checkpoint, tiny_tokenizer
 
 from opd_mesh.models.checkpoint import load_causal_lm
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
+from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import HeldAnswer, Mark, MarkSignal, Sample, plan_batch
+from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
 from student_trainer.heads import HeadStore
 from student_trainer.mark_buffer import MarkBuffer
 from student_trainer.objective import build_objective
@@ -180,7 +181,7 @@ def gradient_error(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
 async def test_kl_and_gradient_equal_float64(arch: str, tmp_path: Path) -> None:
     case = await prepared(arch, tmp_path)
     assert all(rows_of(sample.marks[0]).dtype == np.float32 for sample in case.samples)
-    assert not any(mark.signal is MarkSignal.LOGITS for sample in case.samples for mark in sample.marks)
+    assert not any(mark.signal is SignalKind.LOGITS for sample in case.samples for mark in sample.marks)
     teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
     routing = {"domain_0": "one", "domain_1": "two"}
     wanted, wanted_gradient, spread = float64_reference(
@@ -243,7 +244,7 @@ async def test_logits_signal_equals_float64(tmp_path: Path) -> None:
     case = Case("gemma2", tmp_path)
     case.recipe = case.recipe.replace(objective=case.recipe.objective.replace(signal="logits"))
     await case.through_the_mesh()
-    assert all(mark.signal is MarkSignal.LOGITS for sample in case.samples for mark in sample.marks)
+    assert all(mark.signal is SignalKind.LOGITS for sample in case.samples for mark in sample.marks)
     teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
     wanted, *_ = float64_reference(
         case.student.model,

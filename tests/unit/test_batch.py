@@ -8,11 +8,11 @@ from itertools import groupby, zip_longest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import (
     HeldAnswer,
     Mark,
-    MarkSignal,
     Sample,
     Visit,
     marks_in_order,
@@ -28,7 +28,7 @@ HEADS = {"a": "A", "a2": "A", "b": "B", "c": "C", "d": "D", "plain": None}
 
 def mark(teacher: str) -> Mark:
     digest = HEADS[teacher]
-    return Mark(teacher, 1.0, MarkSignal.HIDDEN_STATES if digest else MarkSignal.LOGITS, digest, HeldAnswer({}))
+    return Mark(teacher, 1.0, SignalKind.HIDDEN_STATES if digest else SignalKind.LOGITS, digest, HeldAnswer({}))
 
 
 def sample(name: str, teachers: list[str], tokens: int = 3, reference: str | None = None) -> Sample:

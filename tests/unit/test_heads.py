@@ -11,8 +11,9 @@ import torch
 from opd_kernels import LinearHead
 from safetensors.torch import save_file
 
+from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import HeldAnswer, Mark, MarkSignal, Sample, plan_batch
+from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
 from student_trainer.heads import HeadStore
 from student_trainer.update import shares_of
 
@@ -49,7 +50,7 @@ def test_no_more_heads_are_alive_than_may_be_resident(folder: Path, resident: in
     store._load = counting  # type: ignore[method-assign]
     trajectory = Trajectory("t", "d", token_ids=(0, 1, 2), scored_spans=((1, 3),))
     answer = HeldAnswer({"hidden_states": np.zeros((2, 2), np.float32)})
-    sample = Sample(trajectory, tuple(Mark(name, 1.0, MarkSignal.HIDDEN_STATES, name, answer) for name in "abcd"))
+    sample = Sample(trajectory, tuple(Mark(name, 1.0, SignalKind.HIDDEN_STATES, name, answer) for name in "abcd"))
     shares = 0
     plan = plan_batch([sample], tokens_per_pass=9, heads_together=resident)
     for visit in plan.visits:

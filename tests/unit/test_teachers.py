@@ -14,8 +14,8 @@ from opd.v1 import common_pb2, teacher_service_pb2
 
 from opd_mesh.clients.teacher import ScoreRequest, ScoreResult
 from opd_mesh.errors import OpdError, TeacherUnavailableError, UnavailableError
+from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
-from student_trainer.batch import MarkSignal
 from student_trainer.teachers import Teachers
 
 TRAJECTORY = Trajectory("t", "domain_0", token_ids=tuple(range(10)), scored_spans=((4, 10),))
@@ -59,7 +59,7 @@ def teachers_with(client: Client, *, timeout_s: float, per_token_s: float) -> Te
 
 
 async def ask(teachers: Teachers) -> Any:
-    return await teachers.tensors(TRAJECTORY, "one", MarkSignal.HIDDEN_STATES)
+    return await teachers.tensors(TRAJECTORY, "one", SignalKind.HIDDEN_STATES)
 
 
 @pytest.mark.asyncio
