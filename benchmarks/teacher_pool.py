@@ -214,28 +214,34 @@ async def run_adapters(arguments: argparse.Namespace, folder: Path) -> dict[str,
         model.save_pretrained(folder / f"adapter{number}")
         teachers[f"adapter{number}"] = {"path": str(base), "adapter": str(folder / f"adapter{number}")}
     del model
-    config = {
-        "teachers": teachers,
-        "batch_tokens": BATCH_TOKENS,
-        "threads": arguments.threads,
-        "pool": {"memory_bytes": int(1.3 * size), "cache_dir": str(folder / "cache")},
-    }
-    server = TeacherProcess(folder / "logs", "adapters", config)
-    try:
-        async with TeacherClient([server.address()]) as client:
-            cards = {card.teacher_id: card for card in await client.list_teachers()}
-            server.reset_peak()
-            chance = random.Random(0)
-            _, said = await score(client, cards, make_items(list(teachers), 512, chance, cards["base"].vocab_size))
-            peak = server.memory()["peak"]
-    finally:
-        server.stop()
+    adapter_bytes = (folder / "adapter0" / "adapter_model.safetensors").stat().st_size
+    peaks: dict[str, int] = {}
+    for name, served in (("base", {"base": teachers["base"]}), ("adapters", teachers)):
+        config = {
+            "teachers": served,
+            "batch_tokens": BATCH_TOKENS,
+            "threads": arguments.threads,
+            "pool": {"memory_bytes": int(1.3 * size), "cache_dir": str(folder / "cache")},
+        }
+        server = TeacherProcess(folder / "logs", name, config)
+        try:
+            async with TeacherClient([server.address()]) as client:
+                cards = {card.teacher_id: card for card in await client.list_teachers()}
+                server.reset_peak()
+                items = make_items(list(served), 512, random.Random(0), cards["base"].vocab_size)
+                _, said = await score(client, cards, items)
+                peaks[name] = server.memory()["peak"]
+        finally:
+            server.stop()
     return {
-        "adapters_vs_base": round((peak - bare) / size, 3),
+        "adapters_vs_base": round((peaks["adapters"] - bare) / (peaks["base"] - bare), 3),
+        "weights_vs_base": round(1 + arguments.adapters * adapter_bytes / size, 3),
+        "peak_rss_bytes": peaks,
+        "bare_rss_bytes": bare,
         "adapters": arguments.adapters,
         "rank": arguments.rank,
         "base_bytes": size,
-        "adapter_bytes": (folder / "adapter0" / "adapter_model.safetensors").stat().st_size,
+        "adapter_bytes": adapter_bytes,
         "heads": len({card.head.digest for card in cards.values()}),
         "answers": len(said),
     }
