@@ -186,6 +186,10 @@ class MarkBuffer:
         self._start(self._spill(self._spilling, self._spill_dir / f"{uuid.uuid4().hex}.bin"))
 
     async def _spill(self, answer: BufferedAnswer, path: Path) -> None:
+        if answer not in self._unreleased:  # used up before this began
+            self._spilling = None
+            self._admit()
+            return
         tensors = answer.result.result()
         assert not isinstance(tensors, _Spilled)  # only what is held is spilled
         writing = asyncio.ensure_future(asyncio.to_thread(_Spilled.write, path, tensors))
@@ -269,6 +273,7 @@ class MarkBuffer:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._spilling = None  # of a task that was cancelled before it began
             for answer in list(self._unreleased):
                 self._drop(answer, CancelledByCallerError("the step was given up"))
         finally:

@@ -171,6 +171,22 @@ async def test_giving_up_leaves_no_file_and_spilling_goes_on(tmp_path: Path) -> 
 
 
 @pytest.mark.asyncio
+async def test_what_is_used_up_before_it_is_spilled_stops_nothing(tmp_path: Path) -> None:
+    buffer, teacher = MarkBuffer(100, tmp_path / "spill"), Teacher()
+    first = [teacher.ask(buffer, number, 40) for number in range(2)]
+    await settle()
+    third = teacher.ask(buffer, 2, 40)  # one of the two is to be spilled
+    assert buffer._spilling is not None
+    for answer in first:
+        buffer._drop(answer)  # released before the spilling has begun
+    await settle()
+    assert buffer._spilling is None
+    assert (await asyncio.to_thread(third.tensors))["hidden_states"][0] == 2
+    await buffer.give_up()
+    assert not list(tmp_path.glob("spill/*"))
+
+
+@pytest.mark.asyncio
 async def test_a_folder_that_cannot_be_written_is_told_once_and_answers_wait(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
