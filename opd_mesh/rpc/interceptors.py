@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import grpc
@@ -15,11 +15,13 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
 from opd_mesh import telemetry
-from opd_mesh.errors import InternalError, OpdError, OverloadedError, UnimplementedError
+from opd_mesh.errors import DeadlineError, InternalError, OpdError, OverloadedError, UnimplementedError
 from opd_mesh.rpc.status import GRPC_CODES, STATUS_DETAILS_KEY, status_of
 
 log = logging.getLogger("opd_mesh.rpc")
 RETRY_DELAY_S = 1.0
+# For how long a refused upload is still taken: a client that is cut off while it writes may lose the refusal's status.
+REFUSED_UPLOAD_S = 10.0
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: OpdError) -> NoReturn:
@@ -139,6 +141,14 @@ def _unless_serialized(serialize: Callable[[Any], bytes]) -> Callable[[Any], byt
     return lambda message: message if isinstance(message, bytes) else serialize(message)
 
 
+async def _take_the_rest(requests: AsyncIterable[Any]) -> None:
+    """Read and drop what a refused client still sends, until it has sent all or ``REFUSED_UPLOAD_S`` are over."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(REFUSED_UPLOAD_S):
+            async for _ in requests:
+                pass
+
+
 def _wrap_unary(
     behaviour: Callable[..., Awaitable[Any]], method: str, admission: _Admission
 ) -> Callable[..., Awaitable[Any]]:
@@ -148,6 +158,9 @@ def _wrap_unary(
             with admission.place():
                 return await current.inside(behaviour(request, context))
         except BaseException as error:  # noqa: BLE001 - mapped to a status, never swallowed
+            uploading = isinstance(request, AsyncIterable) and not isinstance(error, DeadlineError)
+            if isinstance(error, OpdError) and uploading:
+                await _take_the_rest(request)
             await current.fail(error)
         finally:
             current.close()

@@ -17,6 +17,10 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_BYTES = 1200
 MAX_METADATA_BYTES = 1200
 
+# grpc.aio says INTERNAL where the server ended a call while a message was being written to it, and so hides the
+# server's own status (grpc/grpc#36066). Asking again meets that status, or a server that is up again.
+WRITE_FAILED = "Internal error from Core"
+
 _CLASSES = errors.error_classes_by_reason()
 # A status without ErrorInfo comes from gRPC itself or from a proxy.
 _BY_CODE: dict[str, type[OpdError]] = {
@@ -98,6 +102,8 @@ def error_of_rpc(error: grpc.aio.AioRpcError, *, target: str) -> OpdError:
                 break  # not ours to read: the code and the words remain
     name = error.code().name
     cls = _BY_CODE.get(name, errors.InternalError)
+    if name == "INTERNAL" and error.details() == WRITE_FAILED:
+        cls = errors.UnavailableError
     if cls is errors.OverloadedError and "larger than max" in (error.details() or ""):
         cls = errors.TooLongError  # gRPC's own limit on messages: sending it again later never helps
     return cls(f"{target}: {name}: {error.details()}", metadata={"target": target})
