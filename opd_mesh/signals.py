@@ -24,11 +24,15 @@ class SignalKind(StrEnum):
         return self in (SignalKind.HIDDEN_STATES, SignalKind.LOGITS)
 
     @property
-    def tensors(self) -> frozenset[str]:
-        """Names of what an answer consists of; see ``opd.v1.Signal``."""
+    def tensors(self) -> tuple[str, ...]:
+        """Names of what an answer consists of, the widest dtype first; see ``opd.v1.Signal``."""
         if self.is_full:
-            return frozenset({str(self)})
-        return frozenset({"token_ids", "logprobs"} if self is SignalKind.TOP_K_LOGPROBS else {"logprobs"})
+            return (str(self),)
+        return ("token_ids", "logprobs") if self is SignalKind.TOP_K_LOGPROBS else ("logprobs",)
+
+    def own_dtype(self, teacher_dtype: str) -> str:
+        """Of an answer where none is asked for."""
+        return teacher_dtype if self.is_full else "float32"
 
 
 SIGNAL_CODES: dict[SignalKind, teacher_service_pb2.Signal] = {

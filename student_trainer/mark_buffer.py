@@ -186,10 +186,14 @@ class MarkBuffer:
         self._start(self._spill(self._spilling, self._spill_dir / f"{uuid.uuid4().hex}.bin"))
 
     async def _spill(self, answer: BufferedAnswer, path: Path) -> None:
-        if answer not in self._unreleased:  # used up before this began
+        try:
+            if answer in self._unreleased:  # else it was used up before this began
+                await self._write_out(answer, path)
+        finally:
             self._spilling = None
-            self._admit()
-            return
+        self._admit()
+
+    async def _write_out(self, answer: BufferedAnswer, path: Path) -> None:
         tensors = answer.result.result()
         assert not isinstance(tensors, _Spilled)  # only what is held is spilled
         writing = asyncio.ensure_future(asyncio.to_thread(_Spilled.write, path, tensors))
@@ -213,9 +217,6 @@ class MarkBuffer:
                 self._leave_memory(answer)
             else:
                 path.unlink(missing_ok=True)
-        finally:
-            self._spilling = None
-        self._admit()
 
     def _leave_memory(self, answer: BufferedAnswer) -> None:
         if answer.in_memory:

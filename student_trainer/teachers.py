@@ -85,7 +85,7 @@ class Teachers:
     def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> SignalKind:
         """The best that the card offers and the objective can use."""
         objective = self._recipe.objective
-        k = objective.k if isinstance(objective, TopKConfig) else 0
+        k = self._top_k
         narrow = {
             SignalKind.TOP_K_LOGPROBS: 0 < k <= (card.limits.max_top_k or k),
             SignalKind.TOKEN_LOGPROBS: isinstance(objective, SampledTokenConfig),
@@ -245,7 +245,7 @@ class Teachers:
         wire = self._recipe.objective.wire_dtype
         if wire != "auto":
             return wire
-        return dtype_name(self.cards[teacher_id].dtype) if signal.is_full else "float32"
+        return signal.own_dtype(dtype_name(self.cards[teacher_id].dtype))
 
     @property
     def _top_k(self) -> int:
@@ -331,7 +331,7 @@ class Teachers:
                     break
                 await asyncio.sleep(min(error.retry_delay_s or RETRY_DELAY_S, max(0.0, deadline - loop.time())))
                 continue
-            if result.tensors.keys() != signal.tensors:
+            if result.tensors.keys() != set(signal.tensors):
                 raise TensorDecodeError(
                     f"teacher {teacher_id!r} answered {', '.join(result.tensors)} for {signal}", field="tensors"
                 )

@@ -403,6 +403,11 @@ class Trainer:
                 assert self._saved is not None  # whoever waits is answered after a checkpoint
                 future.set_result(self._saved)
 
+    def _refuse_saves(self, why: str) -> None:
+        for future in self._saves:
+            if not future.done():
+                future.set_exception(PreconditionError(why))
+
     async def finish(self) -> None:
         """Last checkpoint, last evaluation, the student, the summary."""
         await self.save_checkpoint()
@@ -421,9 +426,7 @@ class Trainer:
         log.warning("the run was %s", text)
         if self.metrics.lines:
             self.summarize("interrupted")
-        for future in self._saves:
-            if not future.done():
-                future.set_exception(PreconditionError(f"the run was {text}"))
+        self._refuse_saves(f"the run was {text}")
         self.state.set(Phase.FINISHED, text)
 
     async def end_early(self, error: BaseException) -> None:
@@ -444,9 +447,7 @@ class Trainer:
         except Exception:
             log.exception("while writing the summary")
         finally:
-            for future in self._saves:
-                if not future.done():
-                    future.set_exception(PreconditionError(f"the run ended: {text}"))
+            self._refuse_saves(f"the run ended: {text}")
             self.state.set(Phase.FAILED, "ended early", error=text)
 
     @property

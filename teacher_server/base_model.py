@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,9 @@ class BaseModel:
         self._cache_dir = cache_dir
         self._shared = SharedBase(self.model)
         # By identity, for a tied weight bears the embedding's name.
-        self._names = {id(tensor): key for key, tensor in served_tensors(self.model)}
-        self.weights = self._map(
-            self.digest, dict(served_tensors(self.model)), [] if adapter is not None else weight_files(folder)
-        )
+        served = dict(served_tensors(self.model))
+        self._names = {id(tensor): key for key, tensor in served.items()}
+        self.weights = self._map(self.digest, served, [] if adapter is not None else weight_files(folder))
 
     def _map(self, digest: str, tensors: Mapping[str, Tensor], sources: list[Path]) -> MappedWeights | None:
         if self._cache_dir is None:
@@ -102,6 +102,7 @@ class BaseModels:
         self._mapped = not keep_in_memory
         self._by_source: dict[tuple[Path, Path | None, torch.dtype], BaseModel] = {}
         self._vocabularies: dict[str, Mapping[str, int]] = {}
+        self._skeleton = lru_cache(maxsize=1)(skeleton)  # the adapters of one base usually stand together
 
     def folder_of(self, source: Path | str) -> Path:
         """A local copy of what a URL holds, or the folder itself."""
@@ -115,7 +116,7 @@ class BaseModels:
         """The model, and the adapter that must still be put above it, where it can stand there."""
         if adapter is None:
             return self._load(folder, None, dtype), None
-        reason = reason_not_to_share(skeleton(folder), adapter)
+        reason = reason_not_to_share(self._skeleton(folder), adapter)
         if reason is None:
             return self._load(folder, None, dtype), adapter
         log.info("%s is merged into a copy of its base: %s", adapter, reason)

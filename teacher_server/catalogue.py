@@ -24,7 +24,6 @@ from opd_mesh.trajectory import Trajectory
 from teacher_server.engine import EngineFacts, ScoreJob, Signal, TeacherEngine
 from teacher_server.scoring_queue import Answer, ScoringQueue
 
-LOGPROBS = (Signal.TOP_K_LOGPROBS, Signal.TOKEN_LOGPROBS)
 WIRE_DTYPES = (common_pb2.D_TYPE_FLOAT32, common_pb2.D_TYPE_BFLOAT16, common_pb2.D_TYPE_FLOAT16)
 
 
@@ -110,12 +109,11 @@ class Catalogue:
         if item.dtype not in (0, *WIRE_DTYPES):
             raise InvalidInputError("must be float32, bfloat16 or float16", field="dtype")
         candidates = self._checked_candidates(item, signal, trajectory.num_scored, facts)
-        own = "float32" if signal in LOGPROBS else facts.dtype
         job = ScoreJob(
             token_ids=trajectory.token_ids,
             predicting_positions=tuple(trajectory.predicting_positions),
             signal=signal,
-            dtype=dtype_name(item.dtype) if item.dtype else own,
+            dtype=dtype_name(item.dtype) if item.dtype else signal.own_dtype(facts.dtype),
             top_k=item.top_k,
             candidate_ids=candidates,
         )

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from opd_kernels import LinearHead
 
 from opd_mesh.errors import OpdError
+from opd_mesh.models.heads import head_digest
 from opd_mesh.models.tokenizer import TokenizerRoles
 from opd_mesh.signals import SignalKind as Signal
 
@@ -44,6 +46,19 @@ class HeadFacts:
     has_bias: bool
     logit_scale: float
     soft_cap: float | None
+
+    @classmethod
+    def of(cls, head: LinearHead) -> HeadFacts:
+        """Hashes the weights, so they must be there."""
+        return cls(
+            digest=head_digest(head),
+            rows=head.weight.shape[0],
+            width=head.weight.shape[1],
+            dtype=str(head.weight.dtype).removeprefix("torch."),
+            has_bias=head.bias is not None,
+            logit_scale=head.logit_scale,
+            soft_cap=head.soft_cap,
+        )
 
 
 @dataclass(frozen=True, slots=True)

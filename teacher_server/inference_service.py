@@ -113,7 +113,7 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         response.inputs.add(name=INPUT, datatype="INT64", shape=[-1])
         for name, signal in OUTPUTS.items():
             if signal in facts.signals:
-                datatype = DATATYPES[_own_dtype(signal, facts)]
+                datatype = DATATYPES[signal.own_dtype(facts.dtype)]
                 response.outputs.add(name=name, datatype=datatype, shape=[-1, *_row_shape(signal, facts)])
         return response
 
@@ -203,7 +203,7 @@ def asked_outputs(request: pb.ModelInferRequest, facts: EngineFacts, *, max_toke
         _check_known(output.parameters, ("dtype",), f"{field}.parameters")
         signal = _offered_signal(output.name, facts, request.model_name, f"{field}.name")
         positions = _positions(request.parameters, len(token_ids), output.name)
-        dtype = _dtype(output.parameters, f"{field}.") or _dtype(request.parameters) or _own_dtype(signal, facts)
+        dtype = _dtype(output.parameters, f"{field}.") or _dtype(request.parameters) or signal.own_dtype(facts.dtype)
         job = ScoreJob(token_ids, positions, signal, dtype)
         asked.append(AskedOutput(output.name, job, (*batch_shape, len(positions), *_row_shape(signal, facts))))
     return asked
@@ -308,10 +308,6 @@ def _positions(parameters: Parameters, num_tokens: int, name: str) -> tuple[int,
             field="parameters.position_start, parameters.position_end",
         )
     return tuple(range(start, end))
-
-
-def _own_dtype(signal: Signal, facts: EngineFacts) -> str:
-    return "float32" if signal is Signal.TOKEN_LOGPROBS else facts.dtype
 
 
 def _row_shape(signal: Signal, facts: EngineFacts) -> tuple[int, ...]:

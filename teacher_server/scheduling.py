@@ -51,6 +51,12 @@ def choose_turn(
     return next((teacher for teacher in others if teacher in ready), others[0])
 
 
+def passed_over_by(chosen: str | None, waiting: Sequence[Waiting], current: str | None) -> str | None:
+    """Who had the oldest item when the turn went from ``current`` to ``chosen``; None where that was ``chosen``."""
+    oldest = next((teacher for teacher in teachers_in_order(waiting) if teacher != current), None)
+    return oldest if oldest != chosen else None
+
+
 def choose_batch(
     waiting: Sequence[Waiting], teacher_id: str, *, token_budget: int, max_items: int, in_order: bool = False
 ) -> list[int]:

@@ -18,7 +18,7 @@ from opd_mesh.config.services import TeacherServerConfig
 from opd_mesh.errors import InternalError, OpdError, OverloadedError, UnavailableError
 from teacher_server.engine import ScoreJob, TeacherEngine
 from teacher_server.pool import WeightPool
-from teacher_server.scheduling import Waiting, choose_batch, choose_turn, teachers_in_order
+from teacher_server.scheduling import Waiting, choose_batch, choose_turn, passed_over_by, teachers_in_order
 
 log = logging.getLogger("teacher_server")
 Answer = dict[str, np.ndarray]
@@ -121,8 +121,8 @@ class ScoringQueue:
                 self._fail(teacher_id, batch, error)
             except Exception as error:
                 # Whatever it is, the queue goes on: other teachers are well.
-                log.exception("teacher %r failed", teacher_id)
-                why = f"teacher {teacher_id!r} failed: {type(error).__name__}; the server's log has the stack"
+                log.exception("the engine of teacher %r failed on %d items", teacher_id, len(batch))
+                why = f"the engine failed: {type(error).__name__}; the server's log has the stack"
                 self._fail(teacher_id, batch, InternalError(why))
             finally:
                 self._in_engine = []
@@ -148,7 +148,6 @@ class ScoringQueue:
         if self._config.pool.order == "arrival":
             teacher_id = waiting[0].teacher_id if waiting else None
         else:
-            teachers = teachers_in_order(waiting)
             teacher_id = choose_turn(
                 waiting,
                 self._turn,
@@ -158,8 +157,7 @@ class ScoringQueue:
                 passed_over=self._passed_over,
             )
             if teacher_id != self._turn:
-                oldest = next((teacher for teacher in teachers if teacher != self._turn), None)
-                self._passed_over = oldest if oldest != teacher_id else None
+                self._passed_over = passed_over_by(teacher_id, waiting, self._turn)
         if teacher_id is not None and (teacher_id != self._turn or self._turn_tokens >= self._config.pool.turn_tokens):
             self._turn, self._turn_tokens = teacher_id, 0
         return teacher_id
@@ -194,16 +192,9 @@ class ScoringQueue:
         self.batches += 1
         self.tokens += tokens
         self._turn_tokens += tokens
-        try:
-            with telemetry.span("teacher.forward", {telemetry.TEACHER: teacher_id, telemetry.TOKENS: tokens}):
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self._thread, _checked_score, engine, [entry.job for entry in batch])
-        except OpdError as error:  # the weights are not what they were
-            return [error] * len(batch)
-        except Exception as error:
-            log.exception("the engine of teacher %r failed on %d items", teacher_id, len(batch))
-            failure = InternalError(f"the engine failed: {type(error).__name__}; the server's log has the stack")
-            return [failure] * len(batch)
+        with telemetry.span("teacher.forward", {telemetry.TEACHER: teacher_id, telemetry.TOKENS: tokens}):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, _checked_score, engine, [entry.job for entry in batch])
 
     def _answer(self, batch: list[_Entry], answers: list[Answer | OpdError]) -> None:
         for entry, answer in zip(batch, answers, strict=True):

@@ -11,13 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd_mesh.errors import DivergedError
+from opd_mesh.errors import DivergedError, OpdError
 from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
 from teacher_server.engine import ScoreJob, Signal
 
 # Rows of logits at a time where only something narrow is kept of them.
 CHUNK_ROWS = 256
 FROM_LOGITS = (Signal.LOGITS, Signal.TOP_K_LOGPROBS, Signal.TOKEN_LOGPROBS)
+
+
+def answer_of(
+    teacher_id: str, job: ScoreJob, hidden_Rd: Callable[[], Tensor], logits_of: Callable[[slice], Tensor]
+) -> dict[str, np.ndarray] | OpdError:
+    """What an engine answers to a job.
+
+    Args:
+        hidden_Rd: of all scored rows; called where they are asked for.
+        logits_of: as for :func:`tensors_of_logits`.
+    """
+    try:
+        if job.signal is Signal.HIDDEN_STATES:
+            return {"hidden_states": finite(teacher_id, job, hidden_Rd())}
+        return tensors_of_logits(teacher_id, job, len(job.predicting_positions), logits_of)
+    except OpdError as error:
+        return error
 
 
 def tensors_of_logits(

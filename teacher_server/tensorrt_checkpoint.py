@@ -17,7 +17,7 @@ from torch import Tensor
 from opd_mesh.errors import ConfigError, CorruptWeightsError
 from opd_mesh.models.checkpoint import check_safetensors, skeleton, state_digest, weight_files
 from opd_mesh.models.heads import extract_head
-from opd_mesh.models.mapped import FileIdentity
+from opd_mesh.models.mapped import FileIdentity, check_unchanged
 
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONFIG_FILE = "config.json"
@@ -80,11 +80,7 @@ class CheckpointFacts:
 
     def check(self) -> None:
         """Raises :class:`CorruptWeightsError` where a file is gone, or another one than before it was read."""
-        for path, identity in self.identities.items():
-            if FileIdentity.of(path) != identity:
-                raise CorruptWeightsError(
-                    f"{path} has been replaced since it was first read; restart the server to serve the new weights"
-                )
+        check_unchanged(self.identities, since="it was first read")
 
     def kv_bytes_per_token(self, width: int) -> int:
         """Of the KV cache over all layers, for elements of ``width`` bytes; more than it takes where windows bound it.

@@ -20,11 +20,11 @@ from torch import Tensor
 from opd_mesh.config.services import TeacherConfig
 from opd_mesh.errors import ConfigError, CorruptWeightsError, InternalError, OpdError
 from opd_mesh.models.forward import LAYOUT_TOLERANCES, LAYOUT_TOLERANCES_DEFAULT, BatchLayout
-from opd_mesh.models.heads import HEAD_TOLERANCES, HEAD_TOLERANCES_DEFAULT, head_digest
+from opd_mesh.models.heads import HEAD_TOLERANCES, HEAD_TOLERANCES_DEFAULT, in_float32
 from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_roles, valid_vocab_size
 from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
 from teacher_server.engine import EngineFacts, HeadFacts, ScoreJob, Signal
-from teacher_server.signals import FROM_LOGITS, finite, tensors_of_logits
+from teacher_server.signals import FROM_LOGITS, answer_of
 from teacher_server.tensorrt_checkpoint import CheckpointFacts
 from teacher_server.tensorrt_runtime import MAX_BATCH_ITEMS, Prompt, Rows, TensorRtWeights, require_tensorrt
 
@@ -91,7 +91,7 @@ class TensorRtEngine:
             self._weights.unload()
         if checkpoint.quantization:
             note = "; ".join(part for part in (f"the weights are quantized: {checkpoint.quantization}", note) if part)
-        head = None if self._head is None else _head_facts(self._head)
+        head = None if self._head is None else HeadFacts.of(self._head)
         self.facts = EngineFacts(
             model_type=checkpoint.model_type,
             vocab_size=self._vocab_size,
@@ -152,9 +152,7 @@ class TensorRtEngine:
         assert rows.logits is not None
         assert rows.hidden is not None
         logits_NV = rows.logits[:, : self._vocab_size].float().cpu()
-        bias = None if head.bias is None else head.bias.float()
-        in_float32 = LinearHead(head.weight.float(), bias, head.logit_scale, head.soft_cap, head.valid_vocab_size)
-        ours_NV = in_float32.logits(rows.hidden.float().cpu())
+        ours_NV = in_float32(head).logits(rows.hidden.float().cpu())
         # Constant logits would prove nothing: NaN, or infinite.
         return float((ours_NV - logits_NV).abs().max() / logits_NV.std())
 
@@ -278,12 +276,11 @@ class TensorRtEngine:
             assert rows.logits is not None
             return rows.logits[positions[part], : self._vocab_size]
 
-        try:
-            if rows.hidden is not None:
-                return {"hidden_states": finite(self.teacher_id, job, rows.hidden[positions])}
-            return tensors_of_logits(self.teacher_id, job, len(positions), logits_of)
-        except OpdError as error:
-            return error
+        def hidden_Rd() -> Tensor:
+            assert rows.hidden is not None
+            return rows.hidden[positions]
+
+        return answer_of(self.teacher_id, job, hidden_Rd, logits_of)
 
     def head_tensors(self) -> list[tuple[str, np.ndarray]]:
         """See :class:`teacher_server.engine.TeacherEngine`."""
@@ -299,15 +296,3 @@ class TensorRtEngine:
 
 def _hidden(job: ScoreJob) -> bool:
     return job.signal is Signal.HIDDEN_STATES
-
-
-def _head_facts(head: LinearHead) -> HeadFacts:
-    return HeadFacts(
-        digest=head_digest(head),
-        rows=head.weight.shape[0],
-        width=head.weight.shape[1],
-        dtype=str(head.weight.dtype).removeprefix("torch."),
-        has_bias=head.bias is not None,
-        logit_scale=head.logit_scale,
-        soft_cap=head.soft_cap,
-    )

@@ -14,15 +14,16 @@ from opd_kernels import LinearHead
 from torch import Tensor
 
 from opd_mesh.config.services import TeacherConfig
-from opd_mesh.errors import ConfigError, CorruptWeightsError, OpdError
+from opd_mesh.errors import ConfigError, OpdError
+from opd_mesh.models.checkpoint import check_digest
 from opd_mesh.models.forward import BatchLayout, prove_layouts, sequence_hidden_states
-from opd_mesh.models.heads import HEAD_TOLERANCES, HEAD_TOLERANCES_DEFAULT, extract_head, head_digest, prove_head
+from opd_mesh.models.heads import HEAD_TOLERANCES, HEAD_TOLERANCES_DEFAULT, extract_head, prove_head
 from opd_mesh.models.mapped import MappedWeights
 from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_roles, valid_vocab_size
 from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
 from teacher_server.base_model import BaseModels
 from teacher_server.engine import EngineFacts, HeadFacts, ScoreJob, Signal
-from teacher_server.signals import FROM_LOGITS, finite, tensors_of_logits
+from teacher_server.signals import FROM_LOGITS, answer_of
 
 log = logging.getLogger("teacher_server")
 
@@ -56,11 +57,7 @@ class TransformersEngine:
                     self._sets.append(weights)
                     weights.load()  # it may be another teacher's, too, and proved already
                 digest = hashlib.sha256(f"{digest} {self._adapter.digest}".encode()).hexdigest()
-            if config.expected_digest not in (None, digest):
-                raise CorruptWeightsError(
-                    f"{folder}: weights have digest {digest}, expected {config.expected_digest}; this is another "
-                    "checkpoint, another adapter, or another dtype than the one that was recorded"
-                )
+            check_digest(folder, digest, config.expected_digest)
             self._base.activate(self._adapter)
             self._vocab_size = vocab_size
             self._head, facts, error, note = self._prove_head(vocab_size)
@@ -123,16 +120,7 @@ class TransformersEngine:
         if not proof.ok:
             log.warning("teacher %s offers no hidden states: %s", self.teacher_id, proof.reason)
             return None, None, in_stds, f"hidden states are not offered: {proof.reason}"
-        facts = HeadFacts(
-            digest=head_digest(head),
-            rows=head.weight.shape[0],
-            width=head.weight.shape[1],
-            dtype=str(head.weight.dtype).removeprefix("torch."),
-            has_bias=head.bias is not None,
-            logit_scale=head.logit_scale,
-            soft_cap=head.soft_cap,
-        )
-        return head, facts, in_stds, ""
+        return head, HeadFacts.of(head), in_stds, ""
 
     @torch.inference_mode()
     def score(self, jobs: Sequence[ScoreJob]) -> list[dict[str, np.ndarray] | OpdError]:
@@ -158,12 +146,7 @@ class TransformersEngine:
         def logits_of(part: slice) -> Tensor:
             return rows_RX[part] if self._head is None else self._head.logits(rows_RX[part])
 
-        try:
-            if job.signal is Signal.HIDDEN_STATES:
-                return {"hidden_states": finite(self.teacher_id, job, rows_RX)}
-            return tensors_of_logits(self.teacher_id, job, len(rows_RX), logits_of)
-        except OpdError as error:
-            return error
+        return answer_of(self.teacher_id, job, lambda: rows_RX, logits_of)
 
     def head_tensors(self) -> list[tuple[str, np.ndarray]]:
         """See :class:`teacher_server.engine.TeacherEngine`."""

@@ -42,12 +42,11 @@ from opd_mesh.errors import (
     UnavailableError,
     UnknownTeacherError,
 )
-from opd_mesh.signals import SIGNAL_CODES
+from opd_mesh.signals import SIGNAL_CODES, SignalKind
 from opd_mesh.tensors import dtype_name
 from opd_mesh.trajectory import Trajectory
 
 SIGNALS = {str(signal): code for signal, code in SIGNAL_CODES.items()}
-LOGPROBS = ("top_k_logprobs", "token_logprobs")
 CONNECT_TIMEOUT_S = 10.0
 ITEM_TIMEOUT_S = 300.0
 # Of one item, while the server is overloaded or the connection breaks.
@@ -111,7 +110,7 @@ async def score_file(
         client.require_agreement(teacher_id)
         card = await client.get_teacher(teacher_id)
         await _check_teacher(client, card, fingerprint, vocabulary, signal, top_k)
-        own = "float32" if signal in LOGPROBS else dtype_name(card.dtype)
+        own = SignalKind(signal).own_dtype(dtype_name(card.dtype))
         source = Source(teacher_id, card.teacher_digest, card.head.digest, signal, dtype or own, top_k or 0)
         store = AnswerStore(out, source)
         scoring = _Scoring(client, card, source, store, fingerprint)

@@ -15,16 +15,10 @@ import numpy as np
 
 from opd_mesh.cli.score_input import Item
 from opd_mesh.errors import ConfigError, PreconditionError
+from opd_mesh.signals import SignalKind
 from opd_mesh.tensors import CODES, byte_view, dtype_name
 
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-# Tensors of each signal, those of the widest dtype first.
-TENSORS: dict[str, tuple[str, ...]] = {
-    "hidden_states": ("hidden_states",),
-    "logits": ("logits",),
-    "top_k_logprobs": ("token_ids", "logprobs"),
-    "token_logprobs": ("logprobs",),
-}
 MAX_HEADER_BYTES = 100 << 20  # safetensors' own bound
 
 
@@ -50,8 +44,8 @@ class Source:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of the tensors of an answer."""
-        return TENSORS[self.signal]
+        """Names of the tensors of an answer, that of the widest dtype first."""
+        return SignalKind(self.signal).tensors
 
     def key(self, trajectory_id: str, tensor: str) -> str:
         """What the tensor is called in a safetensors file."""

@@ -70,12 +70,17 @@ def load_causal_lm(
     model.to(device).eval()
     _check_finite(model, f"{folder}" + (f" with adapter {adapter}" if adapter else "") + f" as {dtype}")
     weights_digest = state_digest(served_tensors(model))
-    if expected_digest is not None and weights_digest != expected_digest:
-        raise CorruptWeightsError(
-            f"{folder}: weights have digest {weights_digest}, expected {expected_digest}; this is another checkpoint, "
-            "another adapter, or another dtype than the one that was recorded"
-        )
+    check_digest(folder, weights_digest, expected_digest)
     return LoadedModel(model, folder, weights_digest, model.config.model_type)
+
+
+def check_digest(folder: Path, digest: str, expected: str | None) -> None:
+    """Raises :class:`CorruptWeightsError` where another digest was expected."""
+    if expected is not None and digest != expected:
+        raise CorruptWeightsError(
+            f"{folder}: weights have digest {digest}, expected {expected}; this is another checkpoint, another "
+            "adapter, or another dtype than the one that was recorded"
+        )
 
 
 # --- digests ---------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def prove_head(model: Any, head: LinearHead, *, seed: int = 0, tokens: int = 33)
         with evaluation(model):
             logits_TV = model(input_ids=input_ids, use_cache=False, return_dict=True).logits[0].float()
             hidden_TD = last_hidden_states(model, input_ids)[0].float()
-            ours_TV = _in_float32(head).logits(hidden_TD)
+            ours_TV = in_float32(head).logits(hidden_TD)
     except Exception as error:  # noqa: BLE001  whatever it is, this model does not factor into trunk and head
         return HeadProof(False, math.inf, 0.0, f"cannot be computed: {type(error).__name__}: {error}")
     if logits_TV.shape[-1] < head.vocab_size:
@@ -160,7 +160,8 @@ def prove_head(model: Any, head: LinearHead, *, seed: int = 0, tokens: int = 33)
     return HeadProof(False, error_max, relative * std, f"{_diagnosis(ours_TV, logits_TV, 10 * relative)} ({measured})")
 
 
-def _in_float32(head: LinearHead) -> LinearHead:
+def in_float32(head: LinearHead) -> LinearHead:
+    """A copy, whose logits are computed without rounding to the model's dtype."""
     bias = None if head.bias is None else head.bias.float()
     return LinearHead(head.weight.float(), bias, head.logit_scale, head.soft_cap, head.valid_vocab_size)
 

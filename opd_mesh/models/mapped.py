@@ -47,6 +47,15 @@ class FileIdentity:
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
+def check_unchanged(identities: Mapping[Path, FileIdentity], *, since: str) -> None:
+    """Raises :class:`CorruptWeightsError` where a file is gone, or another one than it was."""
+    for path, identity in identities.items():
+        if FileIdentity.of(path) != identity:
+            raise CorruptWeightsError(
+                f"{path} has been replaced since {since}; restart the server to serve the new weights"
+            )
+
+
 class MappedWeights:
     """Tensors of a module, each bound to a place in a safetensors file.
 
@@ -109,11 +118,7 @@ class MappedWeights:
 
     def check(self) -> None:
         """Raises :class:`CorruptWeightsError` where a file is gone, or another one than it was."""
-        for path, identity in self._identities.items():
-            if FileIdentity.of(path) != identity:
-                raise CorruptWeightsError(
-                    f"{path} has been replaced since it was proved; restart the server to serve the new weights"
-                )
+        check_unchanged(self._identities, since="it was proved")
 
     def load(self) -> None:
         """Map the files and touch every page, so that the first forward pass does not wait for the disk.

@@ -97,11 +97,9 @@ def _fetch_files(
         try:
             store.get_file(path, str(partial))
             os.replace(partial, target)  # readers that have the old file mapped keep it
-        except OSError as error:
-            if error.errno in _LOCAL_ERRORS:
-                raise
-            raise _unreachable(f"{url}/{name}", error) from error
         except Exception as error:
+            if getattr(error, "errno", None) in _LOCAL_ERRORS:
+                raise
             raise _unreachable(f"{url}/{name}", error) from error
         finally:
             partial.unlink(missing_ok=True)

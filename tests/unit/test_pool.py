@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from opd_mesh.errors import ConfigError, CorruptWeightsError, InternalError, OpdError
 from teacher_server.pool import WeightPool, check_fits
 from teacher_server.residency import Resident, choose_victims
-from teacher_server.scheduling import Waiting, choose_turn
+from teacher_server.scheduling import Waiting, choose_turn, passed_over_by
 
 RESIDENTS = st.lists(st.tuples(st.integers(1, 20), st.booleans(), st.booleans()), max_size=8).map(
     lambda drawn: [
@@ -83,9 +83,8 @@ def test_no_teacher_waits_for_more_than_a_few_turns(arrivals: list[str], ready: 
             waiting, current, served_tokens=9, turn_tokens=1, ready={"x", "y", *ready}, passed_over=passed
         )
         assert chosen is not None
-        oldest = next((item.teacher_id for item in waiting if item.teacher_id != current), None)
         if chosen != current:
-            passed = oldest if oldest != chosen else None
+            passed = passed_over_by(chosen, waiting, current)
         current = chosen
         served.append(chosen)
         waiting = [item for item in waiting if item.teacher_id != chosen]
