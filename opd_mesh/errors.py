@@ -71,6 +71,12 @@ class TrajectoryError(InvalidInputError):
     reason = "INVALID_TRAJECTORY"
 
 
+class BeyondLogError(InvalidInputError):
+    """A client has seen more of a response than the log has kept: ask again from ``metadata["written"]``, at most."""
+
+    reason = "BEYOND_LOG"
+
+
 class TooLongError(InvalidInputError):
     """A sequence or a message is longer than the server accepts."""
 
@@ -142,6 +148,19 @@ class StalePolicyError(PreconditionError):
     reason = "STALE_POLICY"
 
 
+class PolicyBaseMismatchError(PreconditionError):
+    """A policy came as the difference to another one than is served; send it whole."""
+
+    reason = "POLICY_BASE_MISMATCH"
+
+
+class CorruptLogError(OpdError):
+    """The token log holds damage that is no torn end; names the file and the offset."""
+
+    code = "DATA_LOSS"
+    reason = "CORRUPT_LOG"
+
+
 class CorruptWeightsError(OpdError):
     """Weights are truncated, wrongly hashed, or hold NaN or infinity."""
 
@@ -162,6 +181,12 @@ class OverloadedError(OpdError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "OVERLOADED"
+
+
+class LogFullError(OverloadedError):
+    """The disk of the token log is full: nothing new is begun, what is logged is served."""
+
+    reason = "LOG_FULL"
 
 
 class DeadlineError(OpdError):
@@ -201,6 +226,18 @@ class StreamUnavailableError(UnavailableError):
     """The Redis stream cannot be reached."""
 
     reason = "STREAM_UNAVAILABLE"
+
+
+class NoPolicyError(UnavailableError):
+    """The rollout server holds no policy: it is new, or was restarted. Whoever trains must give it one."""
+
+    reason = "NO_POLICY"
+
+
+class LogOwnedError(UnavailableError):
+    """Another server owns the token log, or has taken it over from this one."""
+
+    reason = "LOG_OWNED"
 
 
 class AddressInUseError(UnavailableError):

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from opd_mesh.errors import UnavailableError
-from rollout_server.engine import DecodeEngine, TokenEvent
+from rollout_server.decode_engine import DecodeEngine, TokenEvent
 
 log = logging.getLogger("rollout_server")
 ResultT = TypeVar("ResultT")

@@ -15,7 +15,7 @@ from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, val
 from opd_mesh.process import ServiceArguments
 from opd_mesh.rpc.server import MeshServer
 from opd_mesh.torch_tensors import TORCH_DTYPES
-from rollout_server.engine import DecodeEngine
+from rollout_server.decode_engine import DecodeEngine
 from rollout_server.service import RolloutServicer
 
 log = logging.getLogger("rollout_server")

@@ -31,8 +31,8 @@ from opd_mesh.stream import TrajectoryStream
 from opd_mesh.tensors import TensorAssembler
 from opd_mesh.torch_tensors import from_numpy
 from opd_mesh.trajectory import FinishReason
+from rollout_server.decode_engine import DecodeEngine, GenerationRequest, TokenEvent
 from rollout_server.driver import EngineDriver
-from rollout_server.engine import DecodeEngine, GenerationRequest, TokenEvent
 from rollout_server.policy import check_manifest, verify_digest
 from rollout_server.requests import RequestParams, RequestState, RequestTable
 

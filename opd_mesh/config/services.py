@@ -183,15 +183,41 @@ class TeacherServerConfig(Strict):
 class RolloutEngineConfig(Strict):
     """The decode loop."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
     dtype: ComputeDType = "float32"
     device: Device = "auto"
     max_slots: int = Field(32, ge=1)
     max_waiting: int = Field(1024, ge=1)
     max_context_tokens: int = Field(4096, ge=2)
+    # Prompt tokens read per step at most, so that requests that decode are not held up: a longer prompt takes several.
     prefill_token_budget: int = Field(2048, ge=1)
+    # Memory for keys and values, prompts kept for their siblings included. Requests that do not fit wait.
+    cache_bytes: ByteSize = Field(ByteSize(4 << 30), ge=1)
+    # Keys and values of before an update are kept, not made anew under the new weights. Inexact: later tokens then
+    # come from a mixture that no policy is.
+    keep_kv_on_update: bool = False
     # Finished requests stay readable, so that a client can attach again.
     finished_kept: int = Field(4096, ge=1)
     threads: int = Field(0, ge=0)
+
+
+class TokenLogConfig(Strict):
+    """The write-ahead log of a rollout server: see docs/token-log.md."""
+
+    # A folder of its own. On a volume that another machine can mount, another server can take the log over.
+    path: Path
+    # What a token survives before a client sees it. "os": the end of the process. "interval": also that of the machine,
+    # but for the newest `sync_interval_s`. "always": all of it.
+    durability: Literal["os", "interval", "always"] = "interval"
+    sync_interval_s: float = Field(0.2, gt=0)
+    # A segment is closed at this size.
+    segment_bytes: ByteSize = Field(ByteSize(64 << 20), ge=4096)
+    # Compact when more than this is on the disk and less than half of it is of requests that are still known.
+    compact_above_bytes: ByteSize = Field(ByteSize(256 << 20), ge=4096)
+    # With Redis at hand, ownership is a lease there: another server takes the log over when it has run out.
+    lease_s: float = Field(10.0, gt=0)
+    # On SIGTERM also save keys and values of unfinished requests, so that they need not be read again.
+    save_kv: bool = False
 
 
 class RolloutServerConfig(Strict):
@@ -200,6 +226,8 @@ class RolloutServerConfig(Strict):
     # The student's checkpoint: architecture and tokenizer. Weights are served only once a policy has been given.
     model: Path
     engine: RolloutEngineConfig = RolloutEngineConfig()
+    # Unset: nothing survives the process.
+    log: TokenLogConfig | None = None
     # Unset: the variable OPD_REDIS_URL.
     redis_url: str | None = None
     stream_timeout_s: float = Field(10.0, gt=0)

@@ -27,7 +27,7 @@ from opd_mesh.sampling import sample_tokens
 from opd_mesh.trajectory import FinishReason, SamplingParams
 from rollout_server.cache import CacheMode, RightAlignedCache
 from rollout_server.cache_proof import CacheModeProof, prove_cache_modes
-from rollout_server.engine import DecodeEngine, GenerationRequest, TokenEvent, WrittenToken
+from rollout_server.decode_engine import DecodeEngine, GenerationRequest, TokenEvent, WrittenToken
 
 VOCAB = 131
 VALID = 125  # six ids of padding, whose logits are as large as any

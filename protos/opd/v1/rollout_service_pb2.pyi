@@ -12,30 +12,40 @@ class GetPolicyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetPolicyResponse(_message.Message):
-    __slots__ = ("policy", "tokenizer_fingerprint", "load", "limits", "cache_mode")
+    __slots__ = ("policy", "tokenizer_fingerprint", "load", "limits", "cache_mode", "host_id", "base_digest")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     CACHE_MODE_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     policy: _common_pb2.Policy
     tokenizer_fingerprint: str
     load: RolloutLoad
     limits: RolloutLimits
     cache_mode: str
-    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., load: _Optional[_Union[RolloutLoad, _Mapping]] = ..., limits: _Optional[_Union[RolloutLimits, _Mapping]] = ..., cache_mode: _Optional[str] = ...) -> None: ...
+    host_id: str
+    base_digest: str
+    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., load: _Optional[_Union[RolloutLoad, _Mapping]] = ..., limits: _Optional[_Union[RolloutLimits, _Mapping]] = ..., cache_mode: _Optional[str] = ..., host_id: _Optional[str] = ..., base_digest: _Optional[str] = ...) -> None: ...
 
 class RolloutLoad(_message.Message):
-    __slots__ = ("running", "waiting", "paused", "tokens_generated")
+    __slots__ = ("running", "waiting", "paused", "tokens_generated", "busy_s", "idle_s", "log_full")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_GENERATED_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    LOG_FULL_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     paused: bool
     tokens_generated: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., paused: _Optional[bool] = ..., tokens_generated: _Optional[int] = ...) -> None: ...
+    busy_s: float
+    idle_s: float
+    log_full: bool
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., paused: _Optional[bool] = ..., tokens_generated: _Optional[int] = ..., busy_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., log_full: _Optional[bool] = ...) -> None: ...
 
 class RolloutLimits(_message.Message):
     __slots__ = ("max_context_tokens", "max_slots", "max_waiting")
@@ -132,14 +142,54 @@ class UpdatePolicyRequest(_message.Message):
     def __init__(self, manifest: _Optional[_Union[PolicyManifest, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.TensorChunk, _Mapping]] = ...) -> None: ...
 
 class PolicyManifest(_message.Message):
-    __slots__ = ("policy", "tensors", "tokenizer_fingerprint")
+    __slots__ = ("policy", "tensors", "tokenizer_fingerprint", "tensor_digests", "base", "adapter", "shared_memory")
+    class TensorDigestsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     POLICY_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     policy: _common_pb2.Policy
     tensors: _containers.RepeatedCompositeFieldContainer[_common_pb2.TensorHeader]
     tokenizer_fingerprint: str
-    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_common_pb2.TensorHeader, _Mapping]]] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+    tensor_digests: _containers.ScalarMap[str, str]
+    base: _common_pb2.Policy
+    adapter: LoraAdapter
+    shared_memory: SharedMemory
+    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tensors: _Optional[_Iterable[_Union[_common_pb2.TensorHeader, _Mapping]]] = ..., tokenizer_fingerprint: _Optional[str] = ..., tensor_digests: _Optional[_Mapping[str, str]] = ..., base: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., adapter: _Optional[_Union[LoraAdapter, _Mapping]] = ..., shared_memory: _Optional[_Union[SharedMemory, _Mapping]] = ...) -> None: ...
+
+class LoraAdapter(_message.Message):
+    __slots__ = ("base_digest", "scaling", "transposed")
+    class ScalingEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SCALING_FIELD_NUMBER: _ClassVar[int]
+    TRANSPOSED_FIELD_NUMBER: _ClassVar[int]
+    base_digest: str
+    scaling: _containers.ScalarMap[str, float]
+    transposed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, base_digest: _Optional[str] = ..., scaling: _Optional[_Mapping[str, float]] = ..., transposed: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SharedMemory(_message.Message):
+    __slots__ = ("name", "byte_size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BYTE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    byte_size: int
+    def __init__(self, name: _Optional[str] = ..., byte_size: _Optional[int] = ...) -> None: ...
 
 class UpdatePolicyResponse(_message.Message):
     __slots__ = ("policy", "swapped", "pause_s", "prefilled_again")
