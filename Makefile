@@ -7,12 +7,13 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models test test-slow lint format protos protos-check protos-accept kernels bench clean
+.PHONY: help setup demo demo-models test test-slow test-kill lint format protos protos-check protos-accept kernels bench clean
 
 help:
 	@echo "make demo          two teachers teach a real student through real services (minutes, two cores)"
 	@echo "make test          unit and integration tests"
 	@echo "make test-slow     the demo's losses against recorded ones (minutes)"
+	@echo "make test-kill     a rollout server killed at random moments, a hundred times (minutes)"
 	@echo "make lint          ruff and mypy"
 	@echo "make kernels       compile the GPU kernels for every architecture, without a GPU; fails if one spills"
 	@echo "make bench         benchmarks against TRL, Liger and plain torch, JSON out"
@@ -50,6 +51,10 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.demo $(VENV)/.dev demo-models
 	$(BIN)/python -m pytest -m slow
 
+# A hundred seeded runs in each mode; `make test` does a few of them.
+test-kill: $(VENV)/.dev
+	OPD_KILL_RUNS=100 $(BIN)/python -m pytest tests/integration/test_rollout_recovery.py -k killed --timeout 3600
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,6 +90,8 @@ bench: $(VENV)/.bench demo-models
 	$(BIN)/python benchmarks/teacher_serving.py
 	$(BIN)/python benchmarks/teacher_pool.py
 	$(BIN)/python benchmarks/signals.py
+	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/async_run.py
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -56,11 +56,16 @@ class ProgressView:
         self._console.print("processes: " + " · ".join(parts), highlight=False)
         self._console.print(f"logs: {mesh.run_dir / 'logs'}", highlight=False)
 
-    def lost(self, child: Child) -> None:
+    def lost(self, child: Child, *, again: bool) -> None:
         """A server is gone while the run goes on."""
+        what = (
+            "it is started again and goes on from its token log"
+            if again
+            else "the run waits for it as long as the recipe allows, then ends with a checkpoint"
+        )
         self._console.print(
-            f"[bold red]the {child.name} server ended with code {child.process.returncode}[/]; the run waits for it as "
-            f"long as the recipe allows, then ends with a checkpoint. Its log: {child.log_path}"
+            f"[bold red]the {child.name} server ended with code {child.process.returncode}[/]; {what}. "
+            f"Its log: {child.log_path}"
         )
 
     def failed(self, message: str) -> None:

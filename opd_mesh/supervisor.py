@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from opd_mesh.config.base import dump_config
 from opd_mesh.config.recipe import Recipe, TeacherRef
-from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig
+from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig, TokenLogConfig
 from opd_mesh.errors import ModelNotFoundError, OpdError, UnavailableError
 from opd_mesh.progress import ProgressView
 from opd_mesh.valkey import EmbeddedValkey
@@ -31,9 +31,16 @@ START_LIMIT_S = 7200.0
 START_TIMEOUT_S = 600.0  # without a word in its log; a large teacher takes minutes to load and prove
 STOP_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 12
+# A rollout server that ends is started again on its address: its log and the trainer's policy bring it back to where it
+# was. Not for ever: what ends it every time is not mended by starting it.
+MAX_RESTARTS = 5
+RESTART_DELAY_S = 1.0
 
 
-@dataclass
+MODULES = {"teacher": "teacher_server", "rollout": "rollout_server", "trainer": "student_trainer"}
+
+
+@dataclass(eq=False)
 class Child:
     """A server process."""
 
@@ -41,6 +48,8 @@ class Child:
     process: subprocess.Popen[bytes]
     log_path: Path
     ready_file: Path
+    config: BaseModel
+    address: str = ""  # once it is known
     log_offset: int = 0  # where this process's part of the log begins: a resumed run appends
 
     def log_tail(self) -> str:
@@ -70,6 +79,7 @@ class LocalMesh:
         self.children: list[Child] = []
         self.valkey: EmbeddedValkey | None = None
         self.trainer: Child | None = None
+        self.restarts = 0
 
     def start(self, *, resume: bool) -> None:
         """Start Valkey, the servers that the recipe does not name, and the trainer. Does not wait for the models.
@@ -86,9 +96,9 @@ class LocalMesh:
             self._redis_url = self.valkey.url
         self._resume = resume
         if any(not teacher.addresses for teacher in self.recipe.teachers.values()):
-            self._start("teacher", "teacher_server", self._teacher_config())
+            self._start("teacher", self._teacher_config())
         if not self.recipe.rollout.peers.addresses:
-            self._start("rollout", "rollout_server", self._rollout_config())
+            self._start("rollout", self._rollout_config())
 
     async def start_trainer(self) -> str:
         """Wait for the servers' addresses, then start the trainer. Returns its address."""
@@ -105,7 +115,7 @@ class LocalMesh:
             teachers=teachers, rollout=recipe.rollout.replace(peers=peers), redis_url=self._redis_url
         )
         extra = ["--run-dir", str(self.run_dir)] + (["--resume"] if self._resume else [])
-        self.trainer = self._start("trainer", "student_trainer", resolved, *extra)
+        self.trainer = self._start("trainer", resolved, *extra)
         return await self._address(self.trainer)
 
     def _teacher_config(self) -> TeacherServerConfig:
@@ -130,18 +140,31 @@ class LocalMesh:
         return RolloutServerConfig(
             model=recipe.student.path,
             engine=engine.replace(threads=engine.threads or recipe.run.threads),
+            log=TokenLogConfig(path=self.run_dir / "rollout-log"),
             redis_url=self._redis_url,
             stream_timeout_s=recipe.redis_timeout_s,
             deterministic=recipe.run.deterministic,
         )
 
-    def _start(self, name: str, module: str, config: BaseModel, *extra: str) -> Child:
+    def may_restart(self, child: Child) -> bool:
+        """Whether what has ended is to be started again."""
+        return child.name == "rollout" and self.restarts < MAX_RESTARTS
+
+    def restart(self, child: Child) -> Child:
+        """Start a server again on the address it had."""
+        self.children.remove(child)
+        self.restarts += 1
+        again = self._start(child.name, child.config, listen=child.address)
+        again.address = child.address  # it may end before it has told
+        return again
+
+    def _start(self, name: str, config: BaseModel, *extra: str, listen: str = "127.0.0.1:0") -> Child:
         config_path = self.run_dir / "services" / f"{name}.yaml"
         dump_config(config, config_path)
         ready_file = self.run_dir / "services" / f"{name}.ready.json"
         ready_file.unlink(missing_ok=True)
         log_path = self.run_dir / "logs" / f"{name}.log"
-        command = [sys.executable, "-m", module, "--config", str(config_path), "--listen", "127.0.0.1:0"]
+        command = [sys.executable, "-m", MODULES[name], "--config", str(config_path), "--listen", listen]
         command += ["--ready-file", str(ready_file), "--die-with-parent", str(os.getpid()), *extra]
         # The processes take turns on the same cores: one whose OpenMP threads spin while they wait steals the others'.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
@@ -155,7 +178,7 @@ class LocalMesh:
                 start_new_session=True,
                 env=environment,
             )
-        child = Child(name, process, log_path, ready_file, log_offset)
+        child = Child(name, process, log_path, ready_file, config, log_offset=log_offset)
         self.children.append(child)
         return child
 
@@ -166,7 +189,8 @@ class LocalMesh:
             if (size := child.log_path.stat().st_size) != said:
                 deadline, said = time.monotonic() + START_TIMEOUT_S, size
             if child.ready_file.exists():
-                return str(json.loads(child.ready_file.read_text())["address"])
+                child.address = str(json.loads(child.ready_file.read_text())["address"])
+                return child.address
             code = child.process.poll()
             if code is not None:
                 raise UnavailableError(
@@ -250,15 +274,21 @@ async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: Pr
         trainer = mesh.trainer
         assert trainer is not None  # start_trainer has returned
         progress.started(mesh)
-        reported: set[str] = set()
+        reported: list[Child] = []
         async with TrainerClient(address) as client:
             events = asyncio.create_task(progress.follow(client))
             try:
                 while trainer.process.poll() is None:
                     for child in mesh.ended():
-                        if child is not trainer and child.name not in reported:
-                            reported.add(child.name)
-                            progress.lost(child)
+                        if child is trainer or child in reported:
+                            continue
+                        again = mesh.may_restart(child)
+                        progress.lost(child, again=again)
+                        if again:
+                            await asyncio.sleep(RESTART_DELAY_S)
+                            mesh.restart(child)
+                        else:
+                            reported.append(child)
                     await asyncio.sleep(0.2)
                 await asyncio.wait({events}, timeout=2.0)
             finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -179,6 +179,12 @@ class TensorAssembler:
         self._views[index][chunk.offset : end] = data
         self._filled[index] = end
         self.bytes_received += len(data)
+
+    def fill(self, read: Callable[[Sequence[np.ndarray]], None]) -> None:
+        """Take all at once: ``read`` fills the arrays, of announced dtypes and shapes, or raises."""
+        read(self._arrays)
+        self._filled = [header.byte_size for header in self._headers]
+        self.bytes_received = sum(self._filled)
 
     def finish(self) -> dict[str, np.ndarray]:
         """The tensors by name. Raises :class:`TensorDecodeError` where bytes are missing."""

@@ -2,121 +2,194 @@
 
 Letters: n sequences, V vocabulary rows of the head. All logits are those of the last position of each sequence.
 
-A backend knows sequences by key (the request id). It is told what to prefill, asked to decode one token for *every*
-sequence it holds, and told what to drop. It knows nothing of sampling, of stopping or of policies. A call that raises
-may have left caches half written: the engine then drops everything and prefills again.
+A sequence is first read, in one pass or several, into a *context* of its own: what the model keeps of its tokens. Then
+it joins the rows, which decode together, under a key (the request id). A backend knows nothing of sampling, of
+stopping or of policies. A call that raises may have left behind what cannot be used: :meth:`Backend.read` of its
+contexts, ``join`` and ``decode`` of all rows.
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rollout_server.cache import CacheMode, RightAlignedCache
+from rollout_server.cache import CacheMode, KeyValues, RightAlignedCache, batched_obstacle
+from rollout_server.forward import LastTokenForward
 
-# A prefill batch may hold this much padding, as a share of its tokens, before it is split in two.
+# A pass over several sequences may hold this much padding, as a share of its tokens, before it is split in two.
 _MAX_PADDING_SHARE = 0.25
 
 
-class LastTokenForward:
-    """Calls a causal language model for the logits of its last position only.
-
-    The forward's signature is read once: ``logits_to_keep`` and ``position_ids`` are passed where it has them, and the
-    name under which it takes its cache back is found (``past_key_values``, or ``cache_params`` for Mamba).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        # A PEFT wrapper hides the forward it wraps behind **kwargs.
-        get_base_model = getattr(model, "get_base_model", None)
-        parameters = inspect.signature((get_base_model() if get_base_model else model).forward).parameters
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._takes_positions = "position_ids" in parameters
-        self._cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
+class Context(Protocol):
+    """What the model keeps of one sequence."""
 
     @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        return next(self.model.parameters()).device
-
-    def __call__(
-        self,
-        ids_BT: Tensor,
-        *,
-        use_cache: bool = True,
-        cache: Any = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, Any]:
-        """int64 [B, T] → (fp32 logits [B, V] of the last column, the cache as the model returned it)."""
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids if self._takes_positions else None}
-        # What is None is left out: some forwards have no such argument.
-        given: dict[str, Any] = {name: value.to(self.device) for name, value in inputs.items() if value is not None}
-        if cache is not None:
-            given[self._cache_name] = cache
-        out = self.model(input_ids=ids_BT.to(self.device), use_cache=use_cache, **self._keep, **given)
-        return out.logits[:, -1].float(), out.get(self._cache_name) if use_cache else None
+    def length(self) -> int:
+        """Tokens read."""
 
 
-class Backend(ABC):
-    """Sequences in progress, each known by a key."""
+ContextT = TypeVar("ContextT", bound=Context)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading(Generic[ContextT]):
+    """Tokens to feed to one sequence: those of ``token_ids`` behind the first ``context.length``, one at least."""
+
+    context: ContextT
+    token_ids: Sequence[int]
+
+    @property
+    def new_tokens(self) -> int:
+        """How many."""
+        return len(self.token_ids) - self.context.length
+
+
+class Backend(ABC, Generic[ContextT]):
+    """Sequences in progress.
+
+    Attributes:
+        mode: which one this is.
+        token_bytes: memory for keys and values of one token.
+    """
 
     mode: CacheMode
 
-    def __init__(self, forward: LastTokenForward) -> None:
+    def __init__(self, forward: LastTokenForward, token_bytes: int = 0) -> None:
         self._forward = forward
+        self.token_bytes = token_bytes
+
+    # --- sequences on their own ------------------------------------------------------------------------------
+    @abstractmethod
+    def empty(self) -> ContextT:
+        """The context of no tokens."""
 
     @abstractmethod
-    def prefill(self, contexts: Mapping[str, Sequence[int]]) -> Tensor:
-        """Take in sequences of at least one token → fp32 logits [n, V], in the mapping's order."""
+    def copy(self, context: ContextT) -> ContextT:
+        """One that can be read on while ``context`` stays as it is."""
+
+    @abstractmethod
+    def read(self, readings: Sequence[Reading[ContextT]]) -> tuple[list[ContextT], Tensor]:
+        """One pass → (contexts of all their tokens, fp32 logits [n, V]). The contexts given are used up."""
+
+    def groups(self, readings: Sequence[Reading[ContextT]]) -> list[list[int]]:
+        """Which of these to read in one pass: indices."""
+        return [[index] for index in range(len(readings))]
+
+    def own_storage(self, context: ContextT) -> None:
+        """Before a context is kept for long: let it hold no memory beyond its own."""
+
+    # --- the rows --------------------------------------------------------------------------------------------
+    @abstractmethod
+    def join(self, key: str, context: ContextT) -> None:
+        """A sequence that was read becomes a row. The context is used up."""
 
     @abstractmethod
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
-        """Append one token to every sequence held → (the keys, in the order of the rows; fp32 logits [n, V])."""
+        """Append one token to every row → (the keys, in the order of the rows; fp32 logits [n, V])."""
 
     @abstractmethod
     def drop(self, key: str) -> None:
-        """Forget a sequence that is held."""
+        """Forget a row."""
 
     @abstractmethod
     def drop_all(self) -> None:
-        """Forget every sequence, and free their memory."""
+        """Forget every row, and free their memory."""
+
+    # --- memory ----------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Keys and values of the rows, with all the room that was set aside for them."""
+
+    @abstractmethod
+    def needed_bytes(self, lengths: Iterable[int]) -> int:
+        """The least that rows of these lengths can be held in."""
+
+    def limit(self, max_bytes: int) -> None:
+        """Hold no more than this, unless the rows need more."""
+
+    # --- keys and values that leave the process --------------------------------------------------------------
+    def export(self, key: str) -> KeyValues | None:
+        """Copies of the keys and values of a row, or None."""
+        return None
+
+    def restore(self, key_values: KeyValues) -> ContextT | None:
+        """A context made of what :meth:`export` gave, or None where this mode has no use for it."""
+        return None
 
 
-class UncachedBackend(Backend):
+@dataclass(slots=True)
+class TokenIds:
+    """A sequence of which the model keeps nothing."""
+
+    ids: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return len(self.ids)
+
+
+class UncachedBackend(Backend[TokenIds]):
     """Keeps the ids and runs the whole sequence, alone, for every token."""
 
     mode = CacheMode.UNCACHED
 
     def __init__(self, forward: LastTokenForward) -> None:
         super().__init__(forward)
-        self._ids: dict[str, list[int]] = {}
+        self._rows: dict[str, TokenIds] = {}
 
-    def prefill(self, contexts: Mapping[str, Sequence[int]]) -> Tensor:
-        return self._run({key: list(ids) for key, ids in contexts.items()})
+    def empty(self) -> TokenIds:
+        return TokenIds([])
+
+    def copy(self, context: TokenIds) -> TokenIds:
+        return TokenIds(list(context.ids))
+
+    def read(self, readings: Sequence[Reading[TokenIds]]) -> tuple[list[TokenIds], Tensor]:
+        contexts = [TokenIds(list(reading.token_ids)) for reading in readings]
+        return contexts, self._run(contexts)
+
+    def join(self, key: str, context: TokenIds) -> None:
+        self._rows[key] = context
 
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
-        return list(tokens), self._run({key: [*self._ids[key], token] for key, token in tokens.items()})
+        for key, token in tokens.items():
+            self._rows[key].ids.append(token)
+        return list(tokens), self._run([self._rows[key] for key in tokens])
 
     def drop(self, key: str) -> None:
-        del self._ids[key]
+        del self._rows[key]
 
     def drop_all(self) -> None:
-        self._ids.clear()
+        self._rows.clear()
 
-    def _run(self, ids: dict[str, list[int]]) -> Tensor:
-        logits = torch.cat([self._forward(torch.tensor([row]), use_cache=False)[0] for row in ids.values()])
-        self._ids |= ids
-        return logits
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    def needed_bytes(self, lengths: Iterable[int]) -> int:
+        return 0
+
+    def _run(self, contexts: Sequence[TokenIds]) -> Tensor:
+        return torch.cat([self._forward(torch.tensor([context.ids]), use_cache=False)[0] for context in contexts])
 
 
-class PerRequestBackend(Backend):
+@dataclass(slots=True)
+class OwnCache:
+    """A sequence in the cache that the model made for it (None before its first pass)."""
+
+    cache: Any
+    length: int
+
+
+class PerRequestBackend(Backend[OwnCache]):
     """Each sequence owns the cache the model made for it and runs in a batch of one.
 
     The shapes of every call depend on the sequence alone, which is what the deterministic mode asks for.
@@ -124,89 +197,159 @@ class PerRequestBackend(Backend):
 
     mode = CacheMode.PER_REQUEST
 
-    def __init__(self, forward: LastTokenForward) -> None:
-        super().__init__(forward)
-        self._caches: dict[str, Any] = {}
+    def __init__(self, forward: LastTokenForward, token_bytes: int = 0) -> None:
+        super().__init__(forward, token_bytes)
+        self._rows: dict[str, OwnCache] = {}
 
-    def prefill(self, contexts: Mapping[str, Sequence[int]]) -> Tensor:
-        rows = []
-        for key, ids in contexts.items():
-            logits, self._caches[key] = self._forward(torch.tensor([list(ids)]))
+    def empty(self) -> OwnCache:
+        return OwnCache(None, 0)
+
+    def copy(self, context: OwnCache) -> OwnCache:
+        """The layers of plain caches put new tensors in the place of old ones, so those may be shared."""
+        if context.cache is None or batched_obstacle(context.cache):
+            return copy.deepcopy(context)
+        cache = copy.copy(context.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        return OwnCache(cache, context.length)
+
+    def read(self, readings: Sequence[Reading[OwnCache]]) -> tuple[list[OwnCache], Tensor]:
+        contexts, rows = [], []
+        for reading in readings:
+            ids_1T = torch.tensor([reading.token_ids[reading.context.length :]])
+            logits, cache = self._forward(ids_1T, cache=reading.context.cache)
+            contexts.append(OwnCache(cache, len(reading.token_ids)))
             rows.append(logits)
-        return torch.cat(rows)
+        return contexts, torch.cat(rows)
+
+    def join(self, key: str, context: OwnCache) -> None:
+        self._rows[key] = context
 
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
         rows = []
         for key, token in tokens.items():
-            logits, self._caches[key] = self._forward(torch.tensor([[token]]), cache=self._caches[key])
+            row = self._rows[key]
+            logits, row.cache = self._forward(torch.tensor([[token]]), cache=row.cache)
+            row.length += 1
             rows.append(logits)
         return list(tokens), torch.cat(rows)
 
     def drop(self, key: str) -> None:
-        del self._caches[key]
+        del self._rows[key]
 
     def drop_all(self) -> None:
-        self._caches.clear()
+        self._rows.clear()
 
-    def cache_of(self, key: str) -> Cache:
-        """The model's own cache of a sequence."""
-        return self._caches[key]
+    @property
+    def held_bytes(self) -> int:
+        return self.needed_bytes(row.length for row in self._rows.values())
+
+    def needed_bytes(self, lengths: Iterable[int]) -> int:
+        return self.token_bytes * sum(lengths)
+
+    def export(self, key: str) -> KeyValues | None:
+        row = self._rows[key]
+        if batched_obstacle(row.cache) or any(type(layer) is not DynamicLayer for layer in row.cache.layers):
+            return None  # a window has forgotten what it no longer needs
+        layers: list[Any] = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in row.cache.layers]
+        return KeyValues(layers, row.length)
+
+    def restore(self, key_values: KeyValues) -> OwnCache | None:
+        cache = DynamicCache()
+        for index, pair in enumerate(key_values.layers):
+            if pair is None:
+                return None
+            cache.update(pair[0][None], pair[1][None], index)
+        return OwnCache(cache, key_values.length)
 
 
-class BatchedBackend(Backend):
-    """All sequences share one right-aligned cache; a step is one forward pass over one column."""
+class BatchedBackend(Backend[KeyValues]):
+    """All rows share one right-aligned cache; a step is one forward pass over one column."""
 
     mode = CacheMode.BATCHED
 
-    def __init__(self, forward: LastTokenForward, num_layers: int) -> None:
-        super().__init__(forward)
+    def __init__(self, forward: LastTokenForward, token_bytes: int, num_layers: int) -> None:
+        super().__init__(forward, token_bytes)
         self._num_layers = num_layers
         self._cache = RightAlignedCache(num_layers)
         self._rows: list[str] = []  # key of each row of the cache
 
-    def prefill(self, contexts: Mapping[str, Sequence[int]]) -> Tensor:
-        """Prefill apart from the running rows, in groups of like length, then copy into the shared cache.
+    def empty(self) -> KeyValues:
+        return KeyValues()
 
-        Equal contexts are run once: the answers that a group draws to one prompt share its prefill.
-        """
-        keys_by_context: dict[tuple[int, ...], list[str]] = {}
-        for key, ids in contexts.items():
-            keys_by_context.setdefault(tuple(ids), []).append(key)
-        finished = []
-        logits_of: dict[str, Tensor] = {}
-        for group in _like_length_groups(list(keys_by_context)):
-            cache = RightAlignedCache(self._num_layers)
-            cache.open_rows([len(ids) for ids in group])
-            longest = max(len(ids) for ids in group)
-            # The padding id is hidden by the mask; 0 exists in every vocabulary.
-            ids_BT = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in group])
-            logits_BV = self._advance(cache, ids_BT)
-            keys, source_rows = [], []
-            for row, ids in enumerate(group):
-                for key in keys_by_context[ids]:
-                    keys.append(key)
-                    source_rows.append(row)
-                    logits_of[key] = logits_BV[row]
-            finished.append((cache, keys, source_rows))
-        # Only now, so that a pass that raises leaves the running rows alone.
-        for cache, keys, source_rows in finished:
-            self._cache.append_rows(cache, source_rows)
-            self._rows += keys
-        return torch.stack([logits_of[key] for key in contexts])
+    def copy(self, context: KeyValues) -> KeyValues:
+        return context.copy()
+
+    def groups(self, readings: Sequence[Reading[KeyValues]]) -> list[list[int]]:
+        """Of like length, in new tokens and in all: no group is more than a quarter padding."""
+        groups: list[list[int]] = []
+        sizes = [(reading.new_tokens, len(reading.token_ids)) for reading in readings]
+        for index in sorted(range(len(readings)), key=lambda index: sizes[index]):
+            group = [*groups[-1], index] if groups else [index]
+            if groups and all(_padding_share([sizes[i][kind] for i in group]) <= _MAX_PADDING_SHARE for kind in (0, 1)):
+                groups[-1] = group
+            else:
+                groups.append([index])
+        return groups
+
+    def read(self, readings: Sequence[Reading[KeyValues]]) -> tuple[list[KeyValues], Tensor]:
+        queries = max(reading.new_tokens for reading in readings)
+        cache = RightAlignedCache.for_pass(
+            self._num_layers,
+            [reading.context for reading in readings],
+            [len(reading.token_ids) for reading in readings],
+            queries,
+        )
+        # Padding is hidden by the mask; 0 exists in every vocabulary.
+        rows = [list(reading.token_ids[-queries:]) for reading in readings]
+        logits_BV = self._advance(cache, torch.tensor([[0] * (queries - len(ids)) + ids for ids in rows]))
+        return [cache.row(row) for row in range(len(readings))], logits_BV
+
+    def own_storage(self, context: KeyValues) -> None:
+        context.own_storage()
+
+    def join(self, key: str, context: KeyValues) -> None:
+        self._cache.append_row(context)
+        self._rows.append(key)
 
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
         logits_BV = self._advance(self._cache, torch.tensor([[tokens[key]] for key in self._rows]))
         return list(self._rows), logits_BV
 
     def drop(self, key: str) -> None:
+        if len(self._rows) == 1:
+            self.drop_all()
+            return
         row = self._rows.index(key)
         self._cache.remove_row(row)
         self._rows[row] = self._rows[-1]
         self._rows.pop()
 
     def drop_all(self) -> None:
+        max_cells = self._cache.max_cells
         self._cache = RightAlignedCache(self._num_layers)
+        self._cache.max_cells = max_cells
         self._rows = []
+
+    @property
+    def held_bytes(self) -> int:
+        return self._cache.cells * self.token_bytes
+
+    def needed_bytes(self, lengths: Iterable[int]) -> int:
+        """Every row has the columns of the longest."""
+        lengths = list(lengths)
+        return self.token_bytes * len(lengths) * max(lengths, default=0)
+
+    def limit(self, max_bytes: int) -> None:
+        self._cache.max_cells = max_bytes // self.token_bytes
+        self._cache.shrink()
+
+    def export(self, key: str) -> KeyValues | None:
+        row = self._cache.row(self._rows.index(key))
+        row.layers = [pair and (pair[0].clone(), pair[1].clone()) for pair in row.layers]
+        return row
+
+    def restore(self, key_values: KeyValues) -> KeyValues | None:
+        return key_values.copy()
 
     def _advance(self, cache: RightAlignedCache, ids_BT: Tensor) -> Tensor:
         queries = ids_BT.shape[1]
@@ -216,26 +359,22 @@ class BatchedBackend(Backend):
         return logits_BV
 
 
-def _like_length_groups(contexts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Partition by length so that no group is more than a quarter padding."""
-    groups: list[list[tuple[int, ...]]] = []
-    for ids in sorted(contexts, key=len):
-        group = [*groups[-1], ids] if groups else [ids]
-        padding = sum(len(ids) - len(member) for member in group)
-        if groups and padding <= _MAX_PADDING_SHARE * len(ids) * len(group):
-            groups[-1] = group
-        else:
-            groups.append([ids])
-    return groups
+def _padding_share(sizes: Sequence[int]) -> float:
+    return 1 - sum(sizes) / (len(sizes) * max(sizes))
 
 
-def make_backend(mode: CacheMode, model: nn.Module, *, num_cache_layers: int) -> Backend:
-    """The backend of a mode. ``num_cache_layers`` is what the model's own cache has; only BATCHED uses it."""
+def make_backend(mode: CacheMode, model: nn.Module, *, num_cache_layers: int, token_bytes: int) -> Backend[Any]:
+    """The backend of a mode.
+
+    Args:
+        num_cache_layers: what the model's own cache has; only BATCHED uses it.
+        token_bytes: what a token takes in the model's own cache.
+    """
     forward = LastTokenForward(model)
     match mode:
         case CacheMode.BATCHED:
-            return BatchedBackend(forward, num_cache_layers)
+            return BatchedBackend(forward, token_bytes, num_cache_layers)
         case CacheMode.PER_REQUEST:
-            return PerRequestBackend(forward)
+            return PerRequestBackend(forward, token_bytes)
         case CacheMode.UNCACHED:
             return UncachedBackend(forward)

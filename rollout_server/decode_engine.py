@@ -2,50 +2,62 @@
 
 Letters: B rows of a step, V vocabulary rows of the head.
 
-The engine is synchronous, does no I/O and is driven by one thread, which calls ``submit``, ``cancel``,
-``swap_policy`` and ``step`` in turn. A request passes through
+A request passes through
 
     submit → waiting ──prefill──▶ running ──decode, decode, …──▶ finished | failed | cancelled
                 ▲                    │
-                └──── swap_policy ───┘   its keys and values are dropped; it is prefilled again under the new weights
+                └────────────────────┘   swap_policy, or others outgrow the memory: its keys and values are dropped
 
-and every step gives each request it touches exactly one token: that of its prefill or that of its decode.
+A step decodes one token for every running request, and reads a bounded number of waiting requests' tokens, the oldest
+first; a request that was read whole gets its next token from that and runs.
+
+Keys and values of running requests, of requests that are being read and of prompts kept for other answers share one
+budget. Prompts go first, then what was read of waiting requests, then the newest running request waits again. The
+oldest request alone always fits, so it always makes progress. On top comes what a pass needs for itself.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opd_mesh.errors import ConfigError, InternalError, OpdError, RequestConflictError
+from opd_mesh.errors import ConfigError, InternalError, OpdError, RequestConflictError, TooLongError
 from opd_mesh.models.checkpoint import served_tensors
 from opd_mesh.sampling import sample_tokens
 from rollout_server.backends import Backend, make_backend
 from rollout_server.cache import CacheMode
-from rollout_server.cache_proof import CacheModeProof, prove_cache_modes
+from rollout_server.cache_proof import CacheModeProof, candidate_modes, prove_cache_modes
+from rollout_server.context_reader import ContextReader
+from rollout_server.engine import PreparedPolicy, RolloutEngine
+from rollout_server.exported_kv import from_tensors, to_tensors
 from rollout_server.generation import (
     EngineCounters,
     GenerationRequest,
     SequenceState,
     TokenEvent,
-    WrittenToken,
     finish_reason_after,
+    most_tokens_read,
     validate_request,
 )
 from rollout_server.packed_linears import PackedLinears
-from rollout_server.policy import check_policy_tensors, copy_policy_tensors
-
-__all__ = ["DecodeEngine", "EngineCounters", "GenerationRequest", "TokenEvent", "WrittenToken"]
+from rollout_server.prompts import PromptStore
+from rollout_server.staged_weights import StagedWeights, exchange_weights, stage_weights
 
 logger = logging.getLogger(__name__)
 
+# A waiting request is let in only if every request can write so many more tokens before memory runs out: who is let
+# in and sent back at once was read for nothing.
+_HEADROOM_TOKENS = 32
 
-class DecodeEngine:
-    """Continuous batching of generation requests. Not thread-safe: one thread drives it.
+
+class DecodeEngine(RolloutEngine):
+    """Continuous batching of generation requests. Not thread-safe, but for :meth:`prepare_policy`.
 
     Args:
         model: any transformers causal language model; it is put in eval mode.
@@ -53,14 +65,21 @@ class DecodeEngine:
         valid_vocab_size: ids at or above it are padding and are never written.
         max_slots: requests running at once.
         max_context_tokens: prompt and response together, per request.
-        deterministic: the tokens of a request depend on nothing but itself, the weights and the number of threads
-            (which the process has to fix): sequences run one by one, and a resumed request repeats the very calls of
-            the uninterrupted one, prefill where it was prefilled and decode where it was decoded.
+        deterministic: the tokens of a request depend on nothing but itself, the weights, ``prefill_token_budget`` and
+            the number of threads (which the process has to fix): sequences run one by one, and a resumed request
+            repeats the very calls of the uninterrupted one, prefill where it was prefilled and decode where it was
+            decoded.
         cache_mode: None takes the fastest that is proved.
         cache_proof: of this model, if made already; otherwise it is made here (it takes some forward passes).
-        prefill_token_budget: context tokens prefilled per step at most, so that decoding requests are not held up;
-            a longer context is prefilled in a step of its own.
+        prefill_token_budget: context tokens read per step at most, so that decoding requests are not held up. Where
+            the proof finds that the model cannot read in pieces, a longer context is read in a step of its own.
+        cache_bytes: of keys and values. For a model whose cache is not of plain keys and values it is an estimate
+            (:func:`rollout_server.cache.bytes_per_token`).
+        keep_kv_on_update: running requests keep their keys and values under new weights. Inexact: their later tokens
+            come from a mixture that no policy is.
     """
+
+    cache_mode: CacheMode
 
     def __init__(
         self,
@@ -73,10 +92,13 @@ class DecodeEngine:
         deterministic: bool = False,
         cache_mode: CacheMode | None = None,
         prefill_token_budget: int = 2048,
+        cache_bytes: int = 4 << 30,
+        keep_kv_on_update: bool = False,
         cache_proof: CacheModeProof | None = None,
     ) -> None:
         """Raises :class:`ConfigError` naming the argument."""
-        for name, value in (("max_slots", max_slots), ("prefill_token_budget", prefill_token_budget)):
+        least = {"max_slots": max_slots, "prefill_token_budget": prefill_token_budget, "cache_bytes": cache_bytes}
+        for name, value in least.items():
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
         if max_context_tokens < 2:
@@ -85,19 +107,24 @@ class DecodeEngine:
             raise ConfigError(
                 "cache_mode batched is not deterministic: its shapes depend on others", field="cache_mode"
             )
+        if deterministic and keep_kv_on_update:
+            raise ConfigError(
+                "keep_kv_on_update is not deterministic: tokens would depend on when an update came",
+                field="keep_kv_on_update",
+            )
         self._model = model.eval()
         self._policy_version = policy_version
         self._valid_vocab_size = valid_vocab_size
         self._max_slots = max_slots
         self._max_context_tokens = max_context_tokens
-        self._deterministic = deterministic
-        self._prefill_token_budget = prefill_token_budget
-        if cache_mode is not None:
-            candidates = [cache_mode]
-        else:
-            candidates = [mode for mode in CacheMode if not (deterministic and mode is CacheMode.BATCHED)]
+        self._cache_bytes = cache_bytes
+        self._keep_kv_on_update = keep_kv_on_update
+        self.deterministic = deterministic
+        self.counters = EngineCounters()
         self.cache_proof = cache_proof or prove_cache_modes(
-            self._model, valid_vocab_size=valid_vocab_size, first_of=candidates
+            self._model,
+            valid_vocab_size=valid_vocab_size,
+            first_of=candidate_modes(cache_mode, deterministic=deterministic),
         )
         if cache_mode is None:
             cache_mode = self.cache_proof.fastest_deterministic if deterministic else self.cache_proof.fastest
@@ -107,32 +134,38 @@ class DecodeEngine:
         self.cache_mode = cache_mode
         # One sequence at a time has nothing to gain from it.
         self._packed = PackedLinears(self._model) if cache_mode is CacheMode.BATCHED else None
-        self._backend: Backend = make_backend(
-            cache_mode, self._model, num_cache_layers=self.cache_proof.num_cache_layers
+        self._backend: Backend[Any] = make_backend(
+            cache_mode,
+            self._model,
+            num_cache_layers=len(self.cache_proof.layers),
+            token_bytes=self.cache_proof.token_bytes,
+        )
+        self._prompts = PromptStore(max_prompts=max_slots)
+        in_pieces = self.cache_proof.results[cache_mode].in_pieces
+        self._reader = ContextReader(
+            self._backend,
+            self._prompts,
+            tokens_per_step=prefill_token_budget,
+            deterministic=deterministic,
+            in_pieces=in_pieces,
+            shares_prompts=in_pieces or cache_mode is CacheMode.UNCACHED,
+            counters=self.counters,
         )
         self._running: dict[str, SequenceState] = {}
-        self._waiting: dict[str, SequenceState] = {}  # in order of admission
-        self.counters = EngineCounters()
+        self._waiting: dict[str, SequenceState] = {}  # in order of arrival; all are newer than those that run
+        self._arrivals = 0
 
     # --- state -----------------------------------------------------------------------------------------------
     @property
     def running(self) -> int:
-        """Requests with a slot."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests to be prefilled, first-time or again."""
         return len(self._waiting)
 
     @property
-    def idle(self) -> bool:
-        """Nothing to do: ``step`` would return no events."""
-        return not self._running and not self._waiting
-
-    @property
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor that a policy holds, by name."""
         return {name: tuple(tensor.shape) for name, tensor in served_tensors(self._model)}
 
     @property
@@ -140,136 +173,156 @@ class DecodeEngine:
         """Version of the weights in use."""
         return self._policy_version
 
+    @property
+    def held_bytes(self) -> int:
+        """Of keys and values, prompts that are kept included."""
+        return self._backend.held_bytes + self._prompts.num_bytes + self._bytes_being_read()
+
     # --- between steps ---------------------------------------------------------------------------------------
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request, first come, first served.
+    def check_request(self, request: GenerationRequest) -> None:
+        """Raise what :meth:`submit` would, conflicts aside. Any thread.
 
         Raises:
             InvalidInputError: naming the field.
-            TooLongError: prompt and ``max_new_tokens`` exceed ``max_context_tokens``.
-            RequestConflictError: a request of that id is in the engine.
+            TooLongError: prompt and ``max_new_tokens`` exceed ``max_context_tokens``, or their keys and values alone
+                ``cache_bytes``.
         """
+        validate_request(request, valid_vocab_size=self._valid_vocab_size, max_context_tokens=self._max_context_tokens)
+        most = most_tokens_read(request)
+        if (needed := self._backend.needed_bytes([most])) > self._cache_bytes:
+            prompt_fits = self._backend.needed_bytes([len(request.prompt_ids)]) <= self._cache_bytes
+            raise TooLongError(
+                f"keys and values of {most} tokens take {needed} bytes, but cache_bytes is {self._cache_bytes}",
+                field="sampling.max_new_tokens" if prompt_fits else "prompt_ids",
+            )
+
+    @torch.inference_mode()
+    def submit(self, request: GenerationRequest, kv: Mapping[str, Tensor] | None = None) -> None:
         if request.request_id in self._running or request.request_id in self._waiting:
             raise RequestConflictError(f"{request.request_id!r} is in progress", field="request_id")
-        validate_request(request, valid_vocab_size=self._valid_vocab_size, max_context_tokens=self._max_context_tokens)
-        self._waiting[request.request_id] = SequenceState(request)
+        self.check_request(request)
+        self._arrivals += 1
+        sequence = SequenceState(request, self._arrivals)
+        if kv is not None:
+            self._restore(sequence, kv)
+        self._waiting[request.request_id] = sequence
 
     @torch.inference_mode()
     def cancel(self, request_id: str) -> bool:
-        """Forget a request and free its slot; False if it is not here. No event follows."""
         if self._running.pop(request_id, None):
             self._backend.drop(request_id)
             return True
         return self._waiting.pop(request_id, None) is not None
 
-    def check_policy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise what :meth:`swap_policy` would. Reads names and shapes only, so any thread may call it beforehand."""
-        check_policy_tensors(self._model, tensors)
-
-    def swap_policy(self, tensors: Mapping[str, Tensor], version: int, *, checked: bool = False) -> None:
-        """Copy new weights over the old and prefill unfinished requests again under them.
-
-        Args:
-            tensors: by name in the model's ``state_dict``; names left out keep their weights.
-            version: marks every token written from now on.
-            checked: :meth:`check_policy` has passed on these tensors already (it reads every value once).
+    def prepare_policy(self, tensors: Mapping[str, Tensor]) -> PreparedPolicy:
+        """As :meth:`RolloutEngine.prepare_policy`; the parameters share storage with ``tensors`` that fit as they are.
 
         Raises:
-            InvalidInputError: an unknown name or a wrong shape; nothing was copied.
-            CorruptWeightsError: NaN or infinity; nothing was copied.
+            InvalidInputError: no tensors, an unknown name, a wrong shape, or two values for one tied weight.
+            CorruptWeightsError: NaN or infinity.
         """
+        return stage_weights(self._model, tensors, self._packed)
+
+    def swap_policy(self, prepared: PreparedPolicy, version: int) -> None:
+        if not isinstance(prepared, StagedWeights):
+            raise TypeError(f"a {type(prepared).__name__} was not prepared by this engine")
         started = time.perf_counter()
-        if not checked:
-            self.check_policy(tensors)
-        copy_policy_tensors(self._model, tensors)
-        if self._packed is not None:
-            self._packed.pack()
+        exchange_weights(prepared, self._packed)
         self._policy_version = version
-        self._requeue_running()
+        if not self._keep_kv_on_update:
+            self._requeue_running()
+            self._prompts.clear()
+            for sequence in self._waiting.values():
+                sequence.forget_context()
         self.counters.swap_seconds += time.perf_counter() - started
+
+    def export_kv(self, request_id: str) -> dict[str, Tensor] | None:
+        """``layer{i}.keys`` and ``layer{i}.values`` [H, T, D] of all T tokens of prompt and response but the newest;
+        None for what does not run, and for a cache of other than plain keys and values.
+        """
+        key_values = self._backend.export(request_id) if request_id in self._running else None
+        return None if key_values is None else to_tensors(key_values)
 
     # --- the step --------------------------------------------------------------------------------------------
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:
-        """Decode one token for each running request, then prefill waiting ones into the free slots.
+        """Decode one token for each running request, then read waiting ones that may take the free slots.
 
-        A prefill gives its request's next token. Returns one event per request touched; [] when idle.
+        Returns one event per request that wrote a token or failed.
         """
         if self.idle:
             return []
+        if self._packed is not None:
+            self._packed.complete()
         self.counters.steps += 1
         events = self._decode() if self._running else []
         # After decoding, so that a slot freed in this step is filled in this step.
-        admitted = self._next_admissions()
-        return events + self._prefill(admitted) if admitted else events
+        return events + self._admit()
 
     def _decode(self) -> list[TokenEvent]:
         started = time.perf_counter()
+        self._make_room_to_decode()
         try:
             request_ids, logits_BV = self._backend.decode({key: seq.tokens[-1] for key, seq in self._running.items()})
         except Exception:
-            # It cannot be told whose fault this is. Prefilled one by one, the guilty one will fail alone.
+            # It cannot be told whose fault this is. Read one by one, the guilty one will fail alone.
             logger.exception("a decode pass over %d requests failed; all are prefilled again", len(self._running))
             self._requeue_running()
             return []
         self.counters.decode_seconds += time.perf_counter() - started
         return self._emit([self._running[request_id] for request_id in request_ids], logits_BV)
 
-    def _next_admissions(self) -> list[SequenceState]:
-        admitted: list[SequenceState] = []
-        budget = self._prefill_token_budget
-        for sequence in self._waiting.values():
-            needed = len(sequence.context)
-            if len(self._running) + len(admitted) == self._max_slots or (admitted and needed > budget):
-                break
-            budget -= needed
-            admitted.append(sequence)
-        for sequence in admitted:
-            del self._waiting[sequence.request.request_id]
-        return admitted
-
-    def _prefill(self, sequences: list[SequenceState]) -> list[TokenEvent]:
-        """Prefill together; if that raises, one by one, so that only those fail that fail alone."""
-        try:
-            logits_BV = self._prefill_logits(sequences)
-        except Exception as failure:
-            logger.exception("the prefill of %s failed", [sequence.request.request_id for sequence in sequences])
-            # Out of memory, for one, may have left the shared cache half moved.
-            self._requeue_running()
-            if len(sequences) > 1:
-                return [event for sequence in sequences for event in self._prefill([sequence])]
-            error = InternalError(f"the model could not read the context: {type(failure).__name__}: {failure}")
-            return [self._failure(sequences[0], error)]
-        self._running |= {sequence.request.request_id: sequence for sequence in sequences}
-        return self._emit(sequences, logits_BV)
-
-    def _prefill_logits(self, sequences: list[SequenceState]) -> Tensor:
-        """fp32 [B, V] logits of the next token of each."""
+    def _admit(self) -> list[TokenEvent]:
+        """Read waiting requests; those that were read whole join the running ones and get a token."""
+        accepted = self._accept()
+        if not accepted:
+            return []
         started = time.perf_counter()
-        replays = [self._replay_length(sequence) for sequence in sequences]
-        contexts = {
-            sequence.request.request_id: sequence.context[: len(sequence.context) - replay]
-            for sequence, replay in zip(sequences, replays, strict=True)
-        }
-        logits_BV = self._backend.prefill(contexts)
-        for row, (sequence, replay) in enumerate(zip(sequences, replays, strict=True)):
-            for token in sequence.tokens[len(sequence.tokens) - replay :]:
-                logits_BV[row] = self._backend.decode({sequence.request.request_id: token})[1][0]
-        self.counters.prefill_tokens += sum(len(ids) for ids in contexts.values())
-        self.counters.replayed_tokens += sum(replays)
+        reserved = self._backend.needed_bytes(self._lengths_soon([*self._running.values(), *accepted]))
+        reserved += self._bytes_being_read(len(accepted))
+
+        def make_room(tokens: int) -> int:
+            being_read = self._bytes_being_read() + tokens * self._backend.token_bytes
+            self._backend.limit(self._cache_bytes - self._prompts.num_bytes - being_read)
+            return self._cache_bytes - max(self._backend.held_bytes + being_read, reserved)
+
+        events = []
+        for sequence, failure in self._reader.read(accepted, self._policy_version, make_room):
+            del self._waiting[sequence.request.request_id]
+            events.append(self._failure(sequence, failure))
+        joined = []
+        for sequence in accepted:
+            if sequence.request.request_id not in self._waiting:
+                continue  # it failed
+            if not sequence.is_read:
+                break  # nobody overtakes it, or the memory it waits for might go to others
+            failure_event = self._join(sequence)
+            if failure_event is None:
+                joined.append(sequence)
+            else:
+                events.append(failure_event)
+        # One that failed to join has sent those before it back.
+        fresh = [seq for seq in joined if seq.logits_V is not None and seq.request.request_id in self._running]
+        logits = [sequence.logits_V for sequence in fresh if sequence.logits_V is not None]
+        for sequence in joined:
+            sequence.logits_V = None
         self.counters.prefill_seconds += time.perf_counter() - started
-        return logits_BV
+        return events + (self._emit(fresh, torch.stack(logits)) if fresh else [])
 
-    def _replay_length(self, sequence: SequenceState) -> int:
-        """How many of the newest tokens to feed one by one.
-
-        Deterministic: as many as were decoded under these weights, for a prefill gives other bits than decoding. They
-        followed one prefill, whose position the versions tell: it was made when this version came in. Without a
-        cache every pass is over the whole context, so there is nothing to repeat.
-        """
-        if not self._deterministic or self.cache_mode is CacheMode.UNCACHED:
-            return 0
-        return sequence.written_under(self._policy_version)
+    def _join(self, sequence: SequenceState) -> TokenEvent | None:
+        request_id = sequence.request.request_id
+        del self._waiting[request_id]
+        context, sequence.context, sequence.restored = sequence.context, None, False
+        try:
+            self._backend.limit(self._cache_bytes - self._prompts.num_bytes - self._bytes_being_read())
+            self._backend.join(request_id, context)
+        except Exception as failure:
+            # Out of memory, for one, may have left the shared cache half moved.
+            logger.exception("%s could not join", request_id)
+            self._requeue_running()
+            return self._failure(sequence, failure)
+        self._running[request_id] = sequence
+        return None
 
     def _emit(self, sequences: Sequence[SequenceState], logits_BV: Tensor) -> list[TokenEvent]:
         """Sample one token per row, retire what is finished or failed."""
@@ -312,7 +365,9 @@ class DecodeEngine:
         self.counters.sample_seconds += time.perf_counter() - started
         return events
 
-    def _failure(self, sequence: SequenceState, error: OpdError) -> TokenEvent:
+    def _failure(self, sequence: SequenceState, failure: Exception) -> TokenEvent:
+        if not isinstance(failure, OpdError):
+            failure = InternalError(f"the model could not read the context: {type(failure).__name__}: {failure}")
         return TokenEvent(
             request_id=sequence.request.request_id,
             position=len(sequence.tokens),
@@ -320,11 +375,82 @@ class DecodeEngine:
             sampling_logprob=float("nan"),
             policy_logprob=float("nan"),
             policy_version=self._policy_version,
-            error=error,
+            error=failure,
         )
 
     def _requeue_running(self) -> None:
-        """Drop all keys and values; the requests wait at the front, in the order they ran."""
+        """Drop all keys and values of running requests; they wait at the front."""
         self._backend.drop_all()
-        self._waiting = self._running | self._waiting
+        self._waiting = _by_arrival([*self._running.values(), *self._waiting.values()])
         self._running = {}
+
+    # --- memory ----------------------------------------------------------------------------------------------
+    def _bytes_being_read(self, behind: int = 0) -> int:
+        """Of waiting requests, those behind so many."""
+        waiting = islice(self._waiting.values(), behind, None)
+        contexts = [sequence.context for sequence in waiting if sequence.context is not None]
+        return self._backend.token_bytes * sum(context.length for context in contexts)
+
+    def _lengths_soon(self, sequences: Iterable[SequenceState]) -> list[int]:
+        """Tokens that will have been read of each when it has written some more."""
+        return [min(sequence.length + _HEADROOM_TOKENS, sequence.most_read) for sequence in sequences]
+
+    def _accept(self) -> list[SequenceState]:
+        """The oldest waiting requests for which there will be slots and memory."""
+        accepted: list[SequenceState] = []
+        for sequence in self._waiting.values():
+            everyone = [*self._running.values(), *accepted, sequence]
+            if len(everyone) > self._max_slots or not self._reserve(self._lengths_soon(everyone), len(accepted) + 1):
+                break
+            accepted.append(sequence)
+        return accepted
+
+    def _reserve(self, lengths: list[int], num_accepted: int) -> bool:
+        """Let go of what is kept for later, so that rows of these lengths fit; False where they do not even so."""
+        needed = self._backend.needed_bytes(lengths)
+        if needed > self._cache_bytes:
+            return False
+        later = [sequence for sequence in list(self._waiting.values())[num_accepted:] if sequence.context is not None]
+        while (
+            needed
+            + self._prompts.num_bytes
+            + sum(sequence.context.length * self._backend.token_bytes for sequence in later)
+            > self._cache_bytes
+        ):
+            if len(self._prompts):
+                self._prompts.drop_oldest()
+            else:
+                later.pop().forget_context()
+        return True
+
+    def _make_room_to_decode(self) -> None:
+        """For one more token of each running request. The newest ones wait again where there is none."""
+        while not self._reserve([sequence.length for sequence in self._running.values()], 0):
+            newest = max(self._running.values(), key=lambda sequence: sequence.arrival)
+            request_id = newest.request.request_id
+            logger.debug("%s waits again: %d requests outgrew the memory", request_id, len(self._running))
+            del self._running[request_id]
+            self._backend.drop(request_id)
+            self._waiting = _by_arrival([newest, *self._waiting.values()])
+            self.counters.preempted += 1
+        self._backend.limit(self._cache_bytes - self._prompts.num_bytes - self._bytes_being_read())
+
+    def _restore(self, sequence: SequenceState, kv: Mapping[str, Tensor]) -> None:
+        """Take keys and values over, if they are of this model and of this request, and if there is memory."""
+        layers, length = self.cache_proof.layers, sequence.length - 1
+        try:
+            if not layers or self.cache_mode is CacheMode.UNCACHED or not sequence.tokens:
+                raise ValueError(f"{length} tokens in cache mode {self.cache_mode}")
+            if self.cache_mode is CacheMode.PER_REQUEST and any(shape is None or shape.windowed for shape in layers):
+                raise ValueError("the model's own cache is not of all keys and values")
+            key_values = from_tensors(kv, layers, length, next(self._model.parameters()).device)
+            if self.held_bytes + length * self._backend.token_bytes > self._cache_bytes:
+                raise ValueError("there is no memory for them")
+            sequence.context = self._backend.restore(key_values)
+            sequence.restored = sequence.context is not None
+        except ValueError as reason:
+            logger.info("saved keys and values of %s are not used: %s", sequence.request.request_id, reason)
+
+
+def _by_arrival(sequences: Iterable[SequenceState]) -> dict[str, SequenceState]:
+    return {sequence.request.request_id: sequence for sequence in sorted(sequences, key=lambda state: state.arrival)}

@@ -1,9 +1,12 @@
-"""What goes into the decode engine and what comes out: requests, token events, and the rules about them."""
+"""What goes into a rollout engine and what comes out: requests, token events, and the rules about them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from opd_mesh.errors import InvalidInputError, OpdError, TooLongError
 from opd_mesh.trajectory import FinishReason, SamplingParams
@@ -52,12 +55,22 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Totals since the engine was made. ``prefill_tokens`` counts context tokens, again after every swap."""
+    """Totals since the engine was made.
+
+    Attributes:
+        tokens: written.
+        prefill_tokens: of contexts, as often as they were read: again after a swap, once for all answers to a prompt.
+        shared_prefill_tokens: of prompts that were not read because another answer's had been.
+        replayed_tokens: of resumed requests, fed one by one as they were written (deterministic mode alone).
+        preempted: running requests that went back to waiting because others outgrew the memory.
+    """
 
     steps: int = 0
     tokens: int = 0
     prefill_tokens: int = 0
+    shared_prefill_tokens: int = 0
     replayed_tokens: int = 0
+    preempted: int = 0
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
     sample_seconds: float = 0.0
@@ -65,16 +78,50 @@ class EngineCounters:
 
 
 class SequenceState:
-    """A request in progress. ``tokens`` are all response tokens, ``versions`` the policy that wrote each."""
+    """A request in progress.
 
-    def __init__(self, request: GenerationRequest) -> None:
+    Attributes:
+        arrival: its number in the order of submission.
+        tokens: all response tokens; ``versions`` the policy that wrote each.
+        context: while it waits, what has been read of it: the backend's; None at first.
+        logits_V: fp32 [V] behind the last token read.
+        restored: ``context`` came from another process: it lacks the newest token, which decoding feeds.
+        alone: a pass with it has failed; it is read again in a pass of its own.
+    """
+
+    def __init__(self, request: GenerationRequest, arrival: int) -> None:
         self.request = request
+        self.arrival = arrival
         self.tokens = [token.token_id for token in request.written]
         self.versions = [token.policy_version for token in request.written]
+        self.context: Any = None
+        self.logits_V: Tensor | None = None
+        self.restored = False
+        self.alone = False
 
     @property
-    def context(self) -> list[int]:
+    def token_ids(self) -> list[int]:
+        """Prompt and response."""
         return [*self.request.prompt_ids, *self.tokens]
+
+    @property
+    def length(self) -> int:
+        """Of prompt and response."""
+        return len(self.request.prompt_ids) + len(self.tokens)
+
+    @property
+    def most_read(self) -> int:
+        """Tokens that the model will have read of it at most: the last one written never is."""
+        return most_tokens_read(self.request)
+
+    @property
+    def is_read(self) -> bool:
+        """It can decode."""
+        return self.context is not None and (self.restored or self.context.length == self.length)
+
+    def forget_context(self) -> None:
+        """Read it again from the start."""
+        self.context, self.logits_V, self.restored = None, None, False
 
     def written_under(self, policy_version: int) -> int:
         """How many of the newest tokens this version wrote."""
@@ -82,6 +129,11 @@ class SequenceState:
         while count < len(self.versions) and self.versions[-1 - count] == policy_version:
             count += 1
         return count
+
+
+def most_tokens_read(request: GenerationRequest) -> int:
+    """Tokens of prompt and response that a model reads at most: the last one written is not read."""
+    return len(request.prompt_ids) + request.sampling.max_new_tokens - 1
 
 
 def validate_request(request: GenerationRequest, *, valid_vocab_size: int, max_context_tokens: int) -> None:

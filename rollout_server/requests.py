@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from opd_mesh.errors import InvalidInputError, OpdError, RequestConflictError, RequestNotFoundError
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
-from rollout_server.engine import TokenEvent
+from rollout_server.generation import TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class RequestParams:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     publish: bool
+    tokenizer_fingerprint: str
 
     @property
     def key(self) -> str:
@@ -34,6 +36,8 @@ class RequestState:
 
     params: RequestParams
     lineage: int
+    # Names it in the log; −1 without one.
+    handle: int = -1
     tokens: list[int] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     policy_logprobs: list[float] = field(default_factory=list)
@@ -87,10 +91,17 @@ class RequestState:
 
 
 class RequestTable:
-    """All requests by key; of those that ended, the newest ``finished_kept``."""
+    """All requests by key; of those that ended, the newest ``finished_kept``.
 
-    def __init__(self, *, finished_kept: int) -> None:
+    Args:
+        on_forgotten: called with each that is let go of.
+    """
+
+    def __init__(
+        self, *, finished_kept: int, on_forgotten: Callable[[RequestState], None] = lambda state: None
+    ) -> None:
         self._finished_kept = finished_kept
+        self._on_forgotten = on_forgotten
         self._states: dict[str, RequestState] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
 
@@ -137,16 +148,15 @@ class RequestTable:
         self._states[state.params.key] = state
 
     def forget(self, key: str) -> None:
-        """As if it had never been asked."""
+        """As if it had never been asked. Not one that has ended."""
         self._states.pop(key, None)
-        self._ended.pop(key, None)
 
     def mark_ended(self, key: str) -> None:
         """It may be forgotten when newer ones have ended."""
         self._ended[key] = None
         while len(self._ended) > self._finished_kept:
             oldest, _ = self._ended.popitem(last=False)
-            self._states.pop(oldest, None)
+            self._on_forgotten(self._states.pop(oldest))
 
     def unfinished(self) -> list[RequestState]:
         """Those that are being written, or wait."""

@@ -1,43 +1,41 @@
-"""``opd.v1.RolloutService``: one method per RPC, and the life of a request."""
+"""``opd.v1.RolloutService``: one method per RPC."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import grpc
 from opd.v1 import rollout_service_pb2, rollout_service_pb2_grpc
 
 from opd_mesh import telemetry
 from opd_mesh.config.services import RolloutServerConfig
-from opd_mesh.convert import policy_from_proto, policy_to_proto, sampling_from_proto, trajectory_to_proto
+from opd_mesh.convert import policy_from_proto, policy_to_proto, trajectory_to_proto
 from opd_mesh.errors import (
     CorruptWeightsError,
-    InternalError,
     InvalidInputError,
-    OpdError,
-    OverloadedError,
     PreconditionError,
     TensorDecodeError,
     TokenizerMismatchError,
     UnavailableError,
 )
 from opd_mesh.policy import PolicyId, is_new_policy
+from opd_mesh.policy_weights import host_id, read_shared
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.tensors import TensorAssembler
-from opd_mesh.torch_tensors import from_numpy
-from opd_mesh.trajectory import FinishReason
-from rollout_server.decode_engine import DecodeEngine, GenerationRequest, TokenEvent
-from rollout_server.driver import EngineDriver
-from rollout_server.policy import check_manifest, verify_digest
-from rollout_server.requests import RequestParams, RequestState, RequestTable
+from rollout_server.engines import LoadedEngine
+from rollout_server.generations import Generations
+from rollout_server.policy_transfer import ServedWeights
+from rollout_server.request_log import params_from_proto
+from rollout_server.requests import RequestParams, RequestState
+from rollout_server.saved_kv import SavedKv
+from rollout_server.token_log import RecoveredRequest, TokenLog
 
 log = logging.getLogger("rollout_server")
-ResultT = TypeVar("ResultT")
 
 
 class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
@@ -45,7 +43,8 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
 
     Args:
         redis_url: where finished trajectories go; None: requests that ask for publication are refused.
-        on_serving: called when the first policy is in place.
+        on_serving: called with whether a policy is in place.
+        on_failure: called when the decode loop has ended by itself; the process should end, too.
     """
 
     def __init__(
@@ -54,50 +53,67 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         *,
         redis_url: str | None,
         on_serving: Callable[[bool], Awaitable[None]],
+        on_failure: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._config = config
         self._redis_url = redis_url
         self._on_serving = on_serving
-        self._table = RequestTable(finished_kept=config.engine.finished_kept)
+        self._on_failure = on_failure
         self._streams: dict[str, TrajectoryStream] = {}
-        self._deliveries: set[asyncio.Task[Any]] = set()
-        self._installed: EngineDriver | None = None
-        self._fingerprint = ""
-        self._vocab_size = 0
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._policy: PolicyId | None = None
+        self._installed: Generations | None = None
         self._update_lock = asyncio.Lock()
 
-    def install(self, engine: DecodeEngine, *, tokenizer_fingerprint: str, vocab_size: int) -> None:
-        """Begin to accept policies."""
-        self._fingerprint = tokenizer_fingerprint
-        self._vocab_size = vocab_size
-        self._shapes = engine.tensor_shapes
-        self._installed = EngineDriver(engine, self._on_events, self._on_engine_failure)
+    def install(
+        self,
+        loaded: LoadedEngine,
+        *,
+        token_log: TokenLog | None = None,
+        recovered: Sequence[RecoveredRequest] = (),
+    ) -> None:
+        """Begin to accept policies, and to serve what a log holds."""
+        self._loaded = replace(loaded, base=None)  # held in one place, which lets go of it
+        self._weights = ServedWeights(loaded.engine.tensor_shapes, loaded.base, loaded.base_digest)
+        self._saved_kv = SavedKv(token_log.path) if token_log is not None else None
+        self._installed = Generations(
+            loaded.engine,
+            token_log=token_log,
+            tokenizer_fingerprint=loaded.tokenizer_fingerprint,
+            finished_kept=self._config.engine.finished_kept,
+            max_waiting=self._config.engine.max_waiting,
+            stream_of=self._stream,
+            on_failure=self._on_failure,
+        )
+        self._installed.recover(recovered)
 
     @property
-    def _driver(self) -> EngineDriver:
+    def _generations(self) -> Generations:
         if self._installed is None:
             raise UnavailableError("the model is still being loaded", retry_delay_s=2.0)
         return self._installed
+
+    @property
+    def _policy(self) -> PolicyId | None:
+        return self._weights.policy
 
     # --- policy ------------------------------------------------------------------------------------------------
     async def GetPolicy(
         self, request: rollout_service_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext
     ) -> rollout_service_pb2.GetPolicyResponse:
         """What is served, and how busy it is."""
-        driver = self._driver
-        engine = self._config.engine
+        load = self._load()
+        settings = self._config.engine
         return rollout_service_pb2.GetPolicyResponse(
             policy=policy_to_proto(self._policy) if self._policy else None,
-            tokenizer_fingerprint=self._fingerprint,
-            load=self._load(),
+            tokenizer_fingerprint=self._loaded.tokenizer_fingerprint,
+            load=load,
             limits=rollout_service_pb2.RolloutLimits(
-                max_context_tokens=engine.max_context_tokens,
-                max_slots=engine.max_slots,
-                max_waiting=engine.max_waiting,
+                max_context_tokens=settings.max_context_tokens,
+                max_slots=settings.max_slots,
+                max_waiting=settings.max_waiting,
             ),
-            cache_mode=str(driver.engine.cache_mode),
+            cache_mode=str(self._loaded.engine.cache_mode),
+            host_id=host_id(),
+            base_digest=self._weights.base_digest,
         )
 
     async def UpdatePolicy(
@@ -105,8 +121,9 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         request_iterator: AsyncIterator[rollout_service_pb2.UpdatePolicyRequest],
         context: grpc.aio.ServicerContext,
     ) -> rollout_service_pb2.UpdatePolicyResponse:
-        """Receive, verify, swap between two tokens. Whatever fails before the swap leaves the old policy serving."""
-        driver = self._driver
+        """Receive, verify, prepare beside the old weights, swap between two tokens. Whatever fails before the swap
+        leaves the old policy serving."""
+        generations = self._generations
         idle_s = self._config.server.stream_idle_timeout_s
         messages = with_idle_timeout(request_iterator, idle_s, "UpdatePolicy")
         first = await anext(messages, None)
@@ -114,79 +131,84 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             raise InvalidInputError("the first message must be the manifest", field="manifest")
         manifest = first.manifest
         offered = policy_from_proto(manifest.policy)
-        if not offered.run_id or not offered.digest:
-            raise InvalidInputError("run_id and digest are required", field="manifest.policy")
-        if manifest.tokenizer_fingerprint != self._fingerprint:
-            raise TokenizerMismatchError(
-                f"the policy's tokenizer is {manifest.tokenizer_fingerprint[:16]}…, but this server loaded "
-                f"{self._fingerprint[:16]}… from {self._config.model}",
-                field="manifest.tokenizer_fingerprint",
-            )
+        self._check_offer(manifest, offered)
         unchanged = rollout_service_pb2.UpdatePolicyResponse(policy=policy_to_proto(offered), swapped=False)
         if not is_new_policy(self._policy, offered):
             async for _ in messages:  # take what was sent, so that the client is not cut off in its stream
                 pass
             return unchanged
-        check_manifest(manifest.tensors, self._shapes)
+        weights = self._weights
+        served = weights.policy
+        weights.check(manifest, offered)
         try:
             assembler = TensorAssembler(manifest.tensors)
+            if manifest.HasField("shared_memory"):
+                await asyncio.to_thread(assembler.fill, lambda arrays: read_shared(manifest.shared_memory, arrays))
             async for message in messages:
                 assembler.add(message.chunk)
             arrays = assembler.finish()
         except TensorDecodeError as error:
             raise CorruptWeightsError(f"policy {offered}: {error}; the old policy stays") from error
-        tensors = {name: from_numpy(array) for name, array in arrays.items()}
-        engine = driver.engine
-        # Each reads every byte once, and hashing leaves the other cores free.
-        checks = asyncio.to_thread(verify_digest, arrays, offered), asyncio.to_thread(engine.check_policy, tensors)
-        for failure in await asyncio.gather(*checks, return_exceptions=True):
-            if isinstance(failure, BaseException):
-                raise failure
+        engine = generations.engine
+        tensors = await asyncio.to_thread(weights.tensors_of, manifest, offered, arrays)
+        prepared = await asyncio.to_thread(engine.prepare_policy, tensors)
+
+        superseded: list[str] = []
 
         def swap() -> tuple[float, int]:
             running = engine.running
             started = time.perf_counter()
-            engine.swap_policy(tensors, offered.version, checked=True)
+            for key in superseded:
+                engine.cancel(key)
+            engine.swap_policy(prepared, offered.version)
             return time.perf_counter() - started, running
 
         async def install() -> rollout_service_pb2.UpdatePolicyResponse:
+            nonlocal superseded
             # The lock is not held while weights arrive, for their sender may die; so ask again under it whether they
-            # are still new.
+            # are still new, and whether they are still a change of what is served.
             async with self._update_lock:
                 if not is_new_policy(self._policy, offered):
                     return unchanged
+                if weights.policy is not served:
+                    weights.check(manifest, offered)
+                superseded = generations.supersede(offered)
                 with telemetry.span("rollout.swap_policy"):
-                    pause_s, prefilled_again = await driver.call(swap)
-                self._policy = offered
-                log.info("serving policy %s; decoding paused %.3f s", offered, pause_s)
+                    pause_s, prefilled_again = await generations.driver.call(swap)
+                weights.accept(manifest, offered)
+                log.info("serving policy %s; decoding paused %.4f s", offered, pause_s)
+                saved = await asyncio.to_thread(self._saved_kv.take, offered.digest) if self._saved_kv else {}
+                await generations.go_on(saved)
                 await self._on_serving(True)
             return rollout_service_pb2.UpdatePolicyResponse(
                 policy=policy_to_proto(offered), swapped=True, pause_s=pause_s, prefilled_again=prefilled_again
             )
 
         # A client that goes away now must not leave new weights under the old policy's name.
-        return await self._to_the_end(install())
+        return await generations.to_the_end(install())
+
+    def _check_offer(self, manifest: rollout_service_pb2.PolicyManifest, offered: PolicyId) -> None:
+        if not offered.run_id or not offered.digest:
+            raise InvalidInputError("run_id and digest are required", field="manifest.policy")
+        if manifest.tokenizer_fingerprint != self._loaded.tokenizer_fingerprint:
+            raise TokenizerMismatchError(
+                f"the policy's tokenizer is {manifest.tokenizer_fingerprint[:16]}…, but this server loaded "
+                f"{self._loaded.tokenizer_fingerprint[:16]}… from {self._config.model}",
+                field="manifest.tokenizer_fingerprint",
+            )
 
     # --- generation --------------------------------------------------------------------------------------------
     async def Generate(
         self, request: rollout_service_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[rollout_service_pb2.GenerateResponse]:
         """Attach to the request, or begin it, and stream from ``from_index`` on."""
+        generations = self._generations
         params = self._checked_params(request)
         policy = self._policy
-        if policy is None:
-            raise UnavailableError("no policy has been given to this server yet", retry_delay_s=1.0)
-        state = self._table.find(params)
-        attached = state is not None
-        # Before anything is begun: a client that was half-way with a server that has forgotten must ask from 0.
-        if request.from_index > (len(state.tokens) if state else 0):
-            written = len(state.tokens) if state else 0
-            raise InvalidInputError(f"{request.from_index} is beyond the {written} tokens written", field="from_index")
-        if state is None:
-            state = await self._begin(params, policy)
-        elif state.error is not None:
-            await self._try_again(state)
-        started = rollout_service_pb2.GenerationStarted(attached=attached, policy=policy_to_proto(policy))
+        state, attached = await generations.attach(params, request.from_index, policy)
+        started = rollout_service_pb2.GenerationStarted(
+            attached=attached, policy=policy_to_proto(policy) if policy else None
+        )
         yield rollout_service_pb2.GenerateResponse(started=started)
         sent = request.from_index
         while True:
@@ -209,23 +231,16 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         self, request: rollout_service_pb2.CancelGenerationRequest, context: grpc.aio.ServicerContext
     ) -> rollout_service_pb2.CancelGenerationResponse:
         """Free the slot."""
-        state = self._table.get(request.request_id, request.run_id)
-        cancelled = False
-        if not state.ended and state.finish_reason is None:
-            engine = self._driver.engine
-            await self._driver.call(lambda: engine.cancel(state.params.key))
-            if state.finish_reason is None and state.error is None:
-                cancelled = True
-                state.finish_reason = FinishReason.CANCELLED
-                log.info("request %s cancelled after %d tokens", request.request_id, len(state.tokens))
-                self._end(state)
+        generations = self._generations
+        state = generations.table.get(request.request_id, request.run_id)
+        cancelled = await generations.cancel(state)
         return rollout_service_pb2.CancelGenerationResponse(cancelled=cancelled, tokens_written=len(state.tokens))
 
     async def PauseGeneration(
         self, request: rollout_service_pb2.PauseGenerationRequest, context: grpc.aio.ServicerContext
     ) -> rollout_service_pb2.PauseGenerationResponse:
         """Stop between two tokens."""
-        await self._driver.pause()
+        await self._generations.driver.pause()
         log.info("generation paused: %s", request.reason or "no reason given")
         return rollout_service_pb2.PauseGenerationResponse(load=self._load())
 
@@ -233,152 +248,60 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         self, request: rollout_service_pb2.ResumeGenerationRequest, context: grpc.aio.ServicerContext
     ) -> rollout_service_pb2.ResumeGenerationResponse:
         """Go on."""
-        await self._driver.resume()
+        await self._generations.driver.resume()
         return rollout_service_pb2.ResumeGenerationResponse(load=self._load())
 
-    # --- the life of a request ---------------------------------------------------------------------------------
     def _checked_params(self, request: rollout_service_pb2.GenerateRequest) -> RequestParams:
-        self._driver  # noqa: B018 - refuses while loading
         if not request.request_id:
             raise InvalidInputError("must not be empty", field="request_id")
-        if request.tokenizer_fingerprint != self._fingerprint:
+        if request.tokenizer_fingerprint != self._loaded.tokenizer_fingerprint:
             raise TokenizerMismatchError(
                 f"the prompt's ids come from tokenizer {request.tokenizer_fingerprint[:16] or '(none given)'}, "
-                f"this server has {self._fingerprint[:16]}…",
+                f"this server has {self._loaded.tokenizer_fingerprint[:16]}…",
                 field="tokenizer_fingerprint",
             )
-        prompt_ids = tuple(request.prompt_token_ids)
-        if not prompt_ids:
+        ids = request.prompt_token_ids
+        if not ids:
             raise InvalidInputError("the prompt is empty", field="prompt_token_ids")
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._vocab_size:
-            raise InvalidInputError(f"ids must lie in [0, {self._vocab_size})", field="prompt_token_ids")
+        if not 0 <= min(ids) <= max(ids) < self._loaded.vocab_size:
+            raise InvalidInputError(f"ids must lie in [0, {self._loaded.vocab_size})", field="prompt_token_ids")
         if request.publish and self._redis_url is None:
             raise PreconditionError(
                 "this server has no Redis to publish to: set OPD_REDIS_URL or redis_url", field="publish"
             )
-        return RequestParams(
-            request_id=request.request_id,
-            run_id=request.run_id,
-            domain=request.domain,
-            prompt_ids=prompt_ids,
-            sampling=sampling_from_proto(request.sampling),
-            publish=request.publish,
-        )
-
-    async def _begin(self, params: RequestParams, policy: PolicyId) -> RequestState:
-        driver = self._driver
-        state = RequestState(params, lineage=policy.lineage)
-        self._table.add(state)  # before the engine sees it: its first token may come at once
-        request = GenerationRequest(params.key, params.prompt_ids, params.sampling)
-
-        def admit() -> None:  # in the engine's thread, where the count cannot change meanwhile
-            if driver.engine.waiting >= self._config.engine.max_waiting:
-                raise OverloadedError(f"{driver.engine.waiting} requests are waiting already", retry_delay_s=2.0)
-            driver.engine.submit(request)
-
-        async def submit() -> None:
-            try:
-                await driver.call(admit)
-            except OpdError as error:
-                self._table.forget(params.key)
-                state.error = error  # for whoever has attached meanwhile
-                state.notify()
-                raise
-
-        # A client that goes away now must leave the whole request behind, or nothing of it.
-        await self._to_the_end(submit())
-        return state
-
-    async def _to_the_end(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-        """Wait for ``work``, which goes on where the caller is cancelled."""
-        task = asyncio.create_task(work)
-        self._deliveries.add(task)
-        task.add_done_callback(self._deliveries.discard)
-        return await asyncio.shield(task)
-
-    async def _try_again(self, state: RequestState) -> None:
-        """A finished response that could not be published is published now; what failed otherwise stays failed."""
-        if state.finish_reason is not None and isinstance(state.error, UnavailableError | OverloadedError):
-            state.error = None
-            self._end(state)
-
-    def _on_events(self, events: Sequence[TokenEvent]) -> None:
-        for event in events:
-            state = self._table.lookup(event.request_id)
-            if state is None or state.finish_reason is not None:
-                continue  # cancelled meanwhile
-            if event.error is not None:
-                self._fail(state, event.error)
-                continue
-            state.append(event)
-            if event.finish_reason is None:
-                state.notify()
-            else:
-                self._end(state)
-
-    def _on_engine_failure(self, error: BaseException) -> None:
-        for state in self._table.unfinished():
-            self._fail(state, InternalError(f"the decode loop failed: {type(error).__name__}: {error}"))
-        task = asyncio.ensure_future(self._on_serving(False))
-        self._deliveries.add(task)
-        task.add_done_callback(self._deliveries.discard)
-
-    def _fail(self, state: RequestState, error: OpdError) -> None:
-        state.error = error
-        self._table.mark_ended(state.params.key)
-        state.notify()
-
-    def _end(self, state: RequestState) -> None:
-        """Deliver, then tell the listeners."""
-        task = asyncio.create_task(self._deliver(state))
-        self._deliveries.add(task)
-        task.add_done_callback(self._deliveries.discard)
-
-    async def _deliver(self, state: RequestState) -> None:
-        params = state.params
-        try:
-            if params.publish and state.tokens:
-                payload = trajectory_to_proto(state.trajectory()).SerializeToString()
-                stream = self._stream(params.run_id)
-                state.stream_entry_id = await stream.publish(params.request_id, payload)
-        except OpdError as error:
-            log.error("trajectory %s could not be published, it is kept: %s", params.request_id, error)  # noqa: TRY400
-            state.error = error
-            state.notify()
-            return
-        except Exception as error:
-            log.exception("publishing %s failed", params.request_id)
-            self._fail(state, InternalError(f"publishing failed: {error}"))
-            return
-        state.delivered = True
-        self._table.mark_ended(params.key)
-        state.notify()
+        return params_from_proto(request)
 
     def _stream(self, run_id: str) -> TrajectoryStream:
+        if self._redis_url is None:  # a request from the log, of a server that had one
+            raise UnavailableError("this server has no Redis to publish to: set OPD_REDIS_URL or redis_url")
         if run_id not in self._streams:
-            assert self._redis_url is not None  # checked when the request came in
             self._streams[run_id] = TrajectoryStream(
                 self._redis_url, run_id, consumer="rollout", timeout_s=self._config.stream_timeout_s
             )
         return self._streams[run_id]
 
     def _load(self) -> rollout_service_pb2.RolloutLoad:
-        engine = self._driver.engine
+        generations = self._generations
+        engine, driver = generations.engine, generations.driver
         return rollout_service_pb2.RolloutLoad(
             running=engine.running,
             waiting=engine.waiting,
-            paused=self._driver.paused,
+            paused=driver.paused,
             tokens_generated=engine.counters.tokens,
+            busy_s=driver.busy_s,
+            idle_s=driver.idle_s,
+            log_full=generations.log.full,
         )
 
     async def close(self) -> None:
-        """Stop between two tokens; what is unfinished fails with UNAVAILABLE, so that clients ask elsewhere."""
-        if self._installed is not None:
-            await self._installed.close()
-        for state in self._table.unfinished():
-            if state.finish_reason is None:
-                self._fail(state, UnavailableError("the rollout server is stopping"))
-        await asyncio.gather(*self._deliveries, return_exceptions=True)
+        """Stop between two tokens, save what is unfinished, and tell the clients to ask again."""
+        generations = self._installed
+        if generations is not None:
+            unfinished = await generations.stop()
+            settings = self._config.log
+            if self._saved_kv is not None and settings is not None and settings.save_kv and self._policy is not None:
+                await asyncio.to_thread(self._saved_kv.save, generations.engine, unfinished, self._policy.digest)
+            generations.engine.close()
         for stream in self._streams.values():
             await stream.close()
 

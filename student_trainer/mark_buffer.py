@@ -101,6 +101,9 @@ class _Spilled:
         return tensors
 
 
+def _nothing() -> None: ...
+
+
 class MarkBuffer:
     """Of one event loop; answers are used in another thread.
 
@@ -118,6 +121,7 @@ class MarkBuffer:
         self._held: set[BufferedAnswer] = set()  # answered, in memory, not being spilled
         self._spilling: BufferedAnswer | None = None
         self._giving_up = False
+        self._all_admitted: Callable[[], None] = _nothing
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = threading.Lock()  # of the counters that the updating thread adds to
         self._asked = 0
@@ -125,6 +129,15 @@ class MarkBuffer:
         self._counters = BufferCounters()
         if spill_dir is not None:
             shutil.rmtree(spill_dir, ignore_errors=True)  # of a run that was killed
+
+    def when_all_admitted(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` on the event loop whenever no answer waits for room any more."""
+        self._all_admitted = tell
+
+    @property
+    def is_full(self) -> bool:
+        """Answers wait for room."""
+        return bool(self._waiting)
 
     def ask(self, num_bytes: int, ask: Ask) -> BufferedAnswer:
         """Ask a teacher as soon as there is room for its answer of ``num_bytes``."""
@@ -171,11 +184,17 @@ class MarkBuffer:
             self._let_in(answer)
 
     def _let_in(self, answer: BufferedAnswer) -> None:
-        self._waiting.remove(answer)
+        self._remove_waiting(answer)
         answer.in_memory = True
         self.bytes_in_memory += answer.num_bytes
         self._counters.peak_bytes = max(self._counters.peak_bytes, self.bytes_in_memory)
         answer.admitted.set()
+
+    def _remove_waiting(self, answer: BufferedAnswer) -> None:
+        self._waiting.remove(answer)
+        if not self._waiting and not self._giving_up:
+            assert self._loop is not None  # set by the first ask
+            self._loop.call_soon(self._all_admitted)  # soon: it may ask for more, from within an ask
 
     def _spill_one(self) -> None:
         """What is needed last; the next one follows when it is on the disk."""
@@ -242,7 +261,7 @@ class MarkBuffer:
         self._unreleased.discard(answer)
         self._held.discard(answer)
         if answer in self._waiting:
-            self._waiting.remove(answer)
+            self._remove_waiting(answer)
         if (path := answer.spilled()) is not None:
             path.unlink(missing_ok=True)
         self._leave_memory(answer)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
-import numpy as np
 from google.protobuf.message import DecodeError
 from opd.v1 import common_pb2, rollout_service_pb2
 
@@ -19,38 +19,26 @@ from opd_mesh.convert import policy_to_proto, trajectory_from_proto, trajectory_
 from opd_mesh.errors import (
     ConfigError,
     OpdError,
+    PolicyBaseMismatchError,
     StreamUnavailableError,
     TokenizerMismatchError,
     TrajectoryError,
     UnavailableError,
 )
 from opd_mesh.policy import PolicyId
+from opd_mesh.policy_weights import PolicyWeights
 from opd_mesh.seeds import derive_seed
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.trajectory import SamplingParams, Trajectory
 from student_trainer.data import Prompt
+from student_trainer.importance import check_behaviour
+from student_trainer.rollout_watch import RolloutWatch
+from student_trainer.writing import Arrival, Writing, is_own_id
 
 log = logging.getLogger("student_trainer")
 READ_BLOCK_S = 0.5
 READ_COUNT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """A trajectory and the stream entry that holds it until it is acknowledged."""
-
-    trajectory: Trajectory
-    entry_id: str
-
-
-def own_trajectory_id(lineage: int, step: int, index: int) -> str:
-    """Unique in the run, over resumes too."""
-    return f"l{lineage:04d}-s{step:06d}-p{index:04d}"
-
-
-def is_own_id(trajectory_id: str) -> bool:
-    """Whether an id is of the form that the run gives to its own trajectories (or its evaluations)."""
-    return trajectory_id[:1] in ("l", "e") and trajectory_id[1:5].isdigit() and trajectory_id[5:6] == "-"
+CANCEL_TIMEOUT_S = 3.0
 
 
 async def _policy_once_loaded(client: RolloutClient) -> rollout_service_pb2.GetPolicyResponse:
@@ -95,6 +83,10 @@ class Rollouts:
         if not url:
             raise ConfigError("no Redis: set OPD_REDIS_URL, or redis_url in the recipe", field="redis_url")
         self.stream = TrajectoryStream(url, run_id, consumer="trainer-0", timeout_s=recipe.redis_timeout_s)
+        self.watch = RolloutWatch(self._clients)
+        self._outstanding = 0
+        self._writings: list[Writing] = []
+        self._reader: asyncio.Task[None] | None = None
         self._submitted: set[str] = set()
         self.external: deque[Arrival] = deque()
         # Entries that must be acknowledged at the next checkpoint though nothing trains on them.
@@ -144,69 +136,121 @@ class Rollouts:
     def _owner(self, index: int) -> RolloutClient:
         return self._clients[index % len(self._clients)]
 
-    async def push_policy(self, policy: PolicyId, tensors: Sequence[tuple[str, np.ndarray]]) -> float:
-        """Give the weights to every server; returns the longest time that one stood still, in seconds."""
-        message = policy_to_proto(policy)
-        answers = await asyncio.gather(
-            *(
-                client.update_policy(
-                    message,
-                    tensors,
-                    tokenizer_fingerprint=self._fingerprint,
-                    timeout_s=self._recipe.rollout.timeout_s,
-                )
-                for client in self._clients
-            )
+    async def push_policy(
+        self, policy: PolicyId, weights: PolicyWeights, *, merged: Callable[[], PolicyWeights]
+    ) -> float:
+        """Give the weights to every server; returns the longest time that one stood still, in seconds.
+
+        Args:
+            merged: all weights of the plain model, for servers that have not the checkpoint that an adapter changes.
+        """
+        whole: asyncio.Task[PolicyWeights] | None = None
+
+        async def give(client: RolloutClient) -> float:
+            nonlocal whole
+            try:
+                return await self._give(client, policy, weights)
+            except PolicyBaseMismatchError as error:
+                if weights.adapter is None:
+                    raise
+                log.info("rollout server %s takes merged weights: %s", client.address, error)
+            whole = whole or asyncio.create_task(asyncio.to_thread(merged))
+            return await self._give(client, policy, await whole)
+
+        return max(await asyncio.gather(*map(give, self._clients)))
+
+    async def _give(self, client: RolloutClient, policy: PolicyId, weights: PolicyWeights) -> float:
+        answer = await client.update_policy(
+            policy_to_proto(replace(policy, digest=weights.digest)),
+            list(weights.tensors.items()),
+            tokenizer_fingerprint=self._fingerprint,
+            timeout_s=self._recipe.rollout.timeout_s,
+            digests=weights.digests,
+            adapter=weights.adapter,
         )
-        return max(answer.pause_s for answer in answers)
+        return answer.pause_s
+
+    # --- writing -----------------------------------------------------------------------------------------------
+    async def _generate(self, server: RolloutClient, spec: GenerateSpec) -> Trajectory:
+        self._outstanding += 1
+        try:
+            return await server.generate(spec, timeout_s=self._recipe.rollout.timeout_s)
+        finally:
+            self._outstanding -= 1
+
+    @property
+    def outstanding(self) -> int:
+        """Requests that are not answered."""
+        return self._outstanding
 
     async def write_unpublished(self, specs: Sequence[GenerateSpec]) -> list[Trajectory]:
         """Responses that do not go to the stream: for evaluation."""
-        timeout_s = self._recipe.rollout.timeout_s
         return await asyncio.gather(
-            *(self._owner(index).generate(spec, timeout_s=timeout_s) for index, spec in enumerate(specs))
+            *(self._generate(self._owner(index), spec) for index, spec in enumerate(specs)),
         )
 
-    async def write(self, specs: Sequence[GenerateSpec]) -> AsyncIterator[Arrival]:
-        """Ask for all responses and give each back as it comes through the stream.
+    def write(self, specs: Sequence[GenerateSpec], on_arrival: Callable[[], None]) -> Writing:
+        """Ask for all responses; they come through the stream, and :meth:`Writing.wait` raises what goes wrong."""
+        writing = Writing(on_arrival)
+        for index, spec in enumerate(specs):
+            server = self._owner(index)
+            writing.ask(spec.request_id, server, self._generate(server, spec))
+        self._writings.append(writing)
+        if self._reader is None or self._reader.done():
+            self._reader = asyncio.create_task(self._read_while_wanted())
+        return writing
 
-        Raises:
-            RolloutUnavailableError, StreamUnavailableError: a bounded wait has ended.
-            OpdError: what a server says of a request.
-        """
-        timeout_s = self._recipe.rollout.timeout_s
-        wanted = {spec.request_id for spec in specs}
-        generating = [
-            asyncio.create_task(self._owner(index).generate(spec, timeout_s=timeout_s))
-            for index, spec in enumerate(specs)
-        ]
-        loop = asyncio.get_running_loop()
-        all_written_at: float | None = None
+    async def abandon(self, writings: Sequence[Writing]) -> None:
+        """Cancel what is outstanding, on the servers too where they answer soon."""
+        open_requests: dict[str, RolloutClient] = {}
+        for writing in writings:
+            open_requests |= await writing.close()
+            if writing in self._writings:
+                self._writings.remove(writing)
+        if open_requests:
+            log.info("cancelling %d responses that nobody will read", len(open_requests))
+            calls = [server.cancel(name, run_id=self._run_id) for name, server in open_requests.items()]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CANCEL_TIMEOUT_S):
+                    await asyncio.gather(*calls, return_exceptions=True)
+
+    # --- the stream --------------------------------------------------------------------------------------------
+    async def _read_while_wanted(self) -> None:
+        """The one reader of the stream: every arrival goes to the step that wants it."""
         try:
-            while wanted:
-                for arrival in await self._read():
-                    if arrival.trajectory.trajectory_id in wanted:
-                        wanted.remove(arrival.trajectory.trajectory_id)
-                        all_written_at = None
-                        yield arrival
-                    else:
-                        self._sort_other(arrival)
-                for task in generating:
-                    if task.done():
-                        written = task.result()  # raises what the server said
-                        if not written.num_scored:  # cancelled from outside before its first token: never published
-                            wanted.discard(written.trajectory_id)
-                if wanted and all(task.done() for task in generating):
-                    all_written_at = all_written_at or loop.time()
-                    if loop.time() - all_written_at > self._recipe.redis_timeout_s:
-                        raise StreamUnavailableError(
-                            f"{len(wanted)} trajectories were published but do not arrive on "
-                            f"{self.stream.stream_key} (first: {min(wanted)}); has the stream been trimmed by hand?"
-                        )
-        finally:
-            for task in generating:
-                task.cancel()
-            await asyncio.gather(*generating, return_exceptions=True)
+            while self._writings:
+                arrivals = await self._read()
+                for arrival in arrivals:
+                    self._dispatch(arrival)
+                self._writings = [writing for writing in self._writings if not writing.ended]
+                for writing in self._writings:
+                    self._check_overdue(writing, came=bool(arrivals))
+        except Exception as error:  # noqa: BLE001 - handed to who waits for it
+            for writing in self._writings:
+                writing.fail(error)
+            self._writings = []
+
+    def _dispatch(self, arrival: Arrival) -> None:
+        for writing in self._writings:
+            if arrival.trajectory.trajectory_id in writing.wanted:
+                writing.take(arrival)
+                return
+        self._sort_other(arrival)
+
+    def _check_overdue(self, writing: Writing, *, came: bool) -> None:
+        now = asyncio.get_running_loop().time()
+        if came or not writing.all_answered:
+            writing.all_written_at = None
+            return
+        writing.all_written_at = writing.all_written_at or now
+        if now - writing.all_written_at > self._recipe.redis_timeout_s:
+            writing.fail(
+                writing.conflict
+                or StreamUnavailableError(
+                    f"{len(writing.wanted)} trajectories were published but do not arrive on "
+                    f"{self.stream.stream_key} (first: {min(writing.wanted)}); has the stream been trimmed by hand?"
+                )
+            )
 
     async def _read(self) -> list[Arrival]:
         arrivals = []
@@ -239,6 +283,8 @@ class Rollouts:
             raise TrajectoryError(f"belongs to {trajectory.run_id!r}, this is {self._run_id!r}", field="run_id")
         if not trajectory.policy_versions:
             raise TrajectoryError("required from outside: without it staleness is unknown", field="policy_versions")
+        if self._recipe.objective.importance is not None:
+            check_behaviour(trajectory)
 
     async def submit(self, trajectory: Trajectory) -> bool:
         """Take a trajectory from outside into the stream; False if it was taken before.
@@ -263,6 +309,9 @@ class Rollouts:
 
     async def close(self) -> None:
         """End the connections."""
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
         for client in self._clients:
             await client.close()
         await self.stream.close()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from opd_kernels import LinearHead
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
 from opd_mesh.models.forward import BatchLayout, prove_layouts, sequence_hidden_states
 from opd_mesh.models.heads import extract_head, prove_head
 from opd_mesh.models.tokenizer import load_tokenizer, valid_vocab_size
-from opd_mesh.torch_tensors import TORCH_DTYPES
+from opd_mesh.policy_weights import LoraFactors, PolicyWeights
+from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
 
 
 class Student:
@@ -105,6 +107,44 @@ class Student:
         if self._adapter is None:
             return list(served_tensors(self.model))
         return _merged(self.model)
+
+    def policy_weights(self) -> PolicyWeights:
+        """What a rollout server has to be given: the adapter's factors where that is all that changes, else all
+        weights. They share the memory of the weights themselves where these lie in this machine's memory."""
+        lora = self._lora_factors()
+        if lora is None:
+            return self.merged_weights()
+        factors, scaling, transposed = lora
+        return PolicyWeights.of(factors, LoraFactors(self.initial_digest, scaling, transposed))
+
+    def merged_weights(self) -> PolicyWeights:
+        """All weights of the plain model, adapter merged in."""
+        return PolicyWeights.of({name: to_numpy(tensor) for name, tensor in self.policy_tensors()})
+
+    def _lora_factors(self) -> tuple[dict[str, np.ndarray], dict[str, float], frozenset[str]] | None:
+        """(factors by the names of :class:`LoraFactors`, scaling and transposed modules); None: there is more to the
+        student's change than low-rank products on linear layers."""
+        if self._adapter is None:
+            return None
+        from peft.tuners.lora import LoraLayer
+
+        factors: dict[str, np.ndarray] = {}
+        scaling: dict[str, float] = {}
+        transposed = set()
+        for name, module in self.model.named_modules():
+            if not isinstance(module, LoraLayer):
+                continue
+            (adapter,) = module.active_adapters
+            if adapter not in module.lora_A or any(module.use_dora.values()):
+                return None  # an embedding, or DoRA
+            for letter, layers in (("A", module.lora_A), ("B", module.lora_B)):
+                weight: Any = layers[adapter].weight
+                factors[f"{name}.lora_{letter}"] = to_numpy(weight)
+            scaling[name] = float(module.scaling[adapter])
+            if getattr(module, "fan_in_fan_out", False):
+                transposed.add(name)
+        trained = sum(parameter.numel() for _, parameter in self.trainable())
+        return (factors, scaling, frozenset(transposed)) if trained == sum(f.size for f in factors.values()) else None
 
     def save(self, folder: Path) -> None:
         """A Hugging Face checkpoint, or a PEFT adapter where the student is LoRA, with the tokenizer."""

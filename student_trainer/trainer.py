@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 
@@ -21,22 +20,21 @@ from opd_mesh.errors import (
     NotFoundError,
     OpdError,
     PreconditionError,
-    RolloutUnavailableError,
 )
-from opd_mesh.models.checkpoint import state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy import PolicyId
-from opd_mesh.torch_tensors import to_numpy
-from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import Sample, marks_in_order, plan_batch
 from student_trainer.checkpoint import LoadedCheckpoint, TrainerState, load_newest, save_checkpoint
-from student_trainer.data import Domain, next_prompts
+from student_trainer.data import Domain
 from student_trainer.evaluation import Evaluator
+from student_trainer.external import take_external
 from student_trainer.heads import HeadStore
 from student_trainer.identity import RunIdentity
 from student_trainer.mark_buffer import BufferedAnswer, MarkBuffer
 from student_trainer.objective import build_objective
 from student_trainer.optimizer import Optimizer
+from student_trainer.pipeline import Pipeline, StepInFlight
+from student_trainer.policy_feed import PolicyFeed
 from student_trainer.preflight import (
     check_implementation,
     check_lengths,
@@ -44,17 +42,18 @@ from student_trainer.preflight import (
     check_tokenizers,
     check_vocabularies,
 )
-from student_trainer.rollouts import Arrival, Rollouts, own_trajectory_id
+from student_trainer.rollouts import Rollouts
 from student_trainer.run_state import MetricsLog, Phase, RunState
+from student_trainer.save_requests import SaveRequests
+from student_trainer.schedule import staleness
 from student_trainer.step_metrics import Clock, metrics_line
 from student_trainer.student import Student
 from student_trainer.summary import summarize, write_summary
 from student_trainer.teachers import Teachers
 from student_trainer.update import UpdateResult, apply_gradients, compute_gradients
+from student_trainer.writing import Arrival
 
 log = logging.getLogger("student_trainer")
-# Cursors and prompts drawn behind the step, its trajectories, and these with the marks that are asked for.
-Gathered: TypeAlias = tuple[dict[str, int], dict[str, int], list[Arrival], list[Sample]]
 
 
 class StepGivenUpError(Exception):
@@ -101,6 +100,8 @@ class Trainer:
             eos_token_id=student.tokenizer.eos_token_id,
             vocab_size=student.vocab_size,
         )
+        self.pipeline = Pipeline(recipe, self.rollouts, self.teachers, self.marks)
+        self.feed = PolicyFeed(lambda: self.push_policy(), self.rollouts, self.state)
         self.domains: list[Domain] = []
         self.evaluations = MetricsLog(run_dir / "evaluations.jsonl")
         self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
@@ -108,11 +109,11 @@ class Trainer:
         self.stopping = False
         # False while the weights are between two steps: what they are then must not become a checkpoint.
         self._weights_hold = True
-        self._gathering: asyncio.Task[Gathered] | None = None
+        self._gathering: asyncio.Task[StepInFlight] | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._giving_up: asyncio.Future[None] | None = None
         self._unacknowledged: list[str] = []
-        self._saves: list[asyncio.Future[tuple[Path, int]]] = []
+        self._saves = SaveRequests()
         self._saved: tuple[Path, int] | None = None  # newest checkpoint and its step
         self._started = time.monotonic()
 
@@ -140,6 +141,8 @@ class Trainer:
             await self.end_early(error)
             raise
         finally:
+            await self.feed.close()
+            await self.marks.give_up()
             await self.teachers.close()
             await self.rollouts.close()
 
@@ -175,7 +178,10 @@ class Trainer:
                 self.metrics.resume(self.progress.step)
                 self.evaluations.resume(self.progress.step)
         self.progress.lineage = self.identity.lineage
-        await self.push_policy()
+        self.pipeline.start(self.domains, self.progress)
+        await self.feed.give()
+        self.feed.watch()
+        await self.rollouts.watch.take_idle_s()
         every = self.recipe.evaluation.every_steps
         if self.progress.step == 0 or (every and self.progress.step % every == 0):
             await self.evaluate()
@@ -209,11 +215,9 @@ class Trainer:
     async def push_policy(self) -> float:
         """Give the present weights to every rollout server; returns the seconds that decoding stood still."""
         with self.doing("updating the rollout policy"):
-            tensors = self.student.policy_tensors()
-            digest = await asyncio.to_thread(state_digest, tensors)
-            policy = PolicyId(self.run_id, self.progress.lineage, self.progress.step, digest)
-            arrays = [(name, to_numpy(tensor)) for name, tensor in tensors]
-            pause_s = await self.rollouts.push_policy(policy, arrays)
+            weights = await asyncio.to_thread(self.student.policy_weights)
+            policy = PolicyId(self.run_id, self.progress.lineage, self.progress.step, weights.digest)
+            pause_s = await self.rollouts.push_policy(policy, weights, merged=self.student.merged_weights)
         self.state.policy = policy
         return pause_s
 
@@ -238,32 +242,36 @@ class Trainer:
         with telemetry.span("trainer.step", {telemetry.RUN_ID: self.run_id, telemetry.STEP: number}):
             clock = Clock()
             before = self.teachers.wire_bytes, self.teachers.retries, self.heads.loads
+            whole = False
             try:
                 self._gathering = asyncio.ensure_future(self.gather_samples(number, clock))
-                cursors, drawn, arrivals, samples = await self._gathering
-                external = self.take_external()
-                samples += [sample for _, sample in external]
-                with self.doing("updating the student"), clock("update"):
-                    result = await self.update(samples)
+                gathered = await self._gathering
+                external = take_external(self.rollouts, self.progress, self.recipe)
+                samples = gathered.samples + [self.teachers.ask(item.trajectory, self.marks) for item in external]
+                ages = [staleness(sample.trajectory, self.progress.step) for sample in samples]
+                counted: dict[str, float] = {
+                    "staleness": max(ages),
+                    "staleness_mean": sum(ages) / len(ages),
+                    "external": len(external),
+                    "backlog": self.pipeline.backlog,
+                    "rollout_idle_s": await self.rollouts.watch.take_idle_s(),
+                }
+                with self.doing("updating the student"):
+                    result = await self.update(samples, clock)
+                    self.advance(gathered, external, result)
+                whole = True
             except (asyncio.CancelledError, CancelledByCallerError):
                 task = asyncio.current_task()
                 if self.stopping and task is not None and not task.cancelling():
                     raise StepGivenUpError from None
                 raise
             finally:
-                await self.marks.give_up()  # of a step that has failed; otherwise nothing is left
+                if not whole:  # otherwise nothing of this step is left, and the next one's marks stay
+                    await self.marks.give_up()
                 resident, buffered = self.heads.peak, self.marks.take_counters()
                 self.heads.release_all()
             clock.move(buffered.waited_s, "update", "score")
-            staleness = max(self._staleness(sample.trajectory) for sample in samples)
-            self.progress.step = number
-            self.progress.cursors, self.progress.drawn = cursors, drawn
-            self.progress.tokens_trained += result.tokens
-            self.progress.consumed_external += [arrival.trajectory.trajectory_id for arrival, _ in external]
-            self._unacknowledged += [arrival.entry_id for arrival in arrivals]
-            self._unacknowledged += [arrival.entry_id for arrival, _ in external]
-            self._weights_hold = True
-            counted: dict[str, float] = {
+            counted |= {
                 "wire_bytes": self.teachers.wire_bytes - before[0],
                 "teacher_retries": self.teachers.retries - before[1],
                 "heads_loaded": self.heads.loads - before[2],
@@ -272,30 +280,63 @@ class Trainer:
                 "marks_spilled_bytes": buffered.spilled_bytes,
             }
             try:
-                with clock("policy"):
-                    counted["seconds/policy_swap"] = await self.push_policy()
+                if self.recipe.max_staleness:
+                    self.feed.give_ahead(then=self.write_ahead)
+                else:
+                    with clock("policy"):
+                        await self.feed.give()
             finally:  # the step is done, whether or not the servers could be told
-                counted |= {"staleness": staleness, "external": len(external)}
+                counted["seconds/policy_swap"] = self.feed.swap_s
                 line = metrics_line(self.progress, samples, result, clock)
                 self.state.step = number
                 self.metrics.write(line | counted)
                 self.state.notify()
         every = self.recipe.evaluation.every_steps
         if every and number % every == 0:
+            await self.feed.given()
             await self.evaluate()
 
-    async def update(self, samples: list[Sample]) -> UpdateResult:
-        """Gradients while the marks arrive, then one optimizer step."""
+    async def gather_samples(self, number: int, clock: Clock) -> StepInFlight:
+        """The step's responses; every trajectory is marked as soon as it arrives."""
+        with clock("rollout"):
+            self.pipeline.submit(self.feed.served_version)
+            with self.doing(f"writing {self.pipeline.size_of(number)} responses"), clock("wait_rollout"):
+                return await self.pipeline.take(number)
+
+    def write_ahead(self) -> None:
+        """Every server holds the newest policy: later steps may be written, unless the run is to hold."""
+        if self.state.not_paused.is_set() and not self.stopping:
+            self.pipeline.submit(self.feed.served_version)
+
+    async def update(self, samples: list[Sample], clock: Clock) -> UpdateResult:
+        """Gradients while the marks arrive, then one optimizer step, when nobody reads the weights any more."""
         batch = self.recipe.batch
         # In deterministic mode the order of computation does not depend on how many heads fit the device.
         together = 1 if self.recipe.run.deterministic else batch.heads_resident
         plan = plan_batch(samples, tokens_per_pass=batch.tokens_per_pass, heads_together=together)
         self.marks.expect([mark.answer for mark in marks_in_order(plan) if isinstance(mark.answer, BufferedAnswer)])
-        self.optimizer.zero_grad()
-        loss, means = await asyncio.to_thread(compute_gradients, plan, self.student, self.objective, self.heads)
-        self._weights_hold = False
-        return await asyncio.to_thread(apply_gradients, self.optimizer, plan, loss, means)
+        with clock("update"):
+            self.optimizer.zero_grad()
+            loss, means = await asyncio.to_thread(
+                compute_gradients, plan, self.student, self.objective, self.heads, self.recipe.objective.importance
+            )
+        with clock("policy"):
+            await self.feed.given()
+        async with self.feed.changing_weights():
+            with clock("update"):
+                self._weights_hold = False
+                return await asyncio.to_thread(apply_gradients, self.optimizer, plan, loss, means)
 
+    def advance(self, gathered: StepInFlight, external: list[Arrival], result: UpdateResult) -> None:
+        """The weights are those of the next version, and the place in the data goes with them."""
+        self.progress.step = gathered.number
+        self.progress.cursors, self.progress.drawn = gathered.cursors, gathered.drawn
+        self.progress.tokens_trained += result.tokens
+        self.progress.consumed_external += [arrival.trajectory.trajectory_id for arrival in external]
+        self._unacknowledged += [arrival.entry_id for arrival in (*gathered.arrivals, *external)]
+        self._weights_hold = True
+
+    # --- stopping --------------------------------------------------------------------------------------------------
     def stop(self) -> None:
         """End after the step in progress; at once where there is none yet."""
         self.stopping = True
@@ -307,55 +348,9 @@ class Trainer:
         self.stopping = True
         if self._gathering is not None:
             self._gathering.cancel()
+        self.feed.drop()
         self._giving_up = asyncio.ensure_future(self.marks.give_up())
         self._giving_up.add_done_callback(lambda done: done.cancelled() or done.result())
-
-    async def gather_samples(self, number: int, clock: Clock) -> Gathered:
-        """Write the step's responses; every trajectory is marked as soon as it arrives."""
-        batch = self.recipe.batch
-        prompts, cursors, drawn = next_prompts(
-            self.domains, batch.prompts_per_step, self.progress.cursors, self.progress.drawn
-        )
-        specs = []
-        for place, prompt in enumerate(prompts):
-            for answer in range(batch.responses_per_prompt):
-                index = place * batch.responses_per_prompt + answer
-                sampling = self.rollouts.sampling(prompt.domain, "train", prompt.index, answer)
-                request_id = own_trajectory_id(self.progress.lineage, number, index)
-                specs.append(self.rollouts.spec(request_id, prompt, sampling, publish=True))
-        arrivals: list[Arrival] = []
-        samples: list[Sample] = []
-        with self.doing(f"writing {len(specs)} responses"), clock("rollout"):
-            async for arrival in self.rollouts.write(specs):
-                arrivals.append(arrival)
-                samples.append(self.teachers.ask(arrival.trajectory, self.marks))
-        if not samples:
-            raise RolloutUnavailableError(f"every response of step {number} was cancelled before its first token")
-        return cursors, drawn, arrivals, samples
-
-    def take_external(self) -> list[tuple[Arrival, Sample]]:
-        """Trajectories from outside that are fresh enough, their marks asked for."""
-        taken: list[Arrival] = []
-        consumed = set(self.progress.consumed_external)
-        while self.rollouts.external and len(taken) < self.recipe.batch.max_external_per_step:
-            arrival = self.rollouts.external.popleft()
-            trajectory = arrival.trajectory
-            if trajectory.trajectory_id in consumed:
-                self.rollouts.discarded.append(arrival.entry_id)
-            elif (
-                trajectory.lineage != self.progress.lineage
-                or not 0 <= self._staleness(trajectory) <= self.recipe.max_staleness
-            ):
-                self.rollouts.discarded.append(arrival.entry_id)
-                self.progress.dropped_external += 1
-            else:
-                consumed.add(trajectory.trajectory_id)
-                taken.append(arrival)
-        return [(arrival, self.teachers.ask(arrival.trajectory, self.marks)) for arrival in taken]
-
-    def _staleness(self, trajectory: Trajectory) -> int:
-        """Our version minus the oldest among the response's tokens."""
-        return self.progress.step - min(trajectory.policy_versions, default=self.progress.step)
 
     async def evaluate(self) -> None:
         """One line of evaluations.jsonl, once per step at most."""
@@ -374,9 +369,7 @@ class Trainer:
         """A checkpoint after the step in progress."""
         if self.state.ended:
             raise PreconditionError(f"the run is {self.state.phase}")
-        future: asyncio.Future[tuple[Path, int]] = asyncio.get_running_loop().create_future()
-        self._saves.append(future)
-        return await future
+        return await self._saves.wait()
 
     async def save_checkpoint(self) -> None:
         """Durable, then the stream's entries are acknowledged, then whoever asked is told. Once per step."""
@@ -394,31 +387,24 @@ class Trainer:
             self._saved = path, self.progress.step
         entries, self._unacknowledged = self._unacknowledged, []
         await self.rollouts.acknowledge(entries)
-        self._answer_saves()
-
-    def _answer_saves(self) -> None:
-        waiting, self._saves = self._saves, []
-        for future in waiting:
-            if not future.done():
-                assert self._saved is not None  # whoever waits is answered after a checkpoint
-                future.set_result(self._saved)
-
-    def _refuse_saves(self, why: str) -> None:
-        for future in self._saves:
-            if not future.done():
-                future.set_exception(PreconditionError(why))
+        self._saves.answer(self._saved)
 
     async def finish(self) -> None:
         """Last checkpoint, last evaluation, the student, the summary."""
-        await self.save_checkpoint()
+        await self.pipeline.close()
         whole = self.progress.step >= self.recipe.run.steps
+        if not whole:
+            self.feed.drop()  # a resumed run gives its policy anew
+        await self.feed.given()
+        await self.save_checkpoint()
         if whole:
             await self.evaluate()
         with self.doing("saving the student"):
             await asyncio.to_thread(self.student.save, self.run_dir / "student")
         self.summarize("finished" if whole else "interrupted")
         self.state.set(Phase.FINISHED, "done")
-        self._answer_saves()
+        if self._saved is not None:
+            self._saves.answer(self._saved)
 
     def end_unbegun(self) -> None:
         """Stopped while it connected and checked: what there was before is as it was."""
@@ -426,13 +412,14 @@ class Trainer:
         log.warning("the run was %s", text)
         if self.metrics.lines:
             self.summarize("interrupted")
-        self._refuse_saves(f"the run was {text}")
+        self._saves.refuse(f"the run was {text}")
         self.state.set(Phase.FINISHED, text)
 
     async def end_early(self, error: BaseException) -> None:
         """Keep what there is, and say why."""
         text = str(error) or type(error).__name__
         log.error("the run ends at step %d: %s", self.progress.step, text)
+        await self.pipeline.close()
         try:
             if self._unsaved_steps and (self._weights_hold or isinstance(error, DivergedError)):
                 await self.save_checkpoint()
@@ -447,7 +434,7 @@ class Trainer:
         except Exception:
             log.exception("while writing the summary")
         finally:
-            self._refuse_saves(f"the run ended: {text}")
+            self._saves.refuse(f"the run ended: {text}")
             self.state.set(Phase.FAILED, "ended early", error=text)
 
     @property

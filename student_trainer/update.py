@@ -20,11 +20,13 @@ import torch
 from opd_kernels import Divergence, Signal
 from torch import Tensor
 
+from opd_mesh.config.training import ImportanceConfig
 from opd_mesh.errors import DivergedError
 from opd_mesh.signals import SignalKind
 from opd_mesh.torch_tensors import from_numpy
 from student_trainer.batch import BatchPlan, Mark, Sample
 from student_trainer.heads import HeadStore
+from student_trainer.importance import importance_ratios
 from student_trainer.objective import BatchObjective
 from student_trainer.optimizer import Optimizer
 from student_trainer.student import Student
@@ -80,9 +82,16 @@ def response_tokens(samples: Sequence[Sample]) -> int:
 
 
 def compute_gradients(
-    plan: BatchPlan, student: Student, objective: BatchObjective, heads: HeadStore
+    plan: BatchPlan,
+    student: Student,
+    objective: BatchObjective,
+    heads: HeadStore,
+    importance: ImportanceConfig | None = None,
 ) -> tuple[float, TokenMeans]:
     """Accumulate the gradient of the mini-batch's mean loss in the student's parameters.
+
+    Args:
+        importance: weigh each token's loss by it, see :mod:`student_trainer.importance`.
 
     Returns:
         (loss in nats per token, diagnostics).
@@ -99,6 +108,8 @@ def compute_gradients(
         if visit.opens:
             keep_graph = visit.pass_index not in plan.suspended
             opened[visit.pass_index] = _OpenPass(batch, student, keep_graph=keep_graph)
+            if importance is not None:
+                opened[visit.pass_index].weigh(importance.truncate_at, means)
         current = opened[visit.pass_index]
         for share in shares_of(batch, plan.shares(visit), heads, current.leaf_Rd.device):
             divergence = objective(
@@ -107,7 +118,7 @@ def compute_gradients(
                 share.teachers,
                 reference=share.reference,
                 sampled_ids_R=share.sampled_ids_R,
-                token_weights_NR=share.weights_NR / total_tokens,
+                token_weights_NR=current.weighted(share) / total_tokens,
             )
             divergence.loss.backward()
             loss += float(divergence.loss.detach())
@@ -141,12 +152,37 @@ class _OpenPass:
         # Of every token: Σ_i w_i KL_i, and the student's entropy, however many teachers mark it.
         self.kl_R = torch.zeros(len(self.leaf_Rd), dtype=torch.float64, device=self.leaf_Rd.device)
         self.entropy_R = torch.zeros_like(self.kl_R)
+        self._importance_R: Tensor | None = None
 
     def _forward(self) -> list[Tensor]:
         return self._student.hidden_rows(
             [sample.trajectory.token_ids for sample in self._batch],
             [sample.trajectory.predicting_positions for sample in self._batch],
         )
+
+    def weigh(self, truncate_at: float, means: TokenMeans) -> None:
+        """Importance weights of all tokens, from the rows that are here anyway."""
+        trajectories = [sample.trajectory for sample in self._batch]
+        tokens = [token for one in trajectories for token in one.scored_token_ids]
+        temperatures = [one.sampling.temperature for one in trajectories for _ in range(one.num_scored)]
+        logprobs = [value for one in trajectories for value in one.sampling_logprobs]
+        device = self.leaf_Rd.device
+        ratios_R = importance_ratios(
+            self.leaf_Rd.detach(),
+            self._student.head,
+            torch.tensor(tokens, device=device),
+            torch.tensor(temperatures, device=device),
+            torch.tensor(logprobs, device=device),
+        )
+        self._importance_R = ratios_R.clamp(max=truncate_at)
+        means.add("importance/mean", self._importance_R)
+        means.add("importance/truncated", (ratios_R > truncate_at).double())
+
+    def weighted(self, share: Share) -> Tensor:
+        """w_i of each of its rows, times the row's importance weight where there is one."""
+        if self._importance_R is None:
+            return share.weights_NR
+        return share.weights_NR * self._importance_R[share.index_R].to(share.weights_NR.dtype)
 
     def close(self, means: TokenMeans) -> None:
         """Send the collected gradients through the trunk."""

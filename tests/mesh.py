@@ -20,7 +20,7 @@ from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import RolloutServerConfig, ServerConfig, TeacherServerConfig
 from opd_mesh.rpc.server import MeshServer
 from opd_mesh.valkey import EmbeddedValkey
-from rollout_server.server import load_engine
+from rollout_server.engines import build_engine
 from rollout_server.service import RolloutServicer
 from student_trainer.server import load_student
 from student_trainer.trainer import Trainer
@@ -53,14 +53,14 @@ async def serving_teachers(config: TeacherServerConfig, listen: str = "127.0.0.1
 
 
 @asynccontextmanager
-async def serving_rollouts(config: RolloutServerConfig) -> AsyncIterator[str]:
+async def serving_rollouts(config: RolloutServerConfig, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
     """A rollout server; yields its address."""
     server = MeshServer(QUICK, services=["opd.v1.RolloutService"])
     servicer = RolloutServicer(config, redis_url=config.redis_url, on_serving=server.set_serving)
     rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server.grpc)
-    address = await server.start("127.0.0.1:0")
-    engine, fingerprint, vocab_size = await asyncio.to_thread(load_engine, config)
-    servicer.install(engine, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
+    address = await server.start(listen)
+    loaded = await asyncio.to_thread(build_engine, config)
+    servicer.install(loaded)
     try:
         yield address
     finally:

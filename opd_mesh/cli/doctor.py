@@ -49,6 +49,8 @@ PURPOSES = {
 MIN_FREE_DISK_GB = 5.0
 MIN_MEMORY_GB = 4.0
 CONNECT_TIMEOUT_S = 1.5
+# That rollout_server.vllm_engine is written for.
+VLLM_SERIES = "0.33"
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,27 @@ def _tensorrt() -> list[Finding]:
     return [Finding("TensorRT-LLM", "note", found, purpose, remedy)]
 
 
+def _vllm() -> list[Finding]:
+    """Not imported either."""
+    purpose = "rollout servers with engine: vllm; needs an NVIDIA GPU"
+    version = version_of("vllm")
+    supported = f"{VLLM_SERIES}.*"
+    if version and satisfies(version, f"~={VLLM_SERIES}.0"):
+        if _gpu_count():
+            return [Finding("vLLM", "ok", version, purpose)]
+        remedy = (
+            "a machine with an NVIDIA GPU and its driver: see GPU above. Or engine: transformers, which generates on "
+            "the CPU, too"
+        )
+        return [Finding("vLLM", "note", f"{version}, but torch sees no GPU to run it on", purpose, remedy)]
+    found = f"{version}, outside the supported range (supported: {supported})" if version else "not installed"
+    command = install_command("vllm").replace(sys.executable, "python", 1)
+    remedy = f"in an environment of its own, for vLLM pins another torch than this one has: {command}"
+    if not _gpu_count():
+        remedy += ". It is of no use here without an NVIDIA GPU, which torch does not see"
+    return [Finding("vLLM", "note", found, purpose, remedy)]
+
+
 def _gpu_count() -> int:
     if importlib.util.find_spec("torch") is None:
         return 0
@@ -363,6 +386,7 @@ CHECKS: tuple[tuple[str, bool, Callable[[], list[Finding]]], ...] = (
     ("GPU (importing torch)", False, _devices),
     ("Triton", False, _triton),
     ("TensorRT-LLM", False, _tensorrt),
+    ("vLLM", False, _vllm),
     ("telemetry", False, _telemetry),
     ("demo", False, _demo),
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
@@ -13,19 +15,24 @@ from opd_mesh.clients.base import ServiceClient
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import sampling_to_proto, trajectory_from_proto
 from opd_mesh.errors import (
-    InvalidInputError,
+    BeyondLogError,
     OpdError,
     OverloadedError,
+    PolicyBaseMismatchError,
+    PreconditionError,
     RolloutUnavailableError,
     StreamUnavailableError,
     UnavailableError,
 )
+from opd_mesh.policy_weights import LoraFactors, SharedTensors, host_id
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors, wait_until_serving
 from opd_mesh.tensors import chunks_of, header_of
 from opd_mesh.trajectory import SamplingParams, Trajectory
 
 SERVICE = "opd.v1.RolloutService"
 REATTACH_DELAY_S = 0.5
+log = logging.getLogger("opd_mesh.clients")
+AnswerT = TypeVar("AnswerT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,14 @@ class GenerateSpec:
     publish: bool = False
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What the server was given last, as far as this client knows."""
+
+    policy: common_pb2.Policy
+    digests: Mapping[str, str]
+
+
 @dataclass
 class RolloutClient(ServiceClient):
     """One server."""
@@ -51,7 +66,8 @@ class RolloutClient(ServiceClient):
     def __post_init__(self) -> None:
         self._channel = open_channel(self.address, SERVICE, self.config)
         self._stub = rollout_service_pb2_grpc.RolloutServiceStub(self._channel)
-        self.wire_bytes = 0
+        self.wire_bytes = 0  # over the socket; what goes through shared memory is not counted
+        self._given: _Given | None = None
 
     async def wait_ready(self, timeout_s: float | None = None, *, with_policy: bool = False) -> None:
         """Wait until the server answers; with ``with_policy``, until it holds a policy.
@@ -122,10 +138,8 @@ class RolloutClient(ServiceClient):
                         continue
                     except UnavailableError as error:
                         last = error
-                    except InvalidInputError as error:
-                        if error.field != "from_index" or seen == 0:
-                            raise
-                        seen = 0  # a server that was restarted knows nothing of the request: it is written again
+                    except BeyondLogError:
+                        seen = 0  # a server that has lost its log writes again; the trajectory comes whole in the end
                         continue
                     failing_since = failing_since or loop.time()
                     if loop.time() - failing_since > self.config.connect_timeout_s:
@@ -155,33 +169,81 @@ class RolloutClient(ServiceClient):
         *,
         tokenizer_fingerprint: str,
         timeout_s: float = 600.0,
+        digests: Mapping[str, str] | None = None,
+        adapter: LoraFactors | None = None,
     ) -> rollout_service_pb2.UpdatePolicyResponse:
-        """Send new weights and wait until they are swapped in; sent again where the connection breaks.
+        """Give new weights and wait until they are swapped in; given again where the connection breaks.
+
+        Args:
+            policy: its digest is that over ``digests`` and ``adapter``, or, without them, that of all bytes.
+            tensors: all of them. With ``digests`` those that the server has already are left out, and to a server on
+                this machine they go through shared memory.
+            digests: by name, see :mod:`opd_mesh.policy_weights`.
+            adapter: ``tensors`` are the factors of a LoRA adapter.
 
         Raises:
+            PolicyBaseMismatchError: the server has not the checkpoint that ``adapter`` changes.
             RolloutUnavailableError: the server was not to be reached for the channel's ``connect_timeout_s`` on end.
             OpdError: as the server says.
         """
-        arrays = [array for _, array in tensors]
         manifest = rollout_service_pb2.PolicyManifest(
             policy=policy,
-            tensors=[header_of(name, array) for name, array in tensors],
             tokenizer_fingerprint=tokenizer_fingerprint,
+            tensor_digests=digests,
+            adapter=adapter.to_proto() if adapter else None,
         )
+        given = _Given(policy, dict(digests or {}))
+        shared = bool(digests)
+        while True:
+            base = self._given if digests and adapter is None else None
+            known = base.digests if base else {}
+            sent = [(name, array) for name, array in tensors if not digests or digests[name] != known.get(name)]
+            del manifest.tensors[:]
+            manifest.tensors.extend(header_of(name, array) for name, array in sent)
+            manifest.ClearField("base")
+            if base is not None and len(sent) < len(tensors):
+                manifest.base.CopyFrom(base.policy)
+            arrays = [array for _, array in sent]
+            try:
+                answer = await self._until_answered(
+                    lambda share=shared, arrays=arrays: self._send_policy(manifest, arrays, share, timeout_s)  # type: ignore[misc]
+                )
+            except PolicyBaseMismatchError:
+                self._given = None  # it was restarted, or somebody else gave it a policy
+                if base is None:
+                    raise
+            except PreconditionError as error:
+                if not shared or not (error.field or "").startswith("shared_memory"):
+                    raise
+                shared = False
+            else:
+                self._given = given
+                return answer
 
-        async def requests() -> AsyncIterator[rollout_service_pb2.UpdatePolicyRequest]:
-            yield rollout_service_pb2.UpdatePolicyRequest(manifest=manifest)
-            for chunk in chunks_of(arrays):
-                self.wire_bytes += len(chunk.data)
-                yield rollout_service_pb2.UpdatePolicyRequest(chunk=chunk)
+    async def _send_policy(
+        self, manifest: rollout_service_pb2.PolicyManifest, arrays: Sequence[np.ndarray], share: bool, timeout_s: float
+    ) -> rollout_service_pb2.UpdatePolicyResponse:
+        manifest.ClearField("shared_memory")
+        if share and (await self.get_policy()).host_id == host_id() != "":
+            try:
+                with SharedTensors() as memory:
+                    await asyncio.to_thread(memory.write, arrays)
+                    manifest.shared_memory.CopyFrom(memory.message)
+                    return await self._stub.UpdatePolicy(_parts(manifest, []), timeout=timeout_s)
+            except OSError as error:
+                log.info("shared memory cannot hold the policy (%s); it goes over the socket", error)
+        self.wire_bytes += sum(array.nbytes for array in arrays)
+        return await self._stub.UpdatePolicy(_parts(manifest, arrays), timeout=timeout_s)
 
+    async def _until_answered(self, call: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
+        """Ask again where the connection breaks, for ``connect_timeout_s`` on end."""
         loop = asyncio.get_running_loop()
         failing_since: float | None = None
         while True:
             started = loop.time()
             try:
                 async with rpc_errors(self.address):
-                    return await self._stub.UpdatePolicy(requests(), timeout=timeout_s)
+                    return await call()
             except UnavailableError as error:
                 failing_since = failing_since or started
                 if loop.time() - failing_since > self.config.connect_timeout_s:
@@ -203,3 +265,11 @@ class RolloutClient(ServiceClient):
         async with rpc_errors(self.address):
             request = rollout_service_pb2.ResumeGenerationRequest()
             return await self._stub.ResumeGeneration(request, timeout=self.config.timeout_s)
+
+
+async def _parts(
+    manifest: rollout_service_pb2.PolicyManifest, arrays: Sequence[np.ndarray]
+) -> AsyncIterator[rollout_service_pb2.UpdatePolicyRequest]:
+    yield rollout_service_pb2.UpdatePolicyRequest(manifest=manifest)
+    for chunk in chunks_of(arrays):
+        yield rollout_service_pb2.UpdatePolicyRequest(chunk=chunk)

@@ -196,7 +196,9 @@ class Recipe(Strict):
     teacher_channel: PeerConfig = PeerConfig()
     # Same token map but other BOS, EOS, pad or template on a teacher: an error, or the student's roles are used.
     tokenizer_roles: Literal["same", "student"] = "same"
-    # Trajectories from outside that are older than so many versions are dropped and counted.
+    # How many versions the policy that writes may be behind the one that is trained. Above 0, generation and training
+    # overlap: the responses of the next steps are written meanwhile. Our own responses are never too old and never
+    # dropped; trajectories from outside that are older are dropped and counted.
     max_staleness: int = Field(0, ge=0)
     # How long a teacher may be out of reach, or silent beyond item_timeout_per_token_s for every token asked of it,
     # before the run ends with a checkpoint.
@@ -209,6 +211,21 @@ class Recipe(Strict):
     def reference_id(self) -> str | None:
         """The teacher that is the objective's reference model, where it has one."""
         return self.objective.reference if isinstance(self.objective, ExOpdConfig) else None
+
+    @model_validator(mode="after")
+    def _staleness_fits(self) -> Recipe:
+        if self.run.deterministic and self.max_staleness:
+            raise ValueError(
+                "run.deterministic: with max_staleness above 0 it depends on timing which policy writes a token; set "
+                "max_staleness to 0, or leave deterministic out"
+            )
+        if self.objective.importance is not None and (self.rollout.top_p < 1 or self.rollout.top_k):
+            raise ValueError(
+                "objective.importance: with rollout.top_p below 1 or rollout.top_k a token may be drawn that the "
+                "present student would cut off, or the other way round, and has no ratio; set top_p to 1 and top_k to "
+                "0, or leave importance out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _routing_is_closed(self) -> Recipe:

@@ -180,6 +180,23 @@ class TeacherServerConfig(Strict):
     server: ServerConfig = ServerConfig()
 
 
+class VllmConfig(Strict):
+    """What ``engine: vllm`` needs to know beyond the decode loop's settings: see docs/engines.md."""
+
+    # GPUs that share the weights.
+    tensor_parallel_size: int = Field(1, ge=1)
+    # Unset: keys and values take `cache_bytes`. Set: the share of each GPU's memory that vLLM takes for everything, and
+    # what is left of it after the weights holds keys and values.
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    # No CUDA graphs: starts sooner, decodes more slowly.
+    enforce_eager: bool = False
+    # Where a policy is written for vLLM's workers to read: two of them at a time. Unset: /dev/shm where it has the
+    # room, else the folder for temporary files.
+    weights_dir: Path | None = None
+    # To stop what runs, read new weights and go on.
+    swap_timeout_s: float = Field(600.0, gt=0)
+
+
 class RolloutEngineConfig(Strict):
     """The decode loop."""
 
@@ -199,6 +216,7 @@ class RolloutEngineConfig(Strict):
     # Finished requests stay readable, so that a client can attach again.
     finished_kept: int = Field(4096, ge=1)
     threads: int = Field(0, ge=0)
+    vllm: VllmConfig = VllmConfig()
 
 
 class TokenLogConfig(Strict):

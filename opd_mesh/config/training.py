@@ -21,6 +21,12 @@ def _choice(default: str, known: tuple[str, ...], what: str) -> Discriminator:
 
 
 # --- objectives ------------------------------------------------------------------------------------------------
+class ImportanceConfig(Strict):
+    """Weights that correct for responses of older policies: min(truncate_at, p_now(token) / p_then(token)) a token."""
+
+    truncate_at: float = Field(2.0, gt=0, allow_inf_nan=False)
+
+
 class DivergenceConfig(Strict):
     """What every objective takes; the formulas are in ``opd_kernels.objectives``."""
 
@@ -32,6 +38,8 @@ class DivergenceConfig(Strict):
     # On the wire; auto: the teacher's own.
     wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     implementation: Literal["auto", "triton", "torch", "reference"] = "auto"
+    # Unset: every token counts alike. Useful with max_staleness above 0; needs rollout.top_p 1 and top_k 0.
+    importance: ImportanceConfig | None = None
 
     @model_validator(mode="after")
     def _signal_tells_enough(self) -> Self:

@@ -272,7 +272,8 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     tokens = number(run.summary.get("tokens_trained")) or sum(run.metrics.series("tokens").values) or None
     wall_s, rate = number(run.summary.get("wall_s")), median(run.metrics.series("tokens_per_s").values)
     planned = number(mapping(run.recipe.get("run")).get("steps"))
-    staleness, wire = run.metrics.series("staleness").values, sum(run.metrics.series("wire_bytes").values)
+    staleness = run.metrics.series("staleness_mean").values or run.metrics.series("staleness").values
+    wire = sum(run.metrics.series("wire_bytes").values)
     steps = number(run.summary.get("steps"))
     tiles = [
         ("Steps", format_count(steps if steps is not None else run.last_step), f"of {planned:,.0f}" if planned else ""),

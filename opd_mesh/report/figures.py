@@ -11,7 +11,7 @@ from opd_mesh.report.data import Log, RunData, Series
 from opd_mesh.report.plots import PALETTE_SIZE, Line, Panel, draw, drawable, line_style
 
 # Not layers of a step: the whole of it, and the part of `policy` in which decoding stands still.
-NOT_STACKED = frozenset({"step", "policy_swap"})
+NOT_STACKED = frozenset({"step", "policy_swap", "wait_rollout"})
 SET_LABELS = {
     "student_responses": "the first student's answers",
     "teacher_responses": "the teacher's answers",

@@ -45,7 +45,7 @@ from opd_mesh.errors import (
 from opd_mesh.rpc.server import MeshServer
 from opd_mesh.trajectory import Trajectory
 from opd_mesh.valkey import EmbeddedValkey
-from rollout_server.server import load_engine
+from rollout_server.engines import build_engine
 from rollout_server.service import RolloutServicer
 from student_trainer.run_state import Phase
 from student_trainer.server import check_run_dir
@@ -413,8 +413,8 @@ async def test_a_rollout_server_that_is_still_loading_is_waited_for(ground: Grou
         connecting = asyncio.create_task(trainer.rollouts.connect())
         await asyncio.sleep(1.5)  # longer than gRPC's own attempts, which would give up
         assert not connecting.done()
-        engine, fingerprint, vocab_size = await asyncio.to_thread(load_engine, rollouts)
-        servicer.install(engine, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
+        loaded = await asyncio.to_thread(build_engine, rollouts)
+        servicer.install(loaded)
         await asyncio.wait_for(connecting, 30)
     finally:
         await trainer.rollouts.close()

@@ -199,6 +199,32 @@ def test_a_teacher_that_is_killed_ends_the_run_with_a_checkpoint(
     assert (run.run_dir / "report.html").exists()
 
 
+def test_a_rollout_server_that_is_killed_is_started_again_and_the_run_goes_on(
+    models: dict[str, Path], neighbours: Neighbours, tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    total = 12
+    recipe = recipe_file(
+        models,
+        tmp_path,
+        run={"steps": total},
+        evaluation={"prompts_per_domain": 0},
+        teachers={"one": {"addresses": neighbours.teachers}},
+        redis_url=neighbours.redis_url,
+    )
+    run = start(tmp_path / "one", recipe, "--run-dir", tmp_path / "one")
+    run.wait_for_children("rollout", "trainer")
+    run.wait_for_step(3)
+    os.kill(run.pids["rollout"], signal.SIGKILL)
+    assert run.wait() == 0, run.said()
+    assert "the rollout server ended with code -9" in run.said()
+    assert "started again" in run.said()
+    assert (run.summary()["status"], run.steps()) == ("finished", total)
+    log = (run.run_dir / "logs" / "rollout.log").read_text()
+    assert "epoch 2" in log  # the log's second owner
+    assert run.leftovers() == []
+    assert "Traceback" not in run.said() + log
+
+
 def test_ctrl_c_ends_the_run_after_the_step_in_progress(
     models: dict[str, Path], neighbours: Neighbours, tmp_path: Path, start: Callable[..., Run]
 ) -> None:

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ from opd_mesh.torch_tensors import from_numpy, to_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from opd_mesh.valkey import EmbeddedValkey
 from rollout_server.requests import RequestState
-from rollout_server.server import load_engine
+from rollout_server.engines import build_engine
 from rollout_server.service import RolloutServicer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -89,6 +89,7 @@ class Served:
     client: RolloutClient
     run_id: str = "run"
     server: MeshServer | None = None
+    failures: list[BaseException] = field(default_factory=list)
 
     def policy(self, version: int, weights: Weights, *, lineage: int = 1, **fields: Any) -> common_pb2.Policy:
         values = {"run_id": self.run_id, "lineage": lineage, "version": version, "digest": digest_of(weights)}
@@ -112,7 +113,7 @@ class Served:
 
 def known(served: Served, request_id: str) -> RequestState | None:
     try:
-        return served.servicer._table.get(request_id)
+        return served.servicer._generations.table.get(request_id)
     except RequestNotFoundError:
         return None
 
@@ -136,14 +137,17 @@ async def serving(checkpoint: Path, redis_url: str | None = None, **fields: Any)
     engine_fields = {"max_context_tokens": 480, "max_slots": 4} | fields.pop("engine", {})
     config = RolloutServerConfig(model=checkpoint, engine=RolloutEngineConfig(**engine_fields), **fields)
     server = MeshServer(QUICK, services=[SERVICE])
-    servicer = RolloutServicer(config, redis_url=redis_url, on_serving=server.set_serving)
+    failures: list[BaseException] = []
+    servicer = RolloutServicer(
+        config, redis_url=redis_url, on_serving=server.set_serving, on_failure=failures.append
+    )
     rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server.grpc)
     address = await server.start("127.0.0.1:0")
-    engine, fingerprint, vocab_size = await asyncio.to_thread(load_engine, config)
-    servicer.install(engine, tokenizer_fingerprint=fingerprint, vocab_size=vocab_size)
+    loaded = await asyncio.to_thread(build_engine, config)
+    servicer.install(loaded)
     async with RolloutClient(address, ONE_ATTEMPT) as client:
         try:
-            yield Served(address, servicer, client, server=server)
+            yield Served(address, servicer, client, server=server, failures=failures)
         finally:
             await server.drain(servicer.close)
 
@@ -168,15 +172,15 @@ async def served(shared: Served) -> AsyncIterator[Served]:
     await mine.push(5, 0)
     yield mine
     await mine.client.resume()
-    for state in mine.servicer._table.unfinished():
+    for state in mine.servicer._generations.table.unfinished():
         await mine.client.cancel(state.params.request_id)
-    await until(lambda: mine.servicer._driver.engine.idle)
+    await until(lambda: mine.servicer._generations.driver.engine.idle)
 
 
 @pytest.fixture
 def slow(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     """Steps that take long enough to act between two of them."""
-    engine = served.servicer._driver.engine
+    engine = served.servicer._generations.driver.engine
     step = engine.step
 
     def slow_step() -> Any:
@@ -370,7 +374,7 @@ async def test_attaching_again_gives_exactly_the_unseen_tokens(slow: Served) -> 
             if len(seen) >= 7:
                 break
     await first.aclose()  # type: ignore[attr-defined]
-    assert not slow.servicer._table.get(spec.request_id).ended
+    assert not slow.servicer._generations.table.get(spec.request_id).ended
     middle = await listen(slow, spec, from_index=len(seen))
     assert middle.attached is True
     assert middle.first_index == len(seen)
@@ -439,7 +443,7 @@ async def test_a_client_that_goes_away_does_not_stop_the_generation(slow: Served
     call = slow.client._stub.Generate(_request(spec))
     await call.read()
     call.cancel()
-    state = slow.servicer._table.get(spec.request_id)
+    state = slow.servicer._generations.table.get(spec.request_id)
     assert not state.ended
     await until(lambda: state.ended)
     assert (await listen(slow, spec)).tokens == undisturbed.tokens
@@ -471,7 +475,7 @@ async def busy_engine(served: Served) -> AsyncIterator[threading.Event]:
         held.set()
         go.wait(60)
 
-    holding = asyncio.create_task(served.servicer._driver.call(hold))
+    holding = asyncio.create_task(served.servicer._generations.driver.call(hold))
     await until(held.is_set)
     try:
         yield go
@@ -488,7 +492,7 @@ async def test_a_client_that_goes_away_before_the_engine_took_its_request(served
         await until(lambda: known(served, spec.request_id) is not None)
         call.cancel()
         paused = served.client._stub.PauseGeneration(rollout_service_pb2.PauseGenerationRequest())
-        await until(lambda: served.servicer._driver._commands.qsize() == 2)
+        await until(lambda: served.servicer._generations.driver._commands.qsize() == 2)
         paused.cancel()
         await until(lambda: call.done() and paused.done())
         await asyncio.sleep(0.05)  # let the server hear of it
@@ -551,7 +555,7 @@ async def test_no_token_is_written_while_paused(slow: Served) -> None:
     assert (await slow.client.pause()).load.tokens_generated == load.tokens_generated
     waiting = slow.spec(sampling=SamplingParams(seed=9, max_new_tokens=5))
     accepted = asyncio.create_task(listen(slow, waiting))
-    await until(lambda: slow.servicer._driver.engine.waiting == 1)
+    await until(lambda: slow.servicer._generations.driver.engine.waiting == 1)
     await asyncio.sleep(0.1)  # time for 25 steps
     load_later = await slow.load()
     assert load_later.tokens_generated == load.tokens_generated
@@ -716,12 +720,12 @@ async def test_a_client_that_goes_away_in_an_update(served: Served) -> None:
 
     async with busy_engine(served) as go:
         whole = asyncio.create_task(served.push(7, 1))
-        await until(lambda: served.servicer._driver._commands.qsize() == 1)
+        await until(lambda: served.servicer._generations.driver._commands.qsize() == 1)
         whole.cancel()
         await asyncio.gather(whole, return_exceptions=True)
         await asyncio.sleep(0.05)  # let the server hear of it
         go.set()
-    await until(lambda: served.servicer._driver.engine.policy_version == 7)
+    await until(lambda: served.servicer._generations.driver.engine.policy_version == 7)
     assert (await served.client.get_policy()).policy == served.policy(7, weights)
     heard = await listen(served, served.spec())
     assert heard.trajectory is not None
@@ -891,7 +895,7 @@ async def test_a_server_that_stops_tells_its_listeners(checkpoint: Path) -> None
         await server.push(1, 0)
         await server.client.pause()
         waiting = asyncio.create_task(listen(server, server.spec()))
-        await until(lambda: server.servicer._driver.engine.waiting == 1)
+        await until(lambda: server.servicer._generations.driver.engine.waiting == 1)
         assert server.server is not None
         server.server.config = QUICK.replace(drain_grace_s=60)  # nothing may need it
         async with asyncio.timeout(30):
@@ -899,7 +903,7 @@ async def test_a_server_that_stops_tells_its_listeners(checkpoint: Path) -> None
         with pytest.raises(UnavailableError):
             await waiting
         with pytest.raises(UnavailableError, match="decode loop has ended"):
-            await asyncio.wait_for(server.servicer._driver.pause(), 20)
+            await asyncio.wait_for(server.servicer._generations.driver.pause(), 20)
 
 
 async def test_a_decode_loop_that_dies_is_told_to_everybody(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -907,17 +911,16 @@ async def test_a_decode_loop_that_dies_is_told_to_everybody(checkpoint: Path, mo
         await server.push(1, 0)
         await server.client.pause()
         waiting = asyncio.create_task(listen(server, server.spec()))
-        await until(lambda: server.servicer._driver.engine.waiting == 1)
+        await until(lambda: server.servicer._generations.driver.engine.waiting == 1)
 
         def broken() -> Any:
             raise ZeroDivisionError("a defect")
 
-        monkeypatch.setattr(server.servicer._driver.engine, "step", broken)
+        monkeypatch.setattr(server.servicer._generations.driver.engine, "step", broken)
         await server.client.resume()
         with pytest.raises(OpdError, match="the decode loop failed: ZeroDivisionError"):
             await waiting
-        with pytest.raises(UnavailableError, match="NOT_SERVING"):
-            await server.client.wait_ready(0.2, with_policy=True)
+        assert isinstance(server.failures.pop(), ZeroDivisionError)  # the process is to end
         with pytest.raises(UnavailableError, match="decode loop has ended"):
             await listen(server, server.spec())
 

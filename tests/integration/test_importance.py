@@ -1,0 +1,81 @@
+"""Importance weights against a plain reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_exactness import Case
+
+from opd_mesh.config.training import ImportanceConfig
+from opd_mesh.errors import TrajectoryError
+from opd_mesh.trajectory import SamplingParams, Trajectory
+from student_trainer.batch import plan_batch
+from student_trainer.importance import check_behaviour
+from student_trainer.objective import build_objective
+from student_trainer.update import compute_gradients
+
+TRUNCATE_AT = 1.5
+
+
+async def test_every_tokens_loss_is_weighted_by_its_truncated_ratio(tmp_path: Path) -> None:
+    case = Case("llama", tmp_path)
+    await case.through_the_mesh()
+    generator = torch.Generator().manual_seed(0)
+    samples, wanted = [], {}
+    for number, sample in enumerate(case.samples):
+        trajectory, temperature = sample.trajectory, (1.0, 0.6, 1.7)[number % 3]
+        with torch.no_grad():
+            logits = case.student.model(input_ids=torch.tensor([trajectory.token_ids])).logits
+        rows = logits[0, trajectory.predicting_positions, : case.student.vocab_size].double() / temperature
+        now = rows.log_softmax(-1)[torch.arange(len(rows)), torch.tensor(trajectory.scored_token_ids)]
+        then = now + 0.5 * torch.randn(len(now), generator=generator)
+        sampling = SamplingParams(temperature=temperature)
+        written = replace(trajectory, sampling=sampling, sampling_logprobs=tuple(then.tolist()))
+        samples.append(replace(sample, trajectory=written))
+        wanted[trajectory.trajectory_id] = (now - then).exp()
+
+    objective, seen = build_objective(case.recipe.objective), []
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        divergence = objective(*args, **kwargs)
+        seen.append((kwargs["token_weights_NR"], divergence.kl_T, divergence.loss.detach()))
+        return divergence
+
+    plan = plan_batch(samples, tokens_per_pass=40, heads_together=1)
+    loss, means = compute_gradients(
+        plan, case.student, recording, case.heads, ImportanceConfig(truncate_at=TRUNCATE_AT)
+    )
+    tokens = sum(len(ratios) for ratios in wanted.values())
+    ordered = torch.cat([wanted[one.trajectory.trajectory_id] for part in plan.passes for one in part])
+    weights = torch.cat([weight[0] for weight, _, _ in seen]) * tokens
+    assert (ordered > TRUNCATE_AT).any()
+    assert torch.allclose(weights.double(), ordered.clamp(max=TRUNCATE_AT), rtol=1e-4)
+    kl = torch.cat([kl_NR[0] for _, kl_NR, _ in seen]).double()
+    assert loss == pytest.approx(float((ordered.clamp(max=TRUNCATE_AT) * kl).mean()), rel=1e-4)
+    metrics = means.means()
+    assert metrics["importance/mean"] == pytest.approx(float(ordered.clamp(max=TRUNCATE_AT).mean()), rel=1e-4)
+    assert metrics["importance/truncated"] == pytest.approx(float((ordered > TRUNCATE_AT).double().mean()))
+    # What is told of the teachers stays unweighted.
+    assert metrics["kl/one"] == pytest.approx(case.gradients(samples)[0]["kl/one"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"sampling_logprobs": ()}, "sampling_logprobs"),
+        ({"sampling": SamplingParams(top_p=0.9)}, "sampling"),
+        ({"sampling": SamplingParams(top_k=3)}, "sampling"),
+        ({"sampling": SamplingParams(temperature=0.0)}, "sampling"),
+    ],
+    ids=["no log-probabilities", "top_p", "top_k", "greedy"],
+)
+def test_a_trajectory_whose_ratios_are_unknown_is_refused(changes: dict[str, Any], field: str) -> None:
+    good = Trajectory("t", "d", (1, 2), ((1, 2),), sampling_logprobs=(-1.0,))
+    check_behaviour(good)
+    with pytest.raises(TrajectoryError) as error:
+        check_behaviour(replace(good, **changes))
+    assert error.value.field == field

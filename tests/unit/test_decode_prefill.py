@@ -1,0 +1,359 @@
+"""Prefill in pieces, prompts that answers share, the memory they may take, and the whole schedule at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from decoding import VALID, by_request, drain, make_engine, make_request, model_of, proof_of, reference, tokens_of
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
+from opd_mesh.errors import ConfigError, TooLongError
+from opd_mesh.trajectory import SamplingParams
+from rollout_server import decode_engine
+from rollout_server.backends import BatchedBackend, LastTokenForward, PerRequestBackend
+from rollout_server.cache import CacheMode, DynamicLayer, RightAlignedCache
+from rollout_server.cache_proof import prove_cache_modes
+from rollout_server.decode_engine import DecodeEngine
+from rollout_server.generation import GenerationRequest, WrittenToken
+
+CACHED = [CacheMode.BATCHED, CacheMode.PER_REQUEST]
+ARCHITECTURES = {"llama": CACHED, "gemma2": CACHED, "gpt2": CACHED, "deepseek_v4": [CacheMode.PER_REQUEST]}
+CASES = [(arch, mode) for arch, modes in ARCHITECTURES.items() for mode in modes]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices are faster on one thread, by far when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _group(prompt: tuple[int, ...], size: int, new: int = 6) -> list[GenerationRequest]:
+    return [GenerationRequest(f"g{i}", prompt, SamplingParams(seed=i, max_new_tokens=new)) for i in range(size)]
+
+
+def _resumed(request: GenerationRequest, count: int, model: Any = None) -> GenerationRequest:
+    """After so many tokens, of policy 0."""
+    tokens = reference(model or model_of("llama"), request)[:count]
+    written = tuple(WrittenToken(token, -1.0, -1.0, 0) for token in tokens)
+    return GenerationRequest(request.request_id, request.prompt_ids, request.sampling, written)
+
+
+# --- pieces ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("arch", "mode"), CASES)
+def test_a_long_prompt_is_read_over_several_steps_beside_decoding(
+    arch: str, mode: CacheMode, deterministic: bool
+) -> None:
+    if deterministic and mode is CacheMode.BATCHED:
+        mode = CacheMode.PER_REQUEST
+    engine = make_engine(arch, cache_mode=mode, prefill_token_budget=7, deterministic=deterministic)
+    short, long = make_request(0, length=6, new=12), make_request(1, length=40, new=5)
+    engine.submit(short)
+    events = engine.step()
+    engine.submit(long)
+    for _ in range(5):
+        before = engine.counters.prefill_tokens
+        stepped = engine.step()
+        assert [event.request_id for event in stepped] == ["r0"]
+        assert engine.counters.prefill_tokens - before == 7
+        events += stepped
+    assert {event.request_id for event in engine.step()} == {"r0", "r1"}
+    events += drain(engine)
+    assert engine.counters.prefill_tokens == 46
+    for request in (short, long):
+        own = by_request(events)[request.request_id]
+        expected = reference(model_of(arch), request)
+        assert [event.token_id for event in own] == [expected[event.position] for event in own]
+
+
+def test_waiting_requests_are_read_in_order_and_within_the_budget() -> None:
+    engine = make_engine(prefill_token_budget=12)
+    for index, length in enumerate((20, 6, 6, 1)):
+        engine.submit(make_request(index, length=length))
+    expected = [(set(), 12), ({"r0"}, 24), ({"r0", "r1", "r2", "r3"}, 33)]
+    for ids, read in expected:
+        assert {event.request_id for event in engine.step()} == ids
+        assert engine.counters.prefill_tokens == read
+
+
+def test_a_model_that_cannot_read_in_pieces_reads_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = LastTokenForward.__call__
+
+    def whole_only(self: LastTokenForward, ids_BT: torch.Tensor, **options: Any) -> Any:
+        cache = options.get("cache")
+        if cache is not None and cache.get_seq_length() and ids_BT.shape[1] > 1:
+            raise NotImplementedError("one token at a time")
+        return call(self, ids_BT, **options)
+
+    monkeypatch.setattr(LastTokenForward, "__call__", whole_only)
+    proof = prove_cache_modes(model_of("llama"), valid_vocab_size=VALID)
+    assert proof.fastest is CacheMode.BATCHED
+    assert not proof.results[CacheMode.BATCHED].in_pieces
+    assert "read whole" in proof.results[CacheMode.BATCHED].reason
+    engine = make_engine(cache_proof=proof, prefill_token_budget=8)
+    requests = [make_request(0, length=5), _resumed(make_request(1, length=30, new=12), 4), make_request(2, length=5)]
+    for request in requests:
+        engine.submit(request)
+    assert [len(engine.step()) for _ in range(3)] == [1, 2, 3]
+    tokens = tokens_of(drain(engine))
+    for request in requests:
+        assert tokens[request.request_id] == reference(model_of("llama"), request)[-len(tokens[request.request_id]) :]
+
+
+# --- shared prompts ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("slots", [8, 3])
+@pytest.mark.parametrize(("arch", "mode"), [*CASES, ("llama", CacheMode.UNCACHED)])
+def test_a_prompt_is_read_once_for_all_its_answers(arch: str, mode: CacheMode, slots: int) -> None:
+    engine = make_engine(arch, cache_mode=mode, max_slots=slots, prefill_token_budget=8)
+    group = _group(make_request(0, length=19 if mode is not CacheMode.UNCACHED else 8).prompt_ids, 8)
+    length = len(group[0].prompt_ids)
+    for request in group[:5]:
+        engine.submit(request)
+    events = engine.step()
+    for request in group[5:]:  # a little later
+        engine.submit(request)
+    tokens = tokens_of(events + drain(engine))
+    assert engine.counters.prefill_tokens == length
+    assert engine.counters.shared_prefill_tokens == 7 * length
+    assert [tokens[request.request_id] for request in group] == [reference(model_of(arch), r) for r in group]
+
+
+@pytest.mark.parametrize(("arch", "mode"), CASES)
+def test_resumed_answers_share_their_prompt_and_decode_nothing_again(arch: str, mode: CacheMode) -> None:
+    group = [_resumed(request, 2 + i, model_of(arch)) for i, request in enumerate(_group((5, 9, 2, 7), 3))]
+    engine = make_engine(arch, cache_mode=mode)
+    for request in group:
+        engine.submit(request)
+    assert {event.request_id for event in engine.step()} == {"g0", "g1", "g2"}
+    counters = engine.counters
+    assert (counters.prefill_tokens, counters.shared_prefill_tokens, counters.replayed_tokens) == (4 + 2 + 3 + 4, 8, 0)
+    drain(engine)
+    assert counters.tokens == sum(6 - len(request.written) for request in group)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_swap_empties_the_prompts_unless_they_are_kept(keep: bool) -> None:
+    engine = make_engine(model=tiny_model("llama"), keep_kv_on_update=keep)
+    first, second = _group(make_request(0).prompt_ids, 2, new=4)
+    engine.submit(first)
+    drain(engine)
+    engine.swap_policy(engine.prepare_policy(tiny_model("llama", 1).state_dict()), 1)
+    engine.submit(second)
+    tokens = tokens_of(drain(engine))
+    assert engine.counters.prefill_tokens == (5 if keep else 10)
+    assert keep or tokens["g1"] == reference(tiny_model("llama", 1), second)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "deepseek_v4"])
+def test_sharing_changes_no_bit_in_deterministic_mode(arch: str) -> None:
+    group = [_resumed(r, i, model_of(arch)) for i, r in enumerate(_group(make_request(0, length=11).prompt_ids, 4))]
+    alone = {}
+    for request in group:
+        engine = make_engine(arch, deterministic=True, prefill_token_budget=4, policy_version=1)
+        engine.submit(request)
+        alone[request.request_id] = drain(engine)
+    for order in (group, group[::-1]):
+        engine = make_engine(arch, deterministic=True, prefill_token_budget=4, policy_version=1, max_slots=3)
+        for request in order:
+            engine.submit(request)
+        assert by_request(drain(engine)) == alone
+        assert engine.counters.shared_prefill_tokens == 3 * 11
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+def _measured_bytes(engine: DecodeEngine) -> int:
+    """Of the tensors themselves."""
+    backend, caches = engine._backend, []
+    contexts = [prompt.context for prompt in engine._prompts._prompts.values()]
+    contexts += [sequence.context for sequence in engine._waiting.values() if sequence.context is not None]
+    tensors: list[torch.Tensor] = []
+    if isinstance(backend, BatchedBackend):
+        caches.append(backend._cache)
+        tensors += [tensor for context in contexts for pair in context.layers if pair for tensor in pair]
+    elif isinstance(backend, PerRequestBackend):
+        caches += [context.cache for context in [*backend._rows.values(), *contexts]]
+    layers = [layer for cache in caches for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    tensors += [tensor for layer in layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+    # A slice keeps all of what it is a slice of; two owners may share.
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("mode", CACHED)
+def test_the_newest_waits_again_when_memory_runs_out(mode: CacheMode) -> None:
+    budget = 130 * proof_of("llama").token_bytes
+    engine = make_engine(cache_mode=mode, cache_bytes=budget)
+    requests = [make_request(index, length=4, new=60) for index in range(3)]
+    for request in requests:
+        engine.submit(request)
+    events = []
+    while not engine.idle:
+        events += engine.step()
+        assert engine.held_bytes <= budget
+        assert _measured_bytes(engine) <= budget
+    assert engine.counters.preempted
+    assert engine.counters.prefill_tokens < 200  # nobody goes back and forth
+    assert [event.request_id for event in events if event.finish_reason] == ["r0", "r1", "r2"]
+    for request in requests:
+        assert tokens_of(events)[request.request_id] == reference(model_of("llama"), request)
+
+
+def test_what_alone_could_never_fit_is_refused() -> None:
+    engine = make_engine(cache_bytes=20 * proof_of("llama").token_bytes)
+    engine.check_request(make_request(0, length=11, new=10))
+    for request, field in (
+        (make_request(1, length=11, new=11), "sampling.max_new_tokens"),
+        (make_request(2, length=21, new=1), "prompt_ids"),
+    ):
+        with pytest.raises(TooLongError) as caught:
+            engine.submit(request)
+        assert caught.value.field == field
+    for changes in ({"cache_bytes": 0}, {"keep_kv_on_update": True, "deterministic": True}):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            make_engine(**changes)
+
+
+def test_prompts_go_before_anybody_waits() -> None:
+    engine = make_engine(cache_bytes=64 * proof_of("llama").token_bytes + 2000, max_slots=1)
+    for index in range(3):
+        engine.submit(make_request(index, length=20, new=30))
+    tokens = tokens_of(drain(engine))
+    assert engine.counters.preempted == 0
+    for index in range(3):
+        assert tokens[f"r{index}"] == reference(model_of("llama"), make_request(index, length=20, new=30))
+
+
+def test_buffers_grow_and_shrink_within_their_bound() -> None:
+    cache = RightAlignedCache(1)
+    cache.max_cells = 200
+    one = torch.zeros(1, 1, 1, 1)
+    source = RightAlignedCache.for_pass(1, [_empty()], [60], 60)
+    source.inputs(60)
+    source.update(one.expand(1, 1, 60, 1), one.expand(1, 1, 60, 1), 0)
+    source.commit(60)
+    for _ in range(3):
+        cache.append_row(source.row(0))
+    assert cache.cells <= 200
+    for _ in range(6):
+        cache.inputs(1)
+        cache.update(one.expand(3, 1, 1, 1), one.expand(3, 1, 1, 1), 0)
+        cache.commit(1)
+    assert cache.cells == 198
+    cache.remove_row(0)
+    cache.max_cells = 133
+    cache.shrink()
+    assert cache.cells == 132
+    assert cache._layers[0].keys.shape == (2, 1, 66, 1)
+
+
+def _empty() -> Any:
+    return BatchedBackend(LastTokenForward(model_of("llama")), 1, 1).empty()
+
+
+# --- all of it at random -----------------------------------------------------------------------------------------
+PROMPTS = [tuple(make_request(index, length=length).prompt_ids) for index, length in enumerate((1, 3, 9, 17))]
+SUBMIT = st.tuples(st.just("submit"), st.integers(0, 3), st.integers(1, 12))
+STEPS = st.tuples(st.just("step"), st.integers(1, 6), st.just(0))
+OPERATIONS = st.one_of(
+    SUBMIT,
+    STEPS,
+    SUBMIT,
+    STEPS,
+    st.tuples(st.just("cancel"), st.integers(1, 8), st.just(0)),
+    st.tuples(st.just("swap"), st.integers(0, 1), st.just(0)),
+)
+
+
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    operations=st.lists(OPERATIONS, min_size=8, max_size=24),
+    mode=st.sampled_from([CacheMode.BATCHED, CacheMode.PER_REQUEST, None]),
+    budget=st.one_of(st.integers(1, 6), st.integers(7, 40)),
+    cells=st.integers(28, 60),
+    slots=st.integers(1, 4),
+    headroom=st.integers(1, 3),
+)
+def test_any_schedule_writes_what_the_plain_loop_writes(
+    operations: list[tuple[str, int, int]], mode: CacheMode | None, budget: int, cells: int, slots: int, headroom: int
+) -> None:
+    """``mode`` None: deterministic. With more headroom these short answers would never outgrow the memory."""
+    with mock.patch.object(decode_engine, "_HEADROOM_TOKENS", headroom):
+        _check_schedule(operations, mode, budget, cells, slots)
+
+
+def _check_schedule(
+    operations: list[tuple[str, int, int]], mode: CacheMode | None, budget: int, cells: int, slots: int
+) -> None:
+    cache_bytes = cells * proof_of("llama").token_bytes
+    model = tiny_model("llama", 0)
+    engine = make_engine(
+        model=model,
+        cache_mode=mode,
+        deterministic=mode is None,
+        prefill_token_budget=budget,
+        cache_bytes=cache_bytes,
+        max_slots=slots,
+    )
+    weights = [model_of("llama", seed).state_dict() for seed in (0, 1)]
+    requests: dict[str, GenerationRequest] = {}
+    submitted = 0
+    served = {0: 0}  # policy version → seed of its weights
+    events = []
+
+    def step() -> None:
+        counters = engine.counters
+        before = counters.prefill_tokens + counters.replayed_tokens
+        events.extend(engine.step())
+        assert counters.prefill_tokens + counters.replayed_tokens - before <= budget
+        assert engine.held_bytes <= cache_bytes
+        assert _measured_bytes(engine) <= cache_bytes
+        assert engine.running <= slots
+        # First come, first served: whoever runs came before whoever waits.
+        running = max((state.arrival for state in engine._running.values()), default=0)
+        assert all(state.arrival > running for state in engine._waiting.values())
+
+    for kind, first, second in operations:
+        if kind == "submit":
+            params = SamplingParams(seed=first, max_new_tokens=second, temperature=0.0 if second % 3 == 0 else 1.0)
+            submitted += 1
+            request = GenerationRequest(f"r{submitted}", PROMPTS[first], params)
+            requests[request.request_id] = request
+            engine.submit(request)
+        elif kind == "cancel" and engine.cancel(f"r{first}"):
+            del requests[f"r{first}"]
+            events[:] = [event for event in events if event.request_id != f"r{first}"]
+        elif kind == "swap":
+            served[len(served)] = first
+            engine.swap_policy(engine.prepare_policy(weights[first]), len(served) - 1)
+        elif kind == "step":
+            for _ in range(first):
+                step()
+    steps = 0
+    while not engine.idle:
+        before, oldest = len(events), min([*engine._running.values(), *engine._waiting.values()], key=_arrival)
+        for _ in range(oldest.length // budget + 3):  # nobody starves: so many steps give the oldest a token
+            step()
+            steps += 1
+        assert any(event.request_id == oldest.request.request_id for event in events[before:])
+    written = by_request(events)
+    assert written.keys() == requests.keys()
+    for request_id, request in requests.items():
+        start: list[int] = []
+        for event in written[request_id]:
+            assert event.error is None
+            expected = reference(model_of("llama", served[event.policy_version]), request, start=start)
+            start.append(event.token_id)
+            assert start == expected[: len(start)]
+        assert len(start) == request.sampling.max_new_tokens
+
+
+def _arrival(state: Any) -> int:
+    return state.arrival
