@@ -140,7 +140,7 @@ class LocalMesh:
         return RolloutServerConfig(
             model=recipe.student.path,
             engine=engine.replace(threads=engine.threads or recipe.run.threads),
-            log=TokenLogConfig(path=self.run_dir / "rollout-log"),
+            log=recipe.rollout.log or TokenLogConfig(path=self.run_dir / "rollout-log"),
             redis_url=self._redis_url,
             stream_timeout_s=recipe.redis_timeout_s,
             deterministic=recipe.run.deterministic,

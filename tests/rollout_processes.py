@@ -73,7 +73,8 @@ class Server:
         """Once it listens and has its model."""
         deadline = time.monotonic() + START_S
         while not self._ready.exists():
-            assert self.alive() and time.monotonic() < deadline, self.log.read_text()
+            assert self.alive(), self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)
         return str(json.loads(self._ready.read_text())["address"])
 
@@ -104,8 +105,6 @@ class Server:
 
 
 def _serve(order: dict[str, Any]) -> None:
-    import asyncio  # noqa: F401 - imported with the rest before the fork
-
     from opd_mesh.config.services import RolloutServerConfig
     from opd_mesh.process import parse_arguments, run
     from rollout_server.server import serve
@@ -136,7 +135,7 @@ def _main() -> None:
                 _serve(json.loads(line))
             except SystemExit as end:
                 os._exit(int(end.code or 0))
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - a child must not go on with the loop below
                 import traceback
 
                 traceback.print_exc()

@@ -17,6 +17,7 @@ from opd_mesh.config.services import (
     RolloutEngineConfig,
     ServerConfig,
     TeacherConfig,
+    TokenLogConfig,
     require_addresses,
 )
 from opd_mesh.config.training import (
@@ -133,6 +134,8 @@ class RolloutConfig(Strict):
     stop_token_ids: list[int] = Field(default_factory=list)
     peers: PeerConfig = PeerConfig()
     engine: RolloutEngineConfig = RolloutEngineConfig()
+    # Of the server that `opd run` starts; unset: in the run's folder, with TokenLogConfig's defaults.
+    log: TokenLogConfig | None = None
     # A response that takes longer ends the run (after a checkpoint).
     timeout_s: float = Field(600.0, gt=0)
 

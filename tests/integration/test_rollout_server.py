@@ -57,8 +57,8 @@ from opd_mesh.tensors import chunks_of, header_of
 from opd_mesh.torch_tensors import from_numpy, to_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from opd_mesh.valkey import EmbeddedValkey
-from rollout_server.requests import RequestState
 from rollout_server.engines import build_engine
+from rollout_server.requests import RequestState
 from rollout_server.service import RolloutServicer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -138,9 +138,7 @@ async def serving(checkpoint: Path, redis_url: str | None = None, **fields: Any)
     config = RolloutServerConfig(model=checkpoint, engine=RolloutEngineConfig(**engine_fields), **fields)
     server = MeshServer(QUICK, services=[SERVICE])
     failures: list[BaseException] = []
-    servicer = RolloutServicer(
-        config, redis_url=redis_url, on_serving=server.set_serving, on_failure=failures.append
-    )
+    servicer = RolloutServicer(config, redis_url=redis_url, on_serving=server.set_serving, on_failure=failures.append)
     rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server(servicer, server.grpc)
     address = await server.start("127.0.0.1:0")
     loaded = await asyncio.to_thread(build_engine, config)
