@@ -5,7 +5,8 @@ transformers' own DynamicCache, which draws with softmax and multinomial and kee
 does. ``vs_static_generate``: a queue of answers of mixed length (geometric with mean 64, cut at 256), in the engine's
 slots and by ``model.generate`` in static batches of as many, each of which runs to its longest member. Both count the
 tokens that were asked for. ``group_prefill_tokens_per_prompt_token``: prompt tokens read for eight answers to each
-prompt, against the prompts' tokens; 1.0 is each prompt once.
+prompt, against the prompts' tokens; 1.0 is each prompt once. ``wal_vs_none``: with a token log on the disk (durability
+``interval``) against none. ``redecoded_tokens``: that are drawn again when 64 half-written answers are recovered.
 
 Everything runs in one process in turn, over two copies of one checkpoint (the engine lays its weights out anew); each
 figure is a median over rounds of ratios within one round, engine over the other, tokens per second; larger is better.
@@ -37,6 +38,7 @@ PROMPT_TOKENS, EQUAL_NEW_TOKENS = 64, 48
 MEAN_NEW_TOKENS, MOST_NEW_TOKENS = 64, 256
 GROUP = 8
 GATE_PROMPTS, GATE_NEW_TOKENS = 4, 24
+LOGGED_BATCH, LOGGED_NEW_TOKENS, RECOVERED_NEW_TOKENS = 16, 32, 12
 
 
 # --- the decode engine -------------------------------------------------------------------------------------------
@@ -198,8 +200,32 @@ def decode_engine(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+# --- the token log -----------------------------------------------------------------------------------------------
+def token_log(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the log costs, and what recovery does again: see ``rollout_log.py``."""
+    import torch
+    from rollout_log import RECOVERED, redecoded_tokens, wal_vs_none
+
+    from opd_mesh.models.checkpoint import load_causal_lm
+    from rollout_server.decode_engine import DecodeEngine
+
+    torch.set_num_threads(arguments.threads)
+    model = load_causal_lm(MODEL).model
+    vocab_size = model.config.vocab_size
+    options = {"policy_version": 0, "valid_vocab_size": vocab_size, "max_context_tokens": 1024}
+    engine = DecodeEngine(model, max_slots=LOGGED_BATCH, **options)
+    prompts = make_prompts(LOGGED_BATCH, random.Random(3), vocab_size)
+    run_engine(engine, prompts, [2] * LOGGED_BATCH)  # packs, and reads the prompts, which then are shared
+    result = wal_vs_none(engine, prompts, [LOGGED_NEW_TOKENS] * LOGGED_BATCH)
+
+    def engine_of_a_new_process() -> DecodeEngine:
+        return DecodeEngine(model, max_slots=RECOVERED, cache_proof=engine.cache_proof, **options)
+
+    return result | redecoded_tokens(engine_of_a_new_process, prompts, RECOVERED_NEW_TOKENS)
+
+
 # --- all sections ------------------------------------------------------------------------------------------------
-SECTIONS = {"decode_engine": decode_engine}
+SECTIONS = {"decode_engine": decode_engine, "token_log": token_log}
 
 
 def main() -> None:

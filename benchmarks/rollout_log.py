@@ -113,11 +113,13 @@ def _timed(token_log: Any) -> list[float]:
     return spent
 
 
-def redecoded_tokens(engine: Engine, prompts: Sequence[Sequence[int]], length: int) -> dict[str, Any]:
+def redecoded_tokens(
+    make_engine: Callable[[], Engine], prompts: Sequence[Sequence[int]], length: int
+) -> dict[str, Any]:
     """What it costs to go on with 64 half-written responses: their prefill, and no token decoded twice.
 
     Args:
-        engine: with a slot for each of them.
+        make_engine: with a slot for each of them; one is killed, another goes on.
     """
     from opd_mesh.config.services import TokenLogConfig
     from rollout_server.request_log import RequestLog, state_of
@@ -128,28 +130,25 @@ def redecoded_tokens(engine: Engine, prompts: Sequence[Sequence[int]], length: i
         config = TokenLogConfig(path=folder / "log", durability="os")
         token_log, _ = TokenLog.open(config)
         states = _states([prompts[number % len(prompts)] for number in range(RECOVERED)], [length] * RECOVERED)
-        _write(engine, RequestLog(token_log), states, steps=length // 2)
-        for state in states:
-            engine.cancel(state.params.key)
+        _write(make_engine(), RequestLog(token_log), states, steps=length // 2)
         token_log.close()
         token_log, recovered = TokenLog.open(config)
         again = [state_of(request) for request in recovered]
         unfinished = [state for state in again if state.finish_reason is None]
         written = {state.params.key: len(state.tokens) for state in again}
-        before = engine.counters
-        tokens, prefilled, replayed = before.tokens, before.prefill_tokens, before.replayed_tokens
+        engine = make_engine()
         _write(engine, RequestLog(token_log), unfinished)
         token_log.close()
-        after = engine.counters
+        counters = engine.counters
         for state in again:
             if len(state.tokens) != length:
                 raise SystemExit(f"{state.params.request_id} has {len(state.tokens)} tokens, {length} were asked for")
         wanted = sum(length - written[state.params.key] for state in unfinished)
         return {
-            "redecoded_tokens": after.replayed_tokens - replayed + (after.tokens - tokens - wanted),
+            "redecoded_tokens": counters.replayed_tokens + counters.tokens - wanted,
             "recovered_requests": len(unfinished),
             "recovered_tokens": sum(written[state.params.key] for state in unfinished),
-            "recovery_prefill_tokens": after.prefill_tokens - prefilled,
+            "recovery_prefill_tokens": counters.prefill_tokens,
         }
     finally:
         shutil.rmtree(folder)

@@ -140,7 +140,8 @@ class LocalMesh:
         return RolloutServerConfig(
             model=recipe.student.path,
             engine=engine.replace(threads=engine.threads or recipe.run.threads),
-            log=recipe.rollout.log or TokenLogConfig(path=self.run_dir / "rollout-log"),
+            # A short lease: who starts the server again after a crash waits for it to run out.
+            log=recipe.rollout.log or TokenLogConfig(path=self.run_dir / "rollout-log", lease_s=3.0),
             redis_url=self._redis_url,
             stream_timeout_s=recipe.redis_timeout_s,
             deterministic=recipe.run.deterministic,
