@@ -10,8 +10,10 @@ are left out of the rates.
 ``step_rate_vs_sync``: steps per second over those of the synchronous run. ``step_rate_vs_ideal``: over what two sides
 that never wait for each other could reach, (R + T) / max(R, T) times the synchronous rate, with R the seconds of a
 synchronous step in which the trainer waits for responses, and T the rest. ``heldout_kl_vs_sync``: reverse KL on fixed
-held-out responses after the same number of steps. ``max_staleness_seen``: from the versions of the trained tokens.
-Refuses to report where a run fails, a bound is broken, or the runs trained on numbers of tokens more than 10% apart.
+held-out responses after the same number of steps. ``heldout_kl_reduction_vs_sync``: by how much the run has lowered it,
+which tells two runs apart that have both hardly moved. ``max_staleness_seen``: from the versions of the trained tokens.
+Refuses to report where a run fails, a bound is broken, the runs trained on numbers of tokens more than 10% apart, or
+the synchronous run lowered the held-out KL by less than 10%: then nothing was learned that could be compared.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from opd_mesh.supervisor import LocalMesh, resolve_paths
 RECIPE = Path("recipes/smollm2.yaml")
 WARM_UP = 2  # steps that the rates leave out
 TOKENS_APART = 0.10
+LEARNED = 0.10  # of the held-out KL, that the synchronous run must take away
 RUN_TIMEOUT_S = 1800.0
 
 
@@ -109,7 +112,7 @@ def mean(lines: list[dict[str, float]], key: str) -> float:
 def figures(lines: list[dict[str, float]], summary: dict[str, Any]) -> dict[str, Any]:
     """One run's own."""
     step_s = mean(lines, "seconds/step")
-    after = summary["heldout_kl_after"]
+    before, after = (summary[f"heldout_kl_{when}"] for when in ("before", "after"))
     return {
         "step_s": round(step_s, 3),
         "wait_rollout_s": round(mean(lines, "seconds/wait_rollout"), 3),
@@ -121,9 +124,15 @@ def figures(lines: list[dict[str, float]], summary: dict[str, Any]) -> dict[str,
         "tokens": int(sum(line["tokens"] for line in lines)),
         "staleness_max": int(max(line["staleness"] for line in lines)),
         "staleness_mean": round(mean(lines, "staleness_mean"), 3),
+        "heldout_kl_before": round(sum(before.values()) / len(before), 5),
         "heldout_kl": round(sum(after.values()) / len(after), 5),
         "first_steps_s": [round(line["seconds/step"], 2) for line in lines[:WARM_UP]],
     }
+
+
+def reduction(figures: dict[str, Any]) -> float:
+    """Of the held-out KL, nats per token."""
+    return float(figures["heldout_kl_before"] - figures["heldout_kl"])
 
 
 def compare(sync: dict[str, Any], ahead: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +146,7 @@ def compare(sync: dict[str, Any], ahead: dict[str, Any]) -> dict[str, Any]:
         "step_rate_vs_ideal": round(faster / ideal, 3),
         "ideal_vs_sync": round(ideal, 3),
         "heldout_kl_vs_sync": round(ahead["heldout_kl"] / sync["heldout_kl"], 4),
+        "heldout_kl_reduction_vs_sync": round(reduction(ahead) / reduction(sync), 4),
         "max_staleness_seen": ahead["staleness_max"],
     }
 
@@ -166,6 +176,8 @@ def main() -> int:
             say(f"max_staleness {bound}: {runs[bound]}")
             if runs[bound]["staleness_max"] > bound:
                 sys.exit(f"a token of version −{runs[bound]['staleness_max']} was trained with max_staleness {bound}")
+            if bound == 0 and reduction(runs[0]) < LEARNED * runs[0]["heldout_kl_before"]:
+                sys.exit(f"held-out KL from {runs[0]['heldout_kl_before']} to {runs[0]['heldout_kl']}: more --steps")
             if abs(runs[bound]["tokens"] / runs[0]["tokens"] - 1) > TOKENS_APART:
                 sys.exit(f"{runs[bound]['tokens']} tokens against {runs[0]['tokens']}: not the same run")
     compared = {bound: compare(runs[0], runs[bound]) for bound in arguments.staleness}

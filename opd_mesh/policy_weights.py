@@ -8,13 +8,16 @@ tensors differ between two policies, leave the others out, and hash on as many c
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import stat
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -135,25 +138,33 @@ def host_id() -> str:
 class SharedTensors:
     """A file in shared memory for arrays' bytes, there from construction until the context ends.
 
+    What a killed process left behind is removed by the next one: a file that is in use is locked.
+
     Raises:
-        OSError: it cannot be made; from :meth:`write`: there is no room.
+        OSError: it cannot be made; from :meth:`write`: there is no room, or the context has ended.
     """
 
     def __init__(self) -> None:
+        remove_orphans()
         self.message = rollout_service_pb2.SharedMemory(name=f"opd-{uuid.uuid4().hex}")
         self._path = SHARED_MEMORY / self.message.name
-        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._lock = os.open(self._path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def write(self, arrays: Sequence[np.ndarray]) -> None:
         """Once. Slow, so in a thread."""
         places, total = _places([array.nbytes for array in arrays])
-        with os.fdopen(self._descriptor, "wb", buffering=0) as file:
+        # Of its own: the context may end, because its caller was cancelled, while this still writes.
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
             if total:
-                os.posix_fallocate(file.fileno(), 0, total)  # full now, and not by SIGBUS or ENOSPC half-way
+                os.posix_fallocate(descriptor, 0, total)  # full now, and not by SIGBUS or ENOSPC half-way
             for array, place in zip(arrays, places, strict=True):
                 view, done = byte_view(array), 0
                 while done < len(view):
-                    done += os.pwrite(file.fileno(), view[done:], place + done)
+                    done += os.pwrite(descriptor, view[done:], place + done)
+        finally:
+            os.close(descriptor)
         self.message.byte_size = total
 
     def __enter__(self) -> SharedTensors:
@@ -161,6 +172,21 @@ class SharedTensors:
 
     def __exit__(self, *args: object) -> None:
         self._path.unlink(missing_ok=True)  # what is still being written, or read, is freed with its last user
+        os.close(self._lock)
+
+
+def remove_orphans() -> None:
+    """Files of this user whose process ended without removing them; a model's size each."""
+    for path in SHARED_MEMORY.glob("opd-*"):
+        with suppress(OSError):  # in use, another user's, or gone
+            if not _SHARED_NAME.fullmatch(path.name) or path.lstat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def read_shared(shared: rollout_service_pb2.SharedMemory, arrays: Sequence[np.ndarray]) -> None:
@@ -174,13 +200,13 @@ def read_shared(shared: rollout_service_pb2.SharedMemory, arrays: Sequence[np.nd
         raise PreconditionError("not a name of ours", field="shared_memory.name")
     places, total = _places([array.nbytes for array in arrays])
     try:
-        descriptor = os.open(SHARED_MEMORY / shared.name, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(SHARED_MEMORY / shared.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise PreconditionError(f"cannot be read here: {error.strerror}", field="shared_memory.name") from error
     try:
         status = os.fstat(descriptor)
-        if status.st_uid != os.getuid():
-            raise PreconditionError("belongs to another user", field="shared_memory.name")
+        if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
+            raise PreconditionError("is no file of this server's user", field="shared_memory.name")
         if not status.st_size == shared.byte_size == total:
             raise CorruptWeightsError(
                 f"holds {status.st_size} bytes, {shared.byte_size} were announced, the tensors need {total}; "
@@ -194,6 +220,8 @@ def read_shared(shared: rollout_service_pb2.SharedMemory, arrays: Sequence[np.nd
                 if not count:
                     raise CorruptWeightsError("ends early; the old policy stays", field="shared_memory")
                 done += count
+    except OSError as error:
+        raise PreconditionError(f"cannot be read here: {error.strerror}", field="shared_memory") from error
     finally:
         os.close(descriptor)
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from opd_mesh.config.base import dump_config
 from opd_mesh.config.recipe import Recipe, TeacherRef
 from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig, TokenLogConfig
-from opd_mesh.errors import ModelNotFoundError, OpdError, UnavailableError
+from opd_mesh.errors import ConfigError, ModelNotFoundError, OpdError, UnavailableError
 from opd_mesh.progress import ProgressView
 from opd_mesh.valkey import EmbeddedValkey
 
@@ -34,6 +34,7 @@ LOG_TAIL_LINES = 12
 # A rollout server that ends is started again on its address: its log and the trainer's policy bring it back to where it
 # was. Not for ever: what ends it every time is not mended by starting it.
 MAX_RESTARTS = 5
+RESTARTS_WITHIN_S = 1800.0
 RESTART_DELAY_S = 1.0
 
 
@@ -79,7 +80,7 @@ class LocalMesh:
         self.children: list[Child] = []
         self.valkey: EmbeddedValkey | None = None
         self.trainer: Child | None = None
-        self.restarts = 0
+        self._restarted_at: list[float] = []
 
     def start(self, *, resume: bool) -> None:
         """Start Valkey, the servers that the recipe does not name, and the trainer. Does not wait for the models.
@@ -140,8 +141,7 @@ class LocalMesh:
         return RolloutServerConfig(
             model=recipe.student.path,
             engine=engine.replace(threads=engine.threads or recipe.run.threads),
-            # A short lease: who starts the server again after a crash waits for it to run out.
-            log=recipe.rollout.log or TokenLogConfig(path=self.run_dir / "rollout-log", lease_s=3.0),
+            log=recipe.rollout.log or TokenLogConfig(path=self.run_dir / "rollout-log"),
             redis_url=self._redis_url,
             stream_timeout_s=recipe.redis_timeout_s,
             deterministic=recipe.run.deterministic,
@@ -149,12 +149,13 @@ class LocalMesh:
 
     def may_restart(self, child: Child) -> bool:
         """Whether what has ended is to be started again."""
-        return child.name == "rollout" and self.restarts < MAX_RESTARTS
+        recent = [at for at in self._restarted_at if at > time.monotonic() - RESTARTS_WITHIN_S]
+        return child.name == "rollout" and len(recent) < MAX_RESTARTS
 
     def restart(self, child: Child) -> Child:
         """Start a server again on the address it had."""
         self.children.remove(child)
-        self.restarts += 1
+        self._restarted_at.append(time.monotonic())
         again = self._start(child.name, child.config, listen=child.address)
         again.address = child.address  # it may end before it has told
         return again
@@ -227,6 +228,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
 
     Raises:
         ModelNotFoundError: a model's folder does not exist; names the field.
+        ConfigError: the token log of a rollout server that is not ours to start.
     """
 
     def checked(path: Path | str, field: str) -> Path | str:
@@ -255,7 +257,16 @@ def resolve_paths(recipe: Recipe) -> Recipe:
             paths = {key: value.resolve() for key in ("path", "heldout") if (value := getattr(domain.jsonl, key))}
             domain = domain.replace(jsonl=domain.jsonl.replace(**paths))
         domains[name] = domain
-    return recipe.replace(student=student, teachers=teachers, domains=domains)
+    rollout = recipe.rollout
+    if rollout.log is not None:
+        if rollout.peers.addresses:
+            raise ConfigError(
+                "rollout.log is of the rollout server that `opd run` starts, but rollout.peers.addresses names servers "
+                "that run already: give each of them its log, and leave this out",
+                field="rollout.log",
+            )
+        rollout = rollout.replace(log=rollout.log.replace(path=rollout.log.path.resolve()))
+    return recipe.replace(student=student, teachers=teachers, domains=domains, rollout=rollout)
 
 
 async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: ProgressView) -> int:

@@ -65,6 +65,11 @@ class Backend(ABC, Generic[ContextT]):
         self._forward = forward
         self.token_bytes = token_bytes
 
+    def probe(self) -> None:
+        """One pass over one fixed token, which concerns no sequence: raises if the model cannot run at all."""
+        # 0 exists in every vocabulary. What a device could not do may not come to light before its result is copied.
+        self._forward(torch.zeros(1, 1, dtype=torch.int64), use_cache=False)[0].cpu()
+
     # --- sequences on their own ------------------------------------------------------------------------------
     @abstractmethod
     def empty(self) -> ContextT:

@@ -21,6 +21,10 @@ from rollout_server.prompts import PromptStore, ReadPrompt
 
 logger = logging.getLogger(__name__)
 
+# What is decoded again is a pass for each token. A step does no more of them, so that running requests, updates and the
+# end of the process wait for a moment only, whatever the budget of tokens.
+REPLAYED_PER_STEP = 32
+
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
@@ -45,7 +49,8 @@ class ContextReader:
         tokens_per_step: read by one :meth:`read` at most.
         deterministic: the pieces of a context depend on the request alone: ``tokens_per_step`` tokens each, from the
             start of the prompt and from the start of the response; tokens that the present policy wrote are fed one
-            by one, as they were when they were written, for a pass over several gives other bits.
+            by one, as they were when they were written, for a pass over several gives other bits. These are at most
+            ``REPLAYED_PER_STEP`` by one :meth:`read`, the oldest request's first.
         in_pieces: the model can read a context in several passes. Otherwise it is read whole, if it is longer than
             ``tokens_per_step`` in a step of its own.
         shares_prompts: what was read of a prompt may be copied.
@@ -83,10 +88,11 @@ class ContextReader:
             The sequences that cannot be read, and why. After a pass that fails each is tried again, alone.
         """
         failures: list[tuple[SequenceState, Exception]] = []
-        budget = self._tokens_per_step
-        while pieces := self._plan(sequences, [sequence for sequence, _ in failures], budget, policy_version):
+        budget, replays = self._tokens_per_step, REPLAYED_PER_STEP
+        while pieces := self._plan(sequences, [sequence for sequence, _ in failures], budget, replays, policy_version):
             tokens = sum(piece.size for piece in pieces)
             budget -= tokens
+            replays -= sum(piece.replayed for piece in pieces)
             prompt_bytes = make_room(tokens)
             for group in self._groups(pieces):
                 failures += self._read_group(group, sequences, prompt_bytes)
@@ -97,9 +103,14 @@ class ContextReader:
 
     # --- what to read ----------------------------------------------------------------------------------------
     def _plan(
-        self, sequences: Sequence[SequenceState], failed: list[SequenceState], budget: int, policy_version: int
+        self,
+        sequences: Sequence[SequenceState],
+        failed: list[SequenceState],
+        budget: int,
+        replays: int,
+        policy_version: int,
     ) -> list[_Piece]:
-        """The next piece of each, as far as the budget goes."""
+        """The next piece of each, as far as the budgets go, of tokens and of passes over replayed ones."""
         pieces: list[_Piece] = []
         prompts_being_read: set[tuple[int, ...]] = set()
         for sequence in sequences:
@@ -112,12 +123,14 @@ class ContextReader:
             if sequence.is_read or sequence in failed:
                 continue
             piece = self._next_piece(sequence, budget, policy_version)
-            if piece is None:
+            if piece is None or (piece.replayed and replays < 1):
                 break
             if piece.start < len(prompt_ids):
                 prompts_being_read.add(prompt_ids)
             budget -= piece.size
             pieces.append(piece)
+            if piece.replayed:
+                break  # whoever came first runs first: nothing is gained by replaying several in turn
         return pieces
 
     def _replay_from(self, sequence: SequenceState, policy_version: int) -> int:

@@ -47,7 +47,7 @@ from rollout_server.generation import (
 )
 from rollout_server.packed_linears import PackedLinears
 from rollout_server.prompts import PromptStore
-from rollout_server.staged_weights import StagedWeights, exchange_weights, stage_weights
+from rollout_server.staged_weights import StagedWeights, WeightHomes, exchange_weights, stage_weights
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,8 @@ class DecodeEngine(RolloutEngine):
         cache_bytes: of keys and values. For a model whose cache is not of plain keys and values it is an estimate
             (:func:`rollout_server.cache.bytes_per_token`).
         keep_kv_on_update: running requests keep their keys and values under new weights. Inexact: their later tokens
-            come from a mixture that no policy is.
+            come from a mixture that no policy is. Nothing else outlives its weights: prompts, and what was read of
+            waiting requests, are read again.
     """
 
     cache_mode: CacheMode
@@ -113,6 +114,7 @@ class DecodeEngine(RolloutEngine):
                 field="keep_kv_on_update",
             )
         self._model = model.eval()
+        self._homes = WeightHomes(model)
         self._policy_version = policy_version
         self._valid_vocab_size = valid_vocab_size
         self._max_slots = max_slots
@@ -219,9 +221,9 @@ class DecodeEngine(RolloutEngine):
 
         Raises:
             InvalidInputError: no tensors, an unknown name, a wrong shape, or two values for one tied weight.
-            CorruptWeightsError: NaN or infinity.
+            CorruptWeightsError: NaN or infinity, in the model's dtype.
         """
-        return stage_weights(self._model, tensors, self._packed)
+        return stage_weights(self._homes, tensors, self._packed)
 
     def swap_policy(self, prepared: PreparedPolicy, version: int) -> None:
         if not isinstance(prepared, StagedWeights):
@@ -231,9 +233,9 @@ class DecodeEngine(RolloutEngine):
         self._policy_version = version
         if not self._keep_kv_on_update:
             self._requeue_running()
-            self._prompts.clear()
-            for sequence in self._waiting.values():
-                sequence.forget_context()
+        self._prompts.clear()
+        for sequence in self._waiting.values():
+            sequence.forget_context()
         self.counters.swap_seconds += time.perf_counter() - started
 
     def export_kv(self, request_id: str) -> dict[str, Tensor] | None:
@@ -249,6 +251,9 @@ class DecodeEngine(RolloutEngine):
         """Decode one token for each running request, then read waiting ones that may take the free slots.
 
         Returns one event per request that wrote a token or failed.
+
+        Raises:
+            InternalError: the model cannot run at all any more.
         """
         if self.idle:
             return []
@@ -288,6 +293,7 @@ class DecodeEngine(RolloutEngine):
 
         events = []
         for sequence, failure in self._reader.read(accepted, self._policy_version, make_room):
+            self._raise_if_broken(failure)
             del self._waiting[sequence.request.request_id]
             events.append(self._failure(sequence, failure))
         joined = []
@@ -319,6 +325,7 @@ class DecodeEngine(RolloutEngine):
         except Exception as failure:
             # Out of memory, for one, may have left the shared cache half moved.
             logger.exception("%s could not join", request_id)
+            self._raise_if_broken(failure)
             self._requeue_running()
             return self._failure(sequence, failure)
         self._running[request_id] = sequence
@@ -364,6 +371,18 @@ class DecodeEngine(RolloutEngine):
             events.append(event)
         self.counters.sample_seconds += time.perf_counter() - started
         return events
+
+    def _raise_if_broken(self, failure: Exception) -> None:
+        """Tell what one request did from what would befall every other: a CUDA error, for one, never goes away."""
+        if isinstance(failure, (OpdError, torch.OutOfMemoryError)):  # another request may be smaller
+            return
+        try:
+            self._backend.probe()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing can run
+            raise InternalError(
+                f"the model cannot run any more: after {type(failure).__name__}: {failure}; a pass over one token "
+                f"fails, too: {type(error).__name__}: {error}"
+            ) from failure
 
     def _failure(self, sequence: SequenceState, failure: Exception) -> TokenEvent:
         if not isinstance(failure, OpdError):

@@ -70,12 +70,22 @@ class EngineDriver:
         return time.monotonic() - self._started - self.idle_s
 
     async def pause(self) -> None:
-        """Returns once no token will be drawn any more."""
-        await self.call(lambda: setattr(self, "_paused", True))
+        """Returns once no token will be drawn any more. Raises :class:`InternalError` where the engine is broken."""
+
+        def pause() -> None:
+            self.engine.pause()
+            self._paused = True
+
+        await self.call(pause)
 
     async def resume(self) -> None:
-        """Go on."""
-        await self.call(lambda: setattr(self, "_paused", False))
+        """Go on. Raises :class:`InternalError` where the engine is broken."""
+
+        def resume() -> None:
+            self._paused = False
+            self.engine.resume()
+
+        await self.call(resume)
 
     async def call(self, function: Callable[[], ResultT]) -> ResultT:
         """Run ``function`` in the engine's thread, between two steps, and wait for its result."""

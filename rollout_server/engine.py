@@ -1,8 +1,9 @@
 """What a rollout server asks of an engine. One engine is one file; a third costs one more.
 
 An engine is synchronous, does no I/O that can fail for the log's or a client's sake, and is driven by one thread
-(:class:`rollout_server.driver.EngineDriver`), which calls ``submit``, ``cancel``, ``swap_policy`` and ``step`` in
-turn. Only :meth:`RolloutEngine.prepare_policy` may be called from another thread, beside ``step``.
+(:class:`rollout_server.driver.EngineDriver`), which calls ``submit``, ``cancel``, ``swap_policy``, ``pause``,
+``resume`` and ``step`` in turn. Only :meth:`RolloutEngine.prepare_policy` may be called from another thread, beside
+``step``.
 """
 
 from __future__ import annotations
@@ -82,7 +83,29 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def step(self) -> list[TokenEvent]:
-        """Work for a moment: at most one token for each request. [] when idle, or when only prompts were read."""
+        """Work for a moment: at most one token for each request. [] when idle, or when only prompts were read.
+
+        What fails for one request is that request's event. What would fail for every request is raised instead, for
+        no request is to blame: the process ends, and another goes on with all of them.
+
+        Raises:
+            InternalError: the engine is broken and will not mend: a lost device, a dead process.
+        """
+
+    def pause(self) -> None:  # noqa: B027 - most draw in ``step`` alone
+        """No ``step`` comes until :meth:`resume`: an engine that draws tokens by itself stops. Requests keep what they
+        have; others may come, be cancelled, and get a new policy meanwhile. Paused already: nothing.
+
+        Raises:
+            InternalError: as :meth:`step`.
+        """
+
+    def resume(self) -> None:  # noqa: B027
+        """Draw tokens again. Not paused: nothing.
+
+        Raises:
+            InternalError: as :meth:`step`.
+        """
 
     @abstractmethod
     def prepare_policy(self, tensors: Mapping[str, Tensor]) -> PreparedPolicy:
@@ -93,13 +116,17 @@ class RolloutEngine(ABC):
 
         Raises:
             InvalidInputError: an unknown name or a wrong shape.
-            CorruptWeightsError: NaN or infinity.
+            CorruptWeightsError: NaN or infinity, in the dtype that is served.
         """
 
     @abstractmethod
     def swap_policy(self, prepared: PreparedPolicy, version: int) -> None:
         """Serve the prepared weights; ``version`` marks every token from now on. Unfinished requests go on under
-        them, from keys and values made anew (or kept, where the configuration says so)."""
+        them, from keys and values made anew (or, of running ones, kept, where the configuration says so).
+
+        Raises:
+            InternalError: as :meth:`step`, if it failed halfway: the next ``step`` raises, too.
+        """
 
     def export_kv(self, request_id: str) -> Mapping[str, Tensor] | None:
         """Keys and values of a running request, for :meth:`submit` in another process; None where that is not to be

@@ -40,7 +40,7 @@ class TokenEvent:
         position: index of the token in its response. With an error: the index of the token that could not be written.
         token_id: −1 with an error.
         finish_reason: set on the last token.
-        error: why the request failed; it is gone from the engine, and its neighbours never noticed.
+        error: why this request failed; it is gone from the engine, and its neighbours never noticed.
     """
 
     request_id: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -26,13 +27,14 @@ from opd_mesh.stream import TrajectoryStream
 from opd_mesh.trajectory import FinishReason
 from rollout_server.driver import EngineDriver
 from rollout_server.engine import GenerationRequest, RolloutEngine, TokenEvent
-from rollout_server.request_log import RequestLog, state_of, written_tokens
+from rollout_server.request_log import RequestLog, written_tokens
 from rollout_server.requests import RequestParams, RequestState, RequestTable
-from rollout_server.token_log import RecoveredRequest, TokenLog
+from rollout_server.token_log import TokenLog
 
 log = logging.getLogger("rollout_server")
 ResultT = TypeVar("ResultT")
 RETRY_DELAY_S = 2.0
+FIRST_DELIVERY_DELAY_S, LAST_DELIVERY_DELAY_S = 1.0, 30.0
 
 
 class Generations:
@@ -63,6 +65,7 @@ class Generations:
         self._stream_of = stream_of
         self._on_failure = on_failure
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = False
         self._recovered: list[RequestState] = []  # unfinished, until there is a policy to go on with
         self.driver = EngineDriver(
             engine,
@@ -72,13 +75,16 @@ class Generations:
         )
 
     # --- before the first policy -------------------------------------------------------------------------------
-    def recover(self, requests: Iterable[RecoveredRequest]) -> None:
+    def recover(self, states: Iterable[RequestState]) -> None:
         """Take over what a log holds. What is finished can be read at once, the rest goes on with the next policy."""
-        for recovered in requests:
-            state = state_of(recovered)
+        for state in states:
+            earlier = self.table.lookup(state.params.key)
+            if earlier is not None:  # forgotten, but that could not be logged, and then asked for anew
+                self._recovered = [other for other in self._recovered if other is not earlier]
+                self.table.drop(earlier)
             self.table.add(state)
             if state.ended:
-                self.table.mark_ended(state.params.key)
+                self.table.mark_ended(state)
             elif state.finish_reason is not None:
                 self._end(state)
             elif state.params.tokenizer_fingerprint != self._fingerprint:
@@ -89,38 +95,60 @@ class Generations:
             tokens = sum(len(state.tokens) for state in self._recovered)
             log.info("%d unfinished requests with %d tokens recovered", len(self._recovered), tokens)
 
-    async def go_on(self, kv: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """There is a policy: requests that were recovered are written on, in the order in which they came.
+    @property
+    def recovered_unfinished(self) -> bool:
+        """Requests wait for the first policy."""
+        return bool(self._recovered)
+
+    def submit_recovered(self, kv: Mapping[int, Mapping[str, Tensor]]) -> list[tuple[RequestState, OpdError]]:
+        """In the engine's thread, with the first policy: all go on, in the order in which they came.
 
         Args:
             kv: keys and values by the log's handle, for those that have some.
+
+        Returns:
+            What the engine refuses.
         """
         waiting, self._recovered = self._recovered, []
+        refused = []
         for state in waiting:
             if state.finish_reason is not None or state.error is not None:
-                continue  # cancelled, or superseded, meanwhile
-            request = GenerationRequest(
-                state.params.key, state.params.prompt_ids, state.params.sampling, written_tokens(state)
-            )
-            try:
-                saved = kv.get(state.handle)
-                await self.driver.call(lambda r=request, saved=saved: self.engine.submit(r, saved))  # type: ignore[misc]
-            except OpdError as error:
-                self._fail(state, error)
-
-    def supersede(self, policy: PolicyId) -> list[str]:
-        """End what an earlier lineage of the policy's run, or another run, asked for to train on: nobody reads it.
-
-        Returns their keys, which the engine has to be told.
-        """
-        keys = []
-        for state in self.table.unfinished():
+                continue  # cancelled meanwhile
             params = state.params
-            old = params.run_id != policy.run_id or state.lineage < policy.lineage
-            if params.publish and old and state.finish_reason is None:
-                keys.append(params.key)
-                self._fail(state, PreconditionError(f"its run was superseded by policy {policy}"))
-        return keys
+            request = GenerationRequest(params.key, params.prompt_ids, params.sampling, written_tokens(state))
+            try:
+                self.engine.submit(request, kv.get(state.handle))
+            except OpdError as error:
+                refused.append((state, error))
+            except Exception as error:  # of this one; the policy is in place, and the others go on
+                log.exception("request %s cannot go on", params.request_id)
+                refused.append((state, InternalError(f"cannot go on: {error}")))
+        return refused
+
+    def outdated(self, policy: PolicyId) -> list[RequestState]:
+        """What an earlier lineage of the policy's run, or another run, asked for to train on: nobody reads it."""
+        return [
+            state
+            for state in self.table.undelivered()
+            if state.params.publish and (state.params.run_id != policy.run_id or state.lineage < policy.lineage)
+        ]
+
+    async def end_outdated(self, policy: PolicyId) -> None:
+        """The policy is served: let go of them."""
+        outdated = self.outdated(policy)
+        if not outdated:
+            return
+        for state in outdated:
+            self._fail(state, PreconditionError(f"its run was superseded by policy {policy}"))
+            state.again.set()
+        keys = [state.params.key for state in outdated]
+        with suppress(UnavailableError):  # the loop has ended, and with it the requests
+            await self.driver.call(lambda: [self.engine.cancel(key) for key in keys])
+
+    def refuse(self, refused: Iterable[tuple[RequestState, OpdError]]) -> None:
+        """End what :meth:`submit_recovered` gave back."""
+        for state, error in refused:
+            self._fail(state, error)
 
     # --- a request ---------------------------------------------------------------------------------------------
     async def attach(
@@ -138,7 +166,7 @@ class Generations:
         if state is None and policy is None:
             raise NoPolicyError("no policy has been given to this server yet", retry_delay_s=1.0)
         written = len(state.tokens) if state else 0
-        if from_index > written and (not self.engine.deterministic or (state is not None and state.ended)):
+        if from_index > written and not self._writes_again(state, policy):
             raise BeyondLogError(
                 f"{from_index} is beyond the {written} tokens written; ask again from {written} at most, and let go "
                 "of what was seen beyond it",
@@ -152,6 +180,16 @@ class Generations:
             self._try_again(state)
         return state, attached
 
+    def _writes_again(self, state: RequestState | None, policy: PolicyId | None) -> bool:
+        """Whether the tokens that a client saw, and the log lost, will come out the same: a deterministic engine, and
+        the weights that drew the last one logged, for versions never fall and so drew the lost ones, too."""
+        if not self.engine.deterministic or state is None or state.ended or not state.tokens:
+            return False
+        if policy is None:
+            raise NoPolicyError("no policy has been given to this server yet", retry_delay_s=1.0)
+        same_run = state.params.run_id == policy.run_id and state.lineage == policy.lineage
+        return same_run and state.policy_versions[-1] == policy.version
+
     async def _begin(self, params: RequestParams, policy: PolicyId) -> RequestState:
         state = RequestState(params, lineage=policy.lineage)
         self.table.add(state)  # before the engine sees it: its first token may come at once
@@ -164,14 +202,19 @@ class Generations:
             if self.log.full:
                 raise LogFullError("the token log's disk is full; make room for it", retry_delay_s=RETRY_DELAY_S)
             self.log.begin(state)
-            self.engine.submit(request)
+            try:
+                self.engine.submit(request)
+            except BaseException:
+                self.log.forgotten(state)
+                raise
 
         async def submit() -> None:
             try:
                 await self.driver.call(admit)
-            except OpdError as error:
+            except BaseException as error:
                 self.table.forget(params.key)
-                state.error = error  # for whoever has attached meanwhile
+                # For whoever has attached meanwhile.
+                state.error = error if isinstance(error, OpdError) else InternalError(f"not admitted: {error!r}")
                 state.notify()
                 raise
 
@@ -181,12 +224,16 @@ class Generations:
 
     def _try_again(self, state: RequestState) -> None:
         """A finished response that could not be published is published now; what failed otherwise stays failed."""
-        if state.finish_reason is not None and isinstance(state.error, UnavailableError | OverloadedError):
+        if state.finish_reason is not None and not state.failed:
             state.error = None
-            self._end(state)
+            state.again.set()
 
     async def cancel(self, state: RequestState) -> bool:
         """Free the slot; False where it has ended already."""
+        # A client that goes away now must not leave a request behind that nobody writes and nobody ends.
+        return await self.to_the_end(self._cancel(state))
+
+    async def _cancel(self, state: RequestState) -> bool:
         if state.ended or state.finish_reason is not None:
             return False
         await self.driver.call(lambda: self.engine.cancel(state.params.key))
@@ -231,8 +278,8 @@ class Generations:
 
     def _fail(self, state: RequestState, error: OpdError) -> None:
         self.log.failed(state, error)
-        state.error = error
-        self.table.mark_ended(state.params.key)
+        state.error, state.failed = error, True
+        self.table.mark_ended(state)
         state.notify()
 
     def _end(self, state: RequestState) -> None:
@@ -240,29 +287,41 @@ class Generations:
         self._keep(self._deliver(state))
 
     async def _deliver(self, state: RequestState) -> None:
+        """Publish, and tell the listeners. What Redis does not take now is kept and tried again until it does."""
         params = state.params
-        try:
-            if params.publish and state.tokens:
-                payload = trajectory_to_proto(state.trajectory()).SerializeToString()
-                state.stream_entry_id = await self._stream_of(params.run_id).publish(params.request_id, payload)
-        except OpdError as error:
-            log.error("trajectory %s could not be published, it is kept: %s", params.request_id, error)  # noqa: TRY400
-            state.error = error
-            state.notify()
-            return
-        except Exception as error:
-            log.exception("publishing %s failed", params.request_id)
-            self._fail(state, InternalError(f"publishing failed: {error}"))
-            return
-        self.log.delivered(state)
+        delay_s = FIRST_DELIVERY_DELAY_S
+        while True:
+            try:
+                if params.publish and state.tokens:
+                    payload = trajectory_to_proto(state.trajectory()).SerializeToString()
+                    state.stream_entry_id = await self._stream_of(params.run_id).publish(params.request_id, payload)
+                break
+            except (UnavailableError, OverloadedError) as error:
+                log.error("trajectory %s could not be published, it is kept: %s", params.request_id, error)  # noqa: TRY400
+                state.error = error
+                state.notify()
+            except OpdError as error:
+                return self._fail(state, error)
+            except Exception as error:
+                log.exception("publishing %s failed", params.request_id)
+                return self._fail(state, InternalError(f"publishing failed: {error}"))
+            if not self._stopping:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(state.again.wait(), delay_s)
+                state.again.clear()
+                delay_s = min(2 * delay_s, LAST_DELIVERY_DELAY_S)
+            if self._stopping or state.failed:  # the log has it; or nobody reads it any more
+                return None
+        state.error = None
         state.delivered = True
-        self.table.mark_ended(params.key)
-        state.notify()
+        self.log.delivered(state)
+        self.table.mark_ended(state)
+        return state.notify()
 
     # --- the end -----------------------------------------------------------------------------------------------
     def _let_go(self, error: OpdError) -> list[RequestState]:
         """Tell listeners of unfinished requests; the log hears nothing of it."""
-        unfinished = [state for state in self.table.unfinished() if state.finish_reason is None]
+        unfinished = [state for state in self.table.undelivered() if state.finish_reason is None]
         for state in unfinished:
             state.error = error
             state.notify()
@@ -273,5 +332,9 @@ class Generations:
         to ask again."""
         await self.driver.close()
         unfinished = self._let_go(UnavailableError("the rollout server is stopping"))
+        self._stopping = True
+        for state in self.table.undelivered():
+            state.again.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.log.close)
         return unfinished

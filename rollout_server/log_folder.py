@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -22,6 +23,7 @@ log = logging.getLogger("rollout_server")
 
 ID_FILE, LOCK_FILE, RESERVE_FILE = "ID", "LOCK", "RESERVE"
 WITH_LEASE = ", with a lease"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 UNFINISHED = ".tmp"  # the ending of a file that has not got its name yet, after a random part
 # Room for the records that end and forget requests, and for a small compaction, when the disk is full.
 RESERVE_BYTES = 1 << 20
@@ -84,16 +86,6 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
-def cut_file(path: Path, n_bytes: int) -> None:
-    """Truncate, durably."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        os.ftruncate(fd, n_bytes)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def sync_file(path: Path) -> None:
     """Make durable what any process has written to ``path``."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -121,6 +113,11 @@ class SegmentFiles(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def newest_epoch(path: Path) -> int:
+    """Of any segment in the folder; 0 where there is none."""
+    return max((place[0] for name in os.listdir(path) if (place := parse_segment_name(name))), default=0)
 
 
 def log_id(path: Path) -> bytes:
@@ -163,38 +160,83 @@ def _parse_id(text: bytes) -> bytes:
     return bytes.fromhex(text.decode())
 
 
-def lock_folder(path: Path, *, leased: bool = False) -> int:
-    """A descriptor that holds the folder's lock until it is closed.
+def remove_obsolete(path: Path, epoch: int, kept: Iterable[str]) -> None:
+    """Remove segments of earlier epochs but the ``kept`` ones, and what a crash left without a name."""
+    names = set(kept)
+    for name in os.listdir(path):
+        stem, wal, rest = name.partition(".wal")
+        place = parse_segment_name(stem + wal)
+        if place and place[0] < epoch and name not in names and (not rest or rest.endswith(UNFINISHED)):
+            with contextlib.suppress(FileNotFoundError):  # an owner that does not know that it is none any more
+                os.unlink(path / name)
 
-    With a lease of our own (``leased``) a lock that another leaseholder has does not stop us: its lease has run out, so
-    it is stopped or hangs, and its fence stops it when it goes on. A holder without a lease knows no fence.
+
+class FolderLock:
+    """The flock on a log's folder, tried for once and given up by ``close``.
+
+    A server with a lease (``leased``) may go without: another leaseholder that has it while the lease is ours is
+    stopped or hangs, and its fence stops it when it goes on. A holder without a lease knows no fence.
+
+    Attributes:
+        held: it is ours.
+        place: names this machine's boot and the lock file, the same for every process that could hold this flock; empty
+            where it is not ours, or the machine does not tell.
 
     Raises:
-        LogOwnedError: another process of this machine holds it.
+        LogOwnedError: another process of this machine holds it, and we may not go without.
         PreconditionError: the lock is a symlink.
     """
-    file = path / LOCK_FILE
-    try:
-        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise PreconditionError(f"{file} is a symlink, which is not followed: remove it") from error
-        raise
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(fd, 64, 0).decode("utf-8", "replace").strip() or "another process"
-        if not (leased and owner.endswith(WITH_LEASE)):
-            os.close(fd)
-            raise LogOwnedError(f"the token log {path} is owned by {owner} on this machine") from error
-        log.warning("the token log %s is locked by %s, whose lease has run out: taken over", path, owner)
-    except BaseException:
-        os.close(fd)
-        raise
-    with contextlib.suppress(OSError):  # for the message above only; the disk may be full
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"process {os.getpid()}{WITH_LEASE if leased else ''}\n".encode(), 0)
-    return fd
+
+    def __init__(self, path: Path, *, leased: bool = False) -> None:
+        self._path, self._leased = path, leased
+        self._other = ""
+        self.held, self.place = True, ""
+        file = path / LOCK_FILE
+        try:
+            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise PreconditionError(f"{file} is a symlink, which is not followed: remove it") from error
+            raise
+        try:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self.held = False
+                self._other = os.pread(self._fd, 64, 0).decode("utf-8", "replace").strip() or "another process"
+                if not (leased and self._other.endswith(WITH_LEASE)):
+                    raise LogOwnedError(f"the token log {path} is owned by {self._other} on this machine") from error
+            else:
+                self._sign()
+                self.place = self._find_place()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def take_over(self) -> None:
+        """The lease is ours, so the log is, too, whoever has the flock."""
+        if not self.held:
+            log.warning(
+                "the token log %s is locked by %s, whose lease has run out: taken over", self._path, self._other
+            )
+            self._sign()
+
+    def close(self) -> None:
+        """Give it up."""
+        os.close(self._fd)
+
+    def _sign(self) -> None:
+        with contextlib.suppress(OSError):  # for whoever finds it taken; the disk may be full
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()}{WITH_LEASE if self._leased else ''}\n".encode(), 0)
+
+    def _find_place(self) -> str:
+        try:
+            boot = BOOT_ID.read_text().strip()
+        except OSError:
+            return ""
+        stat = os.fstat(self._fd)
+        return hashlib.sha256(f"{boot} {stat.st_dev} {stat.st_ino}".encode()).hexdigest()[:16] if boot else ""
 
 
 class Reserve:

@@ -19,22 +19,30 @@ from typing import Any
 from opd_mesh.config.services import TokenLogConfig
 from opd_mesh.errors import LogOwnedError, OpdError
 from opd_mesh.stream_redis import RedisLink
+from rollout_server.log_folder import FolderLock, newest_epoch
 
 log = logging.getLogger("rollout_server")
 
-ASK_AGAIN_S = 0.25  # while another owner holds the lease, and while Redis refuses a renewal
+ASK_AGAIN_S = 0.25  # while Redis refuses a renewal
 
-# lease key, epoch key | owner, milliseconds → {1, epoch} when it is ours, {0, owner, milliseconds left} otherwise.
-# Asked again by the same owner it gives the same epoch, so a lost answer is cured by asking again.
+# lease key, epoch key | owner, milliseconds, newest epoch in the folder, how the name of an owner ends that is dead, or
+# '' → {1, epoch} when it is ours, {0, owner, milliseconds left} otherwise. Asked again by the same owner it gives the
+# same epoch, so a lost answer is cured by asking again; but never one that the folder has seen.
 _ACQUIRE = """#!lua flags=allow-oom
 local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[1] then return {0, owner, redis.call('PTTL', KEYS[1])} end
-local epoch = owner and redis.call('GET', KEYS[2]) or redis.call('INCR', KEYS[2])
+local dead = owner and ARGV[4] ~= '' and string.sub(owner, -#ARGV[4]) == ARGV[4]
+if owner and owner ~= ARGV[1] and not dead then return {0, owner, redis.call('PTTL', KEYS[1])} end
+local epoch, in_folder = tonumber(redis.call('GET', KEYS[2]) or 0), tonumber(ARGV[3])
+if owner ~= ARGV[1] or epoch <= in_folder then
+  epoch = math.max(epoch, in_folder) + 1
+  redis.call('SET', KEYS[2], string.format('%.0f', epoch))
+end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return {1, epoch}
 """
-# lease key, epoch key | owner, milliseconds, epoch → 1 when it is still ours. A lease that ran out and that nobody took
-# meanwhile (nobody raised the epoch; or Redis was emptied, and nobody has come since) is ours still.
+# lease key, epoch key | owner, milliseconds, epoch → 1 when it is still ours. It is asked only while the lease has time
+# left, so one that is not there was lost by Redis (emptied, started again without its data, its clock set): it is ours
+# still where nobody took it meanwhile, which would have raised the epoch.
 _RENEW = """#!lua flags=allow-oom
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return 0 end
@@ -56,7 +64,7 @@ def _now_s() -> float:
 
 
 class LogLease:
-    """The lease of one log: ``acquire``, then set the log's ``fence`` to ``check``; ``release`` after closing the log.
+    """The lease of one log: ``acquire``, open the log with ``check`` as its fence; ``release`` after closing the log.
 
     Renewed every third of ``config.lease_s`` by a task; Redis may be away for less than the lease.
 
@@ -65,7 +73,7 @@ class LogLease:
         timeout_s: for one call to Redis, before it counts as away.
 
     Attributes:
-        owner: this holder, as others see it in their errors.
+        owner: this holder, as others see it in their errors; since ``acquire`` with the place of the flock that it has.
         lost: set once the lease has run out or another has it; it does not come back.
 
     Raises:
@@ -73,7 +81,7 @@ class LogLease:
     """
 
     def __init__(self, redis_url: str, log_id: bytes, config: TokenLogConfig, *, timeout_s: float = 10.0) -> None:
-        self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._name = self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self.lost = asyncio.Event()
         self._keys = [f"opd:log:{log_id.hex()}", f"opd:log:{log_id.hex()}:epoch"]
         self._path = config.path
@@ -83,39 +91,33 @@ class LogLease:
         self._scripts = {name: self._link.redis.register_script(source) for name, source in scripts.items()}
         self._epoch = 0
         self._valid_until_s = float("-inf")  # on _now_s(); written by the event loop, read by any thread
-        self._is_lost = False
+        self._is_lost = True  # not acquired yet
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renewal: asyncio.Task[None] | None = None
 
-    async def acquire(self, wait_s: float = 0.0) -> int:
-        """Take the lease, waiting at most ``wait_s`` for another owner's to end; returns the epoch that comes with it.
+    async def acquire(self, flock: FolderLock | None = None) -> int:
+        """Take the lease where nobody has it; returns the epoch that comes with it, later than any in the folder.
 
-        Epochs of one log only grow, unless Redis loses them; ``TokenLog.open(config, min_epoch=...)`` covers that.
+        Args:
+            flock: of the log's folder. Where it is ours, a leaseholder that had this very flock has ended, and its
+                lease need not run out. It must stay ours for as long as the lease.
 
         Raises:
             LogOwnedError: another owner, whom it names, still holds it.
             StreamUnavailableError: Redis does not answer.
         """
-        give_up_s = _now_s() + wait_s
-        while True:
-            try:
-                started_s, answer = await self._ask("acquire", self.owner, self._lease_ms)
-            except OpdError:
-                await self._link.redis.aclose()  # nobody releases what was not acquired
-                raise
-            if answer[0] == 1:
-                break
+        place = f"@{flock.place}" if flock is not None and flock.place else ""
+        self.owner = self._name + place
+        in_folder = await asyncio.to_thread(newest_epoch, self._path)
+        started_s, answer = await self._ask("acquire", self.owner, self._lease_ms, in_folder, place)
+        if answer[0] != 1:
             owner, left_s = answer[1].decode("utf-8", "replace"), max(answer[2], 0) / 1000
-            wait_left_s = give_up_s - _now_s()
-            if wait_left_s <= 0:
-                await self._link.redis.aclose()
-                raise LogOwnedError(
-                    f"the token log {self._path} is owned by {owner}; its lease runs out in {left_s:.1f} s, unless it "
-                    "is renewed",
-                    retry_delay_s=left_s,
-                    metadata={"owner": owner},
-                )
-            await asyncio.sleep(min(ASK_AGAIN_S, wait_left_s, left_s + 0.01))
+            raise LogOwnedError(
+                f"the token log {self._path} is owned by {owner}; its lease runs out in {left_s:.1f} s, unless it is "
+                "renewed",
+                retry_delay_s=left_s,
+                metadata={"owner": owner},
+            )
         self._epoch = int(answer[1])
         self._valid_until_s = started_s + self._lease_s
         self._is_lost = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -34,22 +33,41 @@ class SegmentWriter:
     for good: which pages reached the disk is unknown, and asking again would only hide it.
 
     Attributes:
+        fence: raises LogOwnedError where another server may own the log; once it has, nothing is written any more.
+        on_failed: called once when the log fails.
+        on_full: called when ``full`` becomes True, and perhaps again while it is.
         segments: closed, and counting, in order.
         records: written in this epoch; those up to ``synced_records`` are durable.
     """
 
-    def __init__(self, path: Path, log_id: bytes, epoch: int, segment_bytes: int, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        log_id: bytes,
+        epoch: int,
+        segment_bytes: int,
+        segments: Sequence[Segment],
+        fence: Callable[[], None] | None = None,
+    ) -> None:
         """Begins the epoch with a segment that builds on ``segments``."""
         self.path, self.log_id, self.epoch = path, log_id, epoch
-        self.fence: Callable[[], None] | None = None
+        self.fence = fence
+        self.on_failed: Callable[[BaseException], None] | None = None
+        self.on_full: Callable[[], None] | None = None
         self.reserve = Reserve(path)
-        self.failure: OSError | None = None
+        self.failure: BaseException | None = None
         self.closed = False
-        self.number = self.size = self.bytes_written = self.records = self.synced_records = self.syncs = 0
-        self.sync_seconds = 0.0
+        self.number = self.size = self.records = self.synced_records = 0
         self.met_full_disk = False
+        self._disowned: LogOwnedError | None = None
         self._segment_bytes = segment_bytes
+        self.require_owned()
         self._start(0, segments, sure=True)
+        try:
+            self.require_owned()  # a successor that came before the segment did not see it, and does not count it
+        except BaseException:
+            self.close()
+            raise
         self.reserve.restore()
 
     @property
@@ -57,17 +75,27 @@ class SegmentWriter:
         """Of the segments that count."""
         return self._closed_bytes + self.size
 
+    @property
     def full(self) -> bool:
-        """Whether the last write met a full disk and there is no room yet; looks again each time while there is none.
+        """Whether the last write met a full disk, or used the reserve, and no room has been seen since."""
+        return (self.met_full_disk or self.reserve.spent) and not self.closed
 
-        Without the look, a server that begins nothing while this is True would never see the room that was made.
-        """
-        if self.closed or not (self.met_full_disk or self.reserve.spent):
-            return False
+    def look_for_room(self) -> None:
+        """Clear ``full`` where there is room again; whoever begins nothing while it is full would never see that."""
         if self.reserve.spent and not self.reserve.restore():
-            return True
+            return
         self.met_full_disk = not self.reserve.room_at(self.size)
-        return self.met_full_disk
+
+    def require_owned(self) -> None:
+        """Raises LogOwnedError where another server may own the log."""
+        if self._disowned is not None:
+            raise LogOwnedError(str(self._disowned))
+        if self.fence is not None:
+            try:
+                self.fence()
+            except LogOwnedError as error:
+                self._disowned = error  # the record before it may be on the disk, and must not be written again
+                raise
 
     def require_usable(self, *, fenced: bool = True) -> None:
         """Raises what the class says for a log that nothing may be written to."""
@@ -78,17 +106,27 @@ class SegmentWriter:
                 f"the token log {self.path} has failed ({self.failure}); what the disk holds is unknown: restart the "
                 "server, which recovers what is there"
             ) from self.failure
-        if fenced and self.fence is not None:
-            self.fence()
+        if fenced:
+            self.require_owned()
 
-    def fail(self, error: OSError) -> NoReturn:
-        """Refuse everything from now on."""
-        self.failure = error
+    def mark_failed(self, error: BaseException) -> None:
+        """Refuse everything from now on; the first error counts."""
+        if self.failure is None:
+            self.failure = error
+            if self.on_failed is not None:
+                self.on_failed(error)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Refuse everything from now on, this call first."""
+        self.mark_failed(error)
         self.require_usable()
         raise AssertionError("a failed log is not usable")
 
     def put(self, kind: Kind, payload: bytes, *, must: bool = False) -> int:
         """Write one record; returns how many there are now.
+
+        The fence is asked before and after: an owner that was suspended between the two may have written what its
+        successor does not count, and must not say that it is logged.
 
         Args:
             must: it makes room or ends something, so it may use the reserve, and never waits for a new segment.
@@ -102,6 +140,7 @@ class SegmentWriter:
                 self.rotate(self.number + 1)
         self._sure(lambda: self._write(kind, payload), must)
         self.met_full_disk = False
+        self.require_owned()
         return self.records
 
     def rotate(
@@ -152,22 +191,22 @@ class SegmentWriter:
 
     def sync(self) -> None:
         """fdatasync of the active segment."""
-        started = time.perf_counter()
         try:
             os.fdatasync(self._fd)
         except OSError as error:
             self.fail(error)  # also where it says that the disk is full: the pages are lost
-        self.count_sync(self.records, started)
+        self.count_synced(self.records)
 
     def active_fd(self) -> int:
         """A descriptor of one's own for the active segment; a rotation may close the writer's."""
-        return os.dup(self._fd)
+        try:
+            return os.dup(self._fd)
+        except OSError as error:
+            self.fail(error)
 
-    def count_sync(self, covered: int, started: float) -> None:
-        """The first ``covered`` records are durable, by a sync that began at ``started`` (perf_counter)."""
+    def count_synced(self, covered: int) -> None:
+        """The first ``covered`` records are durable."""
         self.synced_records = max(self.synced_records, covered)
-        self.syncs += 1
-        self.sync_seconds += time.perf_counter() - started
 
     def close(self) -> None:
         """Give up the descriptor."""
@@ -184,6 +223,7 @@ class SegmentWriter:
         except OSError as error:
             if not (must and is_full(error) and self.reserve.spend()):
                 self._refuse(error)
+        self._tell_full()
         try:
             return attempt()
         except OSError as again:
@@ -193,10 +233,15 @@ class SegmentWriter:
         if not is_full(error):
             self.fail(error)
         self.met_full_disk = True
+        self._tell_full()
         raise LogFullError(
             f"the disk of the token log {self.path} is full ({error}): make room there",
             retry_delay_s=FULL_RETRY_DELAY_S,
         ) from error
+
+    def _tell_full(self) -> None:
+        if self.on_full is not None:
+            self.on_full()
 
     def _write(self, kind: Kind, payload: bytes) -> None:
         record = encode_record(self._seed, self.size, kind, payload)
@@ -206,7 +251,6 @@ class SegmentWriter:
             os.ftruncate(self._fd, self.size)
             raise
         self.size += len(record)
-        self.bytes_written += len(record)
         self.records += 1
 
     def _start(self, number: int, segments: Sequence[Segment], *, sure: bool) -> None:
@@ -216,4 +260,3 @@ class SegmentWriter:
         self._seed = segment_seed(self.log_id, self.epoch, number)
         self.segments = list(segments)
         self._closed_bytes = sum(segment.n_bytes for segment in segments)
-        self.bytes_written += size

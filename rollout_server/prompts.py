@@ -1,4 +1,4 @@
-"""Prompts that have been read, kept for the other answers drawn to them."""
+"""Prompts that have been read, kept for the other answers drawn to them under the same weights."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from google.protobuf.message import DecodeError
 from opd.v1 import rollout_service_pb2
@@ -69,6 +70,7 @@ def state_of(recovered: RecoveredRequest) -> RequestState:
         policy_versions=list(recovered.policy_versions),
         finish_reason=recovered.finish_reason,
         error=_CLASSES.get(error[0], InternalError)(error[1]) if error else None,
+        failed=error is not None,
         delivered=recovered.delivered,
         stream_entry_id=recovered.stream_entry_id,
     )
@@ -80,11 +82,27 @@ def written_tokens(state: RequestState) -> tuple[WrittenToken, ...]:
     return tuple(map(WrittenToken, *columns))
 
 
+def states_of(recovered: Iterable[RecoveredRequest]) -> list[RequestState]:
+    """All that can be read; what cannot stays in the log, and keeps nobody from the rest. Slow, so in a thread."""
+    states = []
+    for request in recovered:
+        try:
+            states.append(state_of(request))
+        except InternalError as error:
+            log.error("request %d of the log is left alone: %s", request.handle, error)  # noqa: TRY400
+    return states
+
+
 class RequestLog:
-    """Writes the life of requests to a :class:`TokenLog`, or nowhere."""
+    """Writes the life of requests to a :class:`TokenLog`, or nowhere.
+
+    :meth:`begin` and :meth:`record` write at once, in the engine's thread. The others only note what the next owner
+    would find out for itself, and what may wait for a disk: a thread of their own writes them, in order.
+    """
 
     def __init__(self, token_log: TokenLog | None) -> None:
         self._log = token_log
+        self._notes = ThreadPoolExecutor(1, thread_name_prefix="log-notes")
 
     @property
     def kept(self) -> bool:
@@ -151,9 +169,18 @@ class RequestLog:
 
     def _note(self, write: Callable[[TokenLog], None]) -> None:
         """What is lost of these is done again by the next owner: the log may be full, or another's."""
-        if self._log is None:
-            return
+        if self._log is not None:
+            self._notes.submit(self._write, write, self._log)
+
+    @staticmethod
+    def _write(write: Callable[[TokenLog], None], token_log: TokenLog) -> None:
         try:
-            write(self._log)
+            write(token_log)
         except OpdError as error:
             log.warning("not logged: %s", error)
+        except Exception:
+            log.exception("a note was not logged")
+
+    def close(self) -> None:
+        """Wait until all is written; the log itself stays open."""
+        self._notes.shutdown(wait=True)

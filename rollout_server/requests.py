@@ -44,9 +44,13 @@ class RequestState:
     policy_versions: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: OpdError | None = None
+    # True where `error` is the end of it. Otherwise it may yet be delivered, or be written on by another server.
+    failed: bool = False
     # True once the trajectory is where it belongs (on the Redis stream, if it was to be published).
     delivered: bool = False
     stream_entry_id: str = ""
+    # Set to deliver at once what could not be delivered before.
+    again: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -151,13 +155,20 @@ class RequestTable:
         """As if it had never been asked. Not one that has ended."""
         self._states.pop(key, None)
 
-    def mark_ended(self, key: str) -> None:
+    def mark_ended(self, state: RequestState) -> None:
         """It may be forgotten when newer ones have ended."""
-        self._ended[key] = None
+        if self._states.get(state.params.key) is not state:
+            return  # dropped meanwhile
+        self._ended[state.params.key] = None
         while len(self._ended) > self._finished_kept:
             oldest, _ = self._ended.popitem(last=False)
             self._on_forgotten(self._states.pop(oldest))
 
-    def unfinished(self) -> list[RequestState]:
-        """Those that are being written, or wait."""
-        return [state for state in self._states.values() if not state.ended]
+    def drop(self, state: RequestState) -> None:
+        """Let go of it for good, ended or not."""
+        self._ended.pop(state.params.key, None)
+        self._on_forgotten(self._states.pop(state.params.key))
+
+    def undelivered(self) -> list[RequestState]:
+        """Those that are being written, or wait, or could not be delivered yet."""
+        return [state for state in self._states.values() if not state.failed and not state.delivered]

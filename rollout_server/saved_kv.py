@@ -1,7 +1,7 @@
 """Keys and values of unfinished requests on the disk, so that a server that was told to go need not read again.
 
-A convenience: what is missing, of other weights or of other lengths, is read again from the tokens. One safetensors
-file per request in ``kv/`` beside the log; metadata say whose it is.
+A convenience: what is missing, damaged, of other weights or of other lengths, is read again from the tokens. One
+safetensors file per request in ``kv/`` beside the log; metadata say whose it is, and hold a digest of the tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from opd_mesh.models.checkpoint import state_digest
 from rollout_server.engine import RolloutEngine
 from rollout_server.requests import RequestState
 
@@ -40,8 +41,12 @@ class SavedKv:
                 tensors = engine.export_kv(state.params.key)
                 if tensors is None:
                     continue
-                metadata = {"handle": str(state.handle), "tokens": str(len(state.tokens)), "policy": policy_digest}
                 contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+                metadata = {
+                    "handle": str(state.handle),
+                    "policy": policy_digest,
+                    "sha256": state_digest(contiguous.items()),
+                }
                 save_file(contiguous, self._folder / f"{state.handle}.safetensors", metadata)
                 saved += 1
         except (OSError, SafetensorError) as error:
@@ -56,8 +61,10 @@ class SavedKv:
                 with safe_open(path, "pt") as file:
                     metadata = file.metadata() or {}
                     if metadata.get("policy") == policy_digest:
-                        names = list(file.keys())
-                        found[int(metadata["handle"])] = {name: file.get_tensor(name).clone() for name in names}
+                        tensors = {name: file.get_tensor(name).clone() for name in list(file.keys())}
+                        if state_digest(tensors.items()) != metadata["sha256"]:  # never written to their end
+                            raise ValueError("its bytes are not those that were saved")
+                        found[int(metadata["handle"])] = tensors
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 log.warning("%s cannot be used: %s", path, error)
         shutil.rmtree(self._folder, ignore_errors=True)

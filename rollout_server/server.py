@@ -15,6 +15,7 @@ from opd_mesh.process import ServiceArguments
 from opd_mesh.rpc.server import MeshServer
 from rollout_server.engines import build_engine
 from rollout_server.owned_log import OwnedLog
+from rollout_server.request_log import states_of
 from rollout_server.service import RolloutServicer
 
 log = logging.getLogger("rollout_server")
@@ -46,7 +47,9 @@ async def serve(arguments: ServiceArguments[RolloutServerConfig]) -> int:
         if config.log is not None:
             owned = await OwnedLog.take(config.log, redis_url, timeout_s=config.stream_timeout_s)
             owned.when_lost(on_failure)
-            servicer.install(loaded, token_log=owned.log, recovered=owned.recovered)
+            recovered = await asyncio.to_thread(states_of, owned.take_recovered())
+            servicer.install(loaded, token_log=owned.log, recovered=recovered)
+            del recovered
         else:
             log.warning("no log is configured: requests do not survive this process")
             servicer.install(loaded)
@@ -55,7 +58,7 @@ async def serve(arguments: ServiceArguments[RolloutServerConfig]) -> int:
         await server.grpc.stop(None)  # or its destructor would add a stack to the one clear message
         raise
     arguments.announce(address)
-    await server.run_until_signal(on_drain=servicer.close)
+    await server.run_until_signal(on_drain=lambda: servicer.close(save_kv=not failures))
     if owned is not None:
         with suppress(OpdError):  # fenced, or its disk is broken: said already
             await owned.release()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 
 import grpc
+import numpy as np
 from opd.v1 import rollout_service_pb2, rollout_service_pb2_grpc
+from torch import Tensor
 
 from opd_mesh import telemetry
 from opd_mesh.config.services import RolloutServerConfig
@@ -17,6 +19,7 @@ from opd_mesh.convert import policy_from_proto, policy_to_proto, trajectory_to_p
 from opd_mesh.errors import (
     CorruptWeightsError,
     InvalidInputError,
+    OpdError,
     PreconditionError,
     TensorDecodeError,
     TokenizerMismatchError,
@@ -33,7 +36,7 @@ from rollout_server.policy_transfer import ServedWeights
 from rollout_server.request_log import params_from_proto
 from rollout_server.requests import RequestParams, RequestState
 from rollout_server.saved_kv import SavedKv
-from rollout_server.token_log import RecoveredRequest, TokenLog
+from rollout_server.token_log import TokenLog
 
 log = logging.getLogger("rollout_server")
 
@@ -68,7 +71,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         loaded: LoadedEngine,
         *,
         token_log: TokenLog | None = None,
-        recovered: Sequence[RecoveredRequest] = (),
+        recovered: Sequence[RequestState] = (),
     ) -> None:
         """Begin to accept policies, and to serve what a log holds."""
         self._loaded = replace(loaded, base=None)  # held in one place, which lets go of it
@@ -149,43 +152,53 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             arrays = assembler.finish()
         except TensorDecodeError as error:
             raise CorruptWeightsError(f"policy {offered}: {error}; the old policy stays") from error
-        engine = generations.engine
-        tensors = await asyncio.to_thread(weights.tensors_of, manifest, offered, arrays)
-        prepared = await asyncio.to_thread(engine.prepare_policy, tensors)
-
-        superseded: list[str] = []
-
-        def swap() -> tuple[float, int]:
-            running = engine.running
-            started = time.perf_counter()
-            for key in superseded:
-                engine.cancel(key)
-            engine.swap_policy(prepared, offered.version)
-            return time.perf_counter() - started, running
 
         async def install() -> rollout_service_pb2.UpdatePolicyResponse:
-            nonlocal superseded
             # The lock is not held while weights arrive, for their sender may die; so ask again under it whether they
-            # are still new, and whether they are still a change of what is served.
+            # are still new, and still fit what is served. From here on what is served changes by us alone.
             async with self._update_lock:
                 if not is_new_policy(self._policy, offered):
                     return unchanged
                 if weights.policy is not served:
                     weights.check(manifest, offered)
-                superseded = generations.supersede(offered)
-                with telemetry.span("rollout.swap_policy"):
-                    pause_s, prefilled_again = await generations.driver.call(swap)
-                weights.accept(manifest, offered)
-                log.info("serving policy %s; decoding paused %.4f s", offered, pause_s)
-                saved = await asyncio.to_thread(self._saved_kv.take, offered.digest) if self._saved_kv else {}
-                await generations.go_on(saved)
-                await self._on_serving(True)
+                pause_s, prefilled_again = await self._exchange(manifest, offered, arrays)
             return rollout_service_pb2.UpdatePolicyResponse(
                 policy=policy_to_proto(offered), swapped=True, pause_s=pause_s, prefilled_again=prefilled_again
             )
 
         # A client that goes away now must not leave new weights under the old policy's name.
         return await generations.to_the_end(install())
+
+    async def _exchange(
+        self, manifest: rollout_service_pb2.PolicyManifest, offered: PolicyId, arrays: Mapping[str, np.ndarray]
+    ) -> tuple[float, int]:
+        """Verify, prepare, swap; returns (seconds that decoding stood still, requests that are read again)."""
+        generations, weights = self._generations, self._weights
+        engine = generations.engine
+        tensors = await asyncio.to_thread(weights.tensors_of, manifest, offered, arrays)
+        prepared = await asyncio.to_thread(engine.prepare_policy, tensors)
+        saved = await self._take_saved_kv(offered)
+
+        def swap() -> tuple[float, int, list[tuple[RequestState, OpdError]]]:
+            running = engine.running
+            started = time.perf_counter()
+            engine.swap_policy(prepared, offered.version)
+            pause_s = time.perf_counter() - started
+            return pause_s, running, generations.submit_recovered(saved)
+
+        with telemetry.span("rollout.swap_policy"):
+            pause_s, prefilled_again, refused = await generations.driver.call(swap)
+        weights.accept(manifest, offered)
+        log.info("serving policy %s; decoding paused %.4f s", offered, pause_s)
+        generations.refuse(refused)
+        await generations.end_outdated(offered)
+        await self._on_serving(True)
+        return pause_s, prefilled_again
+
+    async def _take_saved_kv(self, offered: PolicyId) -> dict[int, dict[str, Tensor]]:
+        if self._saved_kv is None or not self._generations.recovered_unfinished:
+            return {}
+        return await asyncio.to_thread(self._saved_kv.take, offered.digest)
 
     def _check_offer(self, manifest: rollout_service_pb2.PolicyManifest, offered: PolicyId) -> None:
         if not offered.run_id or not offered.digest:
@@ -291,15 +304,23 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             busy_s=driver.busy_s,
             idle_s=driver.idle_s,
             log_full=generations.log.full,
+            prefill_tokens=engine.counters.prefill_tokens,
+            shared_prefill_tokens=engine.counters.shared_prefill_tokens,
+            replayed_tokens=engine.counters.replayed_tokens,
+            preempted=engine.counters.preempted,
         )
 
-    async def close(self) -> None:
-        """Stop between two tokens, save what is unfinished, and tell the clients to ask again."""
+    async def close(self, *, save_kv: bool = True) -> None:
+        """Stop between two tokens, save what is unfinished, and tell the clients to ask again.
+
+        Args:
+            save_kv: where the configuration says so; False where the engine, or the ownership of the log, is lost.
+        """
         generations = self._installed
         if generations is not None:
             unfinished = await generations.stop()
-            settings = self._config.log
-            if self._saved_kv is not None and settings is not None and settings.save_kv and self._policy is not None:
+            wanted = save_kv and self._config.log is not None and self._config.log.save_kv
+            if self._saved_kv is not None and wanted and self._policy is not None:
                 await asyncio.to_thread(self._saved_kv.save, generations.engine, unfinished, self._policy.digest)
             generations.engine.close()
         for stream in self._streams.values():

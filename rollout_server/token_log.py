@@ -6,18 +6,16 @@ last step. See docs/token-log.md for the format and for what is promised when.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from opd_mesh.config.services import TokenLogConfig
 from opd_mesh.errors import InternalError, LogFullError, LogOwnedError, OpdError
-from rollout_server.log_folder import UNFINISHED, SegmentFiles, cut_file, lock_folder, log_id, sync_file, sync_folder
+from rollout_server.log_folder import FolderLock, SegmentFiles, log_id, remove_obsolete, sync_file, sync_folder
 from rollout_server.log_format import (
     MAX_HANDLE,
     SNAPSHOT_BYTES,
@@ -32,26 +30,14 @@ from rollout_server.log_format import (
     encode_forgotten,
     encode_request,
     encode_tokens,
-    parse_segment_name,
 )
 from rollout_server.log_recovery import LoggedRequest, Recovery, Replay, recover, replay_closed
 from rollout_server.log_writer import SegmentWriter
 
-__all__ = ["LogCounters", "LoggedToken", "RecoveredRequest", "TokenLog"]
+__all__ = ["LoggedToken", "RecoveredRequest", "TokenLog"]
 
 log = logging.getLogger("rollout_server")
-
-
-@dataclass(frozen=True, slots=True)
-class LogCounters:
-    """Since the log was opened, but for ``segments`` and ``bytes_on_disk``, which are as of now."""
-
-    bytes_written: int
-    records: int
-    syncs: int
-    sync_seconds: float
-    segments: int
-    bytes_on_disk: int
+LOOK_FOR_ROOM_S = 0.5
 
 
 @dataclass(slots=True)
@@ -68,20 +54,21 @@ class TokenLog:
     """An open log. Every method may be called from any thread.
 
     Any method that writes raises:
-        LogFullError: no room. Nothing was logged; try again later. ``full`` is True until something is written again.
-        LogOwnedError: ``fence`` says that another server may own the log.
+        LogFullError: no room. Nothing was logged; try again later. ``full`` is True until there is room.
+        LogOwnedError: ``fence`` says that another server may own the log. What was to be logged may be on the disk, and
+            the successor may count it or not: it must not be shown to anybody.
         InternalError: the log is closed; or a write or an fsync has failed, after which nothing is accepted: what is on
             the disk is unknown until the log is opened again.
     """
 
-    def __init__(self, config: TokenLogConfig, writer: SegmentWriter, lock_fd: int, recovery: Recovery) -> None:
+    def __init__(self, config: TokenLogConfig, writer: SegmentWriter, flock: FolderLock, recovery: Recovery) -> None:
         """Private: see :meth:`open`."""
         self.path: Path = config.path
         self.epoch = writer.epoch
         self.clean = recovery.clean
         self._config = config
         self._writer = writer
-        self._lock_fd = lock_fd
+        self._flock = flock
         self._lock = threading.Lock()
         self._sync_lock = threading.Lock()  # taken before _lock
         self._compact_lock = threading.Lock()  # taken before both
@@ -92,6 +79,12 @@ class TokenLog:
         self._stopping = threading.Event()
         self._compactor: threading.Thread | None = None
         self._syncer: threading.Thread | None = None
+        self._room_wanted = threading.Event()
+        writer.on_full = self._room_wanted.set
+        if writer.full:
+            self._room_wanted.set()
+        self._room_finder = threading.Thread(target=self._look_for_room, name="token-log-room", daemon=True)
+        self._room_finder.start()
         if config.durability == "interval":
             self._syncer = threading.Thread(target=self._sync_regularly, name="token-log-sync", daemon=True)
             self._syncer.start()
@@ -106,53 +99,86 @@ class TokenLog:
         return log_id(config.path)
 
     @classmethod
-    def open(cls, config: TokenLogConfig, *, min_epoch: int = 0) -> tuple[TokenLog, list[RecoveredRequest]]:
+    def open(
+        cls,
+        config: TokenLogConfig,
+        *,
+        epoch: int = 0,
+        fence: Callable[[], None] | None = None,
+        flock: FolderLock | None = None,
+    ) -> tuple[TokenLog, list[RecoveredRequest]]:
         """Take the log over: lock, recover, begin an epoch. Blocks for as long as reading the log takes.
 
         Args:
-            min_epoch: the new epoch is at least this. Above 0 it is what a lease gave, and the lease is what counts:
-                an earlier leaseholder that is stopped on this machine, its lock in hand, does not keep us out.
+            epoch: that came with a lease; 0: there is no lease, and the epoch is the one after the newest in the
+                folder. The lease is what counts: an earlier leaseholder that is stopped on this machine, its flock in
+                hand, does not keep us out, and neither does it come back as a later one.
+            fence: see :attr:`fence`; it also stops an owner that loses its lease in here.
+            flock: of the folder, where the caller has tried for it. The log closes it, or this does on an error.
 
         Returns:
             The log, and the requests that it holds in order of first appearance.
 
         Raises:
-            LogOwnedError: another process of this machine has it.
+            LogOwnedError: another process of this machine has it, a later owner was here, or the fence says so.
             CorruptLogError: damage that no torn write explains; nothing was changed on the disk.
             LogFullError: no room to begin an epoch.
         """
         path, identity = config.path, log_id(config.path)
-        lock_fd = lock_folder(path, leased=min_epoch > 0)
+        flock = flock or FolderLock(path, leased=epoch > 0)
         try:
             recovery = recover(identity, SegmentFiles(path))
+            if 0 < epoch <= recovery.newest_epoch:
+                raise LogOwnedError(
+                    f"the token log {path} has an owner of epoch {recovery.newest_epoch}, and our lease is for epoch "
+                    f"{epoch}: it came late"
+                )
             if recovery.torn:
                 whole, n_bytes = recovery.torn
-                log.warning("token log %s: %s ends in %d bytes of a torn write, cut off", path, whole.name, n_bytes)
-                cut_file(path / whole.name, whole.n_bytes)
+                log.warning("token log %s: %s ends in %d bytes of a torn write, left out", path, whole.name, n_bytes)
             if recovery.segments:
                 # Its owner may have ended before its newest bytes were durable; what will name them is durable at once.
                 sync_file(path / recovery.segments[-1].name)
-            epoch = max(recovery.newest_epoch + 1, min_epoch)
-            writer = SegmentWriter(path, identity, epoch, int(config.segment_bytes), recovery.segments)
+            epoch = epoch or recovery.newest_epoch + 1
+            flock.take_over()
+            writer = SegmentWriter(path, identity, epoch, int(config.segment_bytes), recovery.segments, fence)
             try:
-                _remove_obsolete(path, epoch, recovery.segments)
-                token_log = cls(config, writer, lock_fd, recovery)
+                # No successor counts these, either: it comes after the fence was asked, and reads what we have begun.
+                remove_obsolete(path, epoch, (segment.name for segment in recovery.segments))
+                token_log = cls(config, writer, flock, recovery)
             except BaseException:
                 writer.close()
                 raise
-        except BaseException:
-            os.close(lock_fd)
+        except BaseException as error:
+            flock.close()
+            if fence is not None and isinstance(error, Exception):
+                fence()  # what a late owner stumbles over is its successor's work, not damage
             raise
         return token_log, [request.recovered(handle) for handle, request in recovery.replay.requests.items()]
 
     @property
     def fence(self) -> Callable[[], None] | None:
-        """Called before every write; raises LogOwnedError where another server may own the log. A lease sets it."""
+        """Called before and after every write; raises LogOwnedError where another server may own the log."""
         return self._writer.fence
 
     @fence.setter
     def fence(self, fence: Callable[[], None] | None) -> None:
         self._writer.fence = fence
+
+    @property
+    def on_failed(self) -> Callable[[BaseException], None] | None:
+        """Called once with what failed the log, from whichever thread met it, and at once where the log has failed.
+
+        It must not call the log, whose lock is held.
+        """
+        return self._writer.on_failed
+
+    @on_failed.setter
+    def on_failed(self, on_failed: Callable[[BaseException], None] | None) -> None:
+        with self._lock:
+            self._writer.on_failed = on_failed
+            if on_failed is not None and self._writer.failure is not None:
+                on_failed(self._writer.failure)
 
     # --- what the server calls -----------------------------------------------------------------------------------
     def begin(self, payload: bytes, lineage: int) -> int:
@@ -254,7 +280,8 @@ class TokenLog:
     def close(self) -> None:
         """End the log cleanly, durably, and give it up. Calling it again does nothing."""
         self._stopping.set()
-        for thread in (self._syncer, self._compactor):
+        self._room_wanted.set()
+        for thread in (self._syncer, self._compactor, self._room_finder):
             if thread is not None:
                 thread.join()
         with self._sync_lock, self._lock:
@@ -268,27 +295,15 @@ class TokenLog:
                 log.warning("token log %s: not marked as closed: %s", self.path, error)
             finally:
                 self._writer.close()
-                os.close(self._lock_fd)
+                self._flock.close()
 
     @property
     def full(self) -> bool:
-        """Whether the last write met a full disk, or could be made only from the reserve, and there is no room yet."""
-        with self._lock:
-            return self._writer.full()
+        """Whether the last write met a full disk, or could be made only from the reserve, and there is no room yet.
 
-    @property
-    def counters(self) -> LogCounters:
-        """For metrics."""
-        with self._lock:
-            writer = self._writer
-            return LogCounters(
-                bytes_written=writer.bytes_written,
-                records=writer.records,
-                syncs=writer.syncs,
-                sync_seconds=writer.sync_seconds,
-                segments=len(writer.segments) + 1,
-                bytes_on_disk=writer.bytes_on_disk,
-            )
+        Neither waits nor looks: a thread clears it within a second of there being room.
+        """
+        return self._writer.full
 
     # --- under _lock ---------------------------------------------------------------------------------------------
     def _require_begun(self, handle: int) -> None:
@@ -310,6 +325,7 @@ class TokenLog:
     def _settle(self, records: int) -> None:
         if self._config.durability == "always":
             self._sync_to(records)
+            self._writer.require_owned()  # it may have taken long
 
     def _sync_to(self, records: int) -> None:
         """Group commit: whoever comes first syncs for all who wrote by then, and they find it done."""
@@ -320,7 +336,6 @@ class TokenLog:
                 self._writer.require_usable(fenced=False)
                 covered = self._writer.records
                 fd = self._writer.active_fd()
-            started = time.perf_counter()
             try:
                 os.fdatasync(fd)
             except OSError as error:
@@ -329,15 +344,30 @@ class TokenLog:
             finally:
                 os.close(fd)
             with self._lock:
-                self._writer.count_sync(covered, started)
+                self._writer.count_synced(covered)
 
     def _sync_regularly(self) -> None:
         while not self._stopping.wait(self._config.sync_interval_s):
             try:
                 self._sync_to(self._writer.records)
-            except OpdError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it was, nothing is synced any more
+                with self._lock:
+                    self._writer.mark_failed(error)
                 log.error("token log %s: not synced any more: %s", self.path, error)  # noqa: TRY400 - it says why
                 return
+
+    # --- room ----------------------------------------------------------------------------------------------------
+    def _look_for_room(self) -> None:
+        """While the log is full, look whether there is room; asleep otherwise."""
+        while self._room_wanted.wait() and not self._stopping.is_set():
+            self._room_wanted.clear()
+            while self._writer.full and not self._stopping.wait(LOOK_FOR_ROOM_S):
+                with self._lock:
+                    try:
+                        self._writer.require_usable()
+                    except OpdError:
+                        return
+                    self._writer.look_for_room()
 
     # --- compaction ----------------------------------------------------------------------------------------------
     def _compact_if_due(self) -> None:
@@ -406,20 +436,7 @@ class TokenLog:
 
         fd, size = self._writer.sure(lambda: self._writer.create(number, [], records()))
         os.close(fd)
-        with self._lock:
-            self._writer.bytes_written += size
         return [Segment(self._writer.epoch, number, size)]
-
-
-def _remove_obsolete(path: Path, epoch: int, segments: Sequence[Segment]) -> None:
-    """Remove segments of earlier epochs that do not count, and what a crash left without a name."""
-    count = {segment.name for segment in segments}
-    for name in os.listdir(path):
-        stem, wal, rest = name.partition(".wal")
-        place = parse_segment_name(stem + wal)
-        if place and place[0] < epoch and name not in count and (not rest or rest.endswith(UNFINISHED)):
-            with contextlib.suppress(FileNotFoundError):  # an owner that does not know that it is none any more
-                os.unlink(path / name)
 
 
 def _known_of(request: LoggedRequest) -> _Known:

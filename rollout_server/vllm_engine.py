@@ -5,6 +5,8 @@ the signatures. ``AsyncLLM`` (``v1/engine/async_llm.py``) lives in an event loop
 one task there that reads ``generate``. A *stream* is one such reading, and lies within one policy version: a swap
 ends all of them and begins new ones, whose prompts are prompt and tokens so far.
 
+What ends vLLM is no request's fault: no request hears of it, and the next ``step`` raises.
+
 Random numbers are vLLM's own. Tokens are valid samples, but not those that the transformers engine draws from the same
 seed, and not the same again under another version of vLLM.
 """
@@ -25,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from opd_mesh.config.services import RolloutEngineConfig
@@ -39,7 +40,7 @@ from opd_mesh.errors import (
     RequestConflictError,
 )
 from opd_mesh.models.checkpoint import LoadedModel
-from opd_mesh.trajectory import FinishReason, SamplingParams
+from opd_mesh.trajectory import FinishReason
 from rollout_server.engine import PreparedPolicy, RolloutEngine
 from rollout_server.generation import (
     EngineCounters,
@@ -48,6 +49,7 @@ from rollout_server.generation import (
     finish_reason_after,
     validate_request,
 )
+from rollout_server.vllm_proof import PROOF_TOLERANCES, prove_logprobs
 from rollout_server.vllm_runtime import (
     PolicyWriter,
     VllmPolicy,
@@ -62,9 +64,7 @@ from rollout_server.vllm_runtime import (
 log = logging.getLogger("rollout_server")
 
 STEP_WAIT_S = 0.05  # commands of the driver wait no longer than this
-PROOF_TIMEOUT_S, SHUTDOWN_TIMEOUT_S = 300.0, 60.0
-# Nats, between vLLM's kernels and transformers on the CPU. Coarse: it finds a wrong row, mask or weight, not rounding.
-PROOF_TOLERANCES = {"float32": 0.05, "bfloat16": 0.5, "float16": 0.5}
+SHUTDOWN_TIMEOUT_S = 60.0
 ResultT = TypeVar("ResultT")
 
 
@@ -121,7 +121,10 @@ class VllmEngine(RolloutEngine):
         self._received: queue.SimpleQueue[tuple[_Stream, TokenEvent]] = queue.SimpleQueue()
         self._pending: deque[TokenEvent] = deque()
         self._readings: set[asyncio.Task[None]] = set()  # the loop's
-        self._pausing = False  # the loop's
+        self._swapping = False  # the loop's
+        self._may_draw = asyncio.Event()  # the loop's: not paused
+        self._may_draw.set()
+        self._pauses = 0  # the loop's: how often it was
         self._dead = ""
         self._streams_made = 0
         self._llm: Any = None
@@ -130,10 +133,18 @@ class VllmEngine(RolloutEngine):
         self._thread.start()
         try:
             self._on_loop(self._make(loaded.path))
-            self._prove(loaded.model)
+            worst = prove_logprobs(
+                self,
+                loaded.model,
+                valid_vocab_size=valid_vocab_size,
+                max_context_tokens=settings.max_context_tokens,
+                tolerance=PROOF_TOLERANCES[settings.dtype],
+            )
         except BaseException:
             self.close()
             raise
+        log.info("vLLM %s: log-probabilities are the model's to %.1e nats", self._package_version, worst)
+        self.counters = EngineCounters()
 
     def _on_loop(self, work: Coroutine[Any, Any, ResultT], timeout_s: float | None = None) -> ResultT:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -162,39 +173,6 @@ class VllmEngine(RolloutEngine):
                 "set deterministic: false, or engine: transformers",
                 field="deterministic",
             )
-
-    @torch.inference_mode()
-    def _prove(self, model: Any) -> None:
-        """Greedy and sampled tokens bear the log-probabilities that transformers computes over the valid vocabulary."""
-        limit = self._settings.max_context_tokens
-        generator = torch.Generator().manual_seed(0)
-        prompt = tuple(torch.randint(self._valid_vocab_size, (min(16, limit - 1),), generator=generator).tolist())
-        written: dict[str, list[TokenEvent]] = {"greedy": [], "sampled": []}
-        for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            sampling = SamplingParams(temperature=temperature, max_new_tokens=min(4, limit - len(prompt)))
-            self.submit(GenerationRequest(name, prompt, sampling))
-        deadline = time.monotonic() + PROOF_TIMEOUT_S
-        while not self.idle:
-            for event in self.step():
-                if event.error is not None:
-                    raise InternalError(f"vLLM does not answer a probe: {event.error}") from event.error
-                written[event.request_id].append(event)
-            if time.monotonic() > deadline:
-                raise InternalError(f"vLLM did not answer a probe within {PROOF_TIMEOUT_S:.0f} s")
-        tolerance, worst = PROOF_TOLERANCES[self._settings.dtype], 0.0
-        for events in written.values():
-            ids = [event.token_id for event in events]
-            logits = model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-            logprobs = logits[:, : self._valid_vocab_size].float().log_softmax(-1)
-            ours = logprobs.gather(1, torch.tensor(ids)[:, None])[:, 0]
-            worst = max(worst, float((ours - torch.tensor([event.policy_logprob for event in events])).abs().max()))
-        if not worst <= tolerance:  # refuses NaN, too
-            raise InternalError(
-                f"vLLM's log-probabilities differ from the model's by {worst:.2g} nats, more than {tolerance}; use "
-                "engine: transformers"
-            )
-        log.info("vLLM %s: log-probabilities are the model's to %.1e nats", self._package_version, worst)
-        self.counters = EngineCounters()
 
     # --- state ---------------------------------------------------------------------------------------------------
     @property
@@ -238,8 +216,7 @@ class VllmEngine(RolloutEngine):
         stream = _Stream(request, tokens, self._policy_version)
         self._live[request.request_id] = stream
         if self._dead:
-            self._fail(stream, InternalError(f"vLLM is dead: {self._dead}"))
-            return
+            return  # the next step says so
         self._streams_made += 1
         self.counters.prefill_tokens += len(request.prompt_ids) + len(tokens)
         reading = self._read(stream, f"{self._streams_made}-{request.request_id}")
@@ -260,10 +237,10 @@ class VllmEngine(RolloutEngine):
         """See :class:`RolloutEngine`. Waits a moment where nothing has come.
 
         Raises:
-            InternalError: vLLM has died; every request has had its error.
+            InternalError: vLLM has died, and what came before is handed out.
         """
         started = time.perf_counter()
-        self._receive(0.0 if self._pending or not self._live else STEP_WAIT_S)
+        self._receive(0.0 if self._pending or not self._live or self._dead else STEP_WAIT_S)
         events: dict[str, TokenEvent] = {}
         later: deque[TokenEvent] = deque()
         for event in self._pending:  # several tokens of one request come in one delta where we were slow
@@ -280,9 +257,12 @@ class VllmEngine(RolloutEngine):
         if events:
             self.counters.steps += 1
             self.counters.decode_seconds += time.perf_counter() - started
-        elif self._dead and not self._live:
-            raise InternalError(f"vLLM is dead: {self._dead}; restart the server")
+        elif self._dead:
+            raise self._death()
         return list(events.values())
+
+    def _death(self) -> InternalError:
+        return InternalError(f"vLLM is dead: {self._dead}; restart the server")
 
     def _receive(self, wait_s: float) -> None:
         """Move what has come from the loop's thread into ``_pending``."""
@@ -295,12 +275,20 @@ class VllmEngine(RolloutEngine):
 
     # --- on the loop ---------------------------------------------------------------------------------------------
     async def _read(self, stream: _Stream, vllm_id: str) -> None:
+        refused = True
+        while refused:
+            await self._may_draw.wait()
+            refused = await self._generate(stream, vllm_id)
+
+    async def _generate(self, stream: _Stream, vllm_id: str) -> bool:
+        """True: a pause overtook the request on its way, nothing was run, and it is to be asked for again."""
         from vllm.exceptions import RetryableRequestError, VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError
 
         task = asyncio.current_task()
         assert task is not None
         self._readings.add(task)
+        pauses = self._pauses
         prompt = {"prompt_token_ids": [*stream.request.prompt_ids, *stream.tokens]}
         error: OpdError | None = None
         try:
@@ -310,10 +298,11 @@ class VllmEngine(RolloutEngine):
                     (completion,) = output.outputs
                     self._take(stream, completion)
         except RetryableRequestError:  # it came while paused; nothing was run
+            if pauses != self._pauses and not self._swapping:
+                return True
             stream.interrupted = True
         except EngineDeadError as dead:
-            self._dead = f"{type(dead).__name__}: {dead}"
-            error = InternalError(f"vLLM is dead: {dead}")
+            self._dead = self._dead or f"{type(dead).__name__}: {dead}"
         except VLLMClientError as refusal:
             error = InvalidInputError(f"vLLM refused the request: {refusal}")
         except OpdError as ours:
@@ -321,13 +310,15 @@ class VllmEngine(RolloutEngine):
         except Exception as failure:
             cause = failure.__cause__ or failure  # EngineGenerateError says nothing itself
             log.exception("vLLM failed on %s", stream.request.request_id)
+            if isinstance(cause, EngineDeadError):
+                self._dead = self._dead or f"{type(cause).__name__}: {cause}"
             error = InternalError(f"vLLM failed: {type(cause).__name__}: {cause}")
         finally:
             self._readings.discard(task)
-        if not stream.over and not error and not (stream.interrupted and self._pausing):
-            error = InternalError("vLLM gave the request up")
-        if error is not None and not stream.over:
-            self._fail(stream, error)
+        if stream.over or self._dead or (stream.interrupted and self._swapping and error is None):
+            return False
+        self._fail(stream, error or InternalError("vLLM gave the request up"))
+        return False
 
     def _sampling_params(self, stream: _Stream) -> Any:
         written, sampling = len(stream.tokens), stream.request.sampling
@@ -399,23 +390,21 @@ class VllmEngine(RolloutEngine):
         """See :class:`RolloutEngine`. Unfinished requests are begun again with their tokens.
 
         Raises:
-            InternalError: vLLM failed on the way. Nobody knows what it holds then: every request fails.
+            InternalError: the policy could not be written again; or vLLM failed on the way, or took too long. Nobody
+                knows what it holds then: nothing more is drawn, and the next ``step`` raises, too.
         """
         assert isinstance(prepared, VllmPolicy)
+        if self._dead:
+            raise self._death()
         started = time.perf_counter()
         policy = self._policies.rebased(prepared)
-        try:
-            self._on_loop(self._reload(policy.files.folder, version), self._settings.vllm.swap_timeout_s)
-        except Exception as error:
-            self._dead = self._dead or f"a policy could not be swapped in: {type(error).__name__}: {error}"
-            for stream in self._live.values():
-                if not stream.over:
-                    self._fail(stream, InternalError(f"vLLM is dead: {self._dead}"))
-            raise InternalError(f"vLLM is dead: {self._dead}; restart the server") from error
+        self._or_die(self._reload(policy.files.folder, version), "a policy could not be swapped in")
         self._receive(0.0)  # what the old weights wrote, while its streams are still known
         self._policies.served, self._policy_version = policy.files, version
         for stream in list(self._live.values()):
             if not stream.over:
+                if stream.reading is not None:
+                    stream.reading.cancel()  # it may wait for the end of a pause
                 self._begin(stream.request, stream.tokens)
         self.counters.swap_seconds += time.perf_counter() - started
 
@@ -428,18 +417,53 @@ class VllmEngine(RolloutEngine):
         ``distributed/weight_transfer``, ipc sends pickles and needs the weights once more on every GPU, and nccl a
         GPU of the sender's own.
         """
-        self._pausing = True
+        self._swapping = True
         await self._llm.pause_generation(mode="abort", clear_cache=True)
         await asyncio.gather(*self._readings, return_exceptions=True)
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         await self._llm.update_weight_version(str(version))
-        await self._llm.resume_generation()
-        self._pausing = False
+        if self._may_draw.is_set():
+            await self._llm.resume_generation()
+        self._swapping = False
+
+    def _or_die(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Run what concerns every request. If it fails, or takes too long, nobody knows how far it came."""
+        try:
+            self._on_loop(work, self._settings.vllm.swap_timeout_s)
+        except Exception as error:
+            self._dead = self._dead or f"{what}: {type(error).__name__}: {error}"
+            raise self._death() from error
+
+    # --- pauses --------------------------------------------------------------------------------------------------
+    def pause(self) -> None:
+        """See :class:`RolloutEngine`. vLLM keeps its requests with their keys and values, and steps no more; what it
+        drew before is handed out afterwards."""
+        if not self._dead:
+            self._or_die(self._pause(), "it could not be paused")
+
+    def resume(self) -> None:
+        """See :class:`RolloutEngine`."""
+        if not self._dead:
+            self._or_die(self._resume(), "it could not be resumed")
+
+    async def _pause(self) -> None:
+        if self._may_draw.is_set():
+            self._may_draw.clear()  # nothing is asked for that vLLM would refuse
+            self._pauses += 1
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+
+    async def _resume(self) -> None:
+        if not self._may_draw.is_set():
+            await self._llm.resume_generation()
+            self._may_draw.set()
 
     def close(self) -> None:
         """See :class:`RolloutEngine`. Ends vLLM's processes."""
         if self._loop.is_closed():
             return
+        for stream in self._live.values():  # some may wait for the end of a pause
+            if stream.reading is not None:
+                stream.reading.cancel()
         try:
             self._on_loop(self._shut_down(), 2 * SHUTDOWN_TIMEOUT_S)
         except Exception:

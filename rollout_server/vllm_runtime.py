@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd_mesh.config.services import RolloutEngineConfig
-from opd_mesh.errors import ConfigError, CorruptWeightsError, InternalError, InvalidInputError
+from opd_mesh.errors import ConfigError, InternalError, InvalidInputError
 from opd_mesh.models.checkpoint import LoadedModel, check_safetensors, served_tensors, weight_files
 from opd_mesh.trajectory import SamplingParams
 from rollout_server.engine import PreparedPolicy
+from rollout_server.policy import check_finite, check_names_and_shapes
 
 VLLM_VERSION = "0.33"
 REMEDY = (
@@ -247,21 +248,14 @@ class PolicyWriter:
             InvalidInputError, CorruptWeightsError: see :meth:`rollout_server.engine.RolloutEngine.prepare_policy`.
             InternalError: there is no room for the file.
         """
-        for name, tensor in tensors.items():
-            where = f"tensors[{name}]"
-            if name not in self.shapes:
-                raise InvalidInputError("the model has no weight of that name", field=where)
-            if tuple(tensor.shape) != self.shapes[name]:
-                raise InvalidInputError(
-                    f"shape {list(tensor.shape)}, the model has {list(self.shapes[name])}", field=where
-                )
-            if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all():
-                raise CorruptWeightsError("holds NaN or infinity", field=where)
+        check_names_and_shapes(self.shapes, tensors)
         base = self.served
         whole = {**base.read(self.shapes.keys() - tensors.keys()), **tensors}
+        ours = {name: tensor.detach().cpu().to(self._dtypes[name]) for name, tensor in whole.items()}
+        for name in tensors:
+            check_finite(name, ours[name])
         folder = Path(tempfile.mkdtemp(prefix="opd-policy-", dir=self._root))
         files = Files([folder / "model.safetensors"], remove=True)
-        ours = {name: tensor.detach().cpu().to(self._dtypes[name]) for name, tensor in whole.items()}
         try:
             save_file(_apart(ours), files.paths[0], {"format": "pt"})
         except (OSError, SafetensorError) as error:

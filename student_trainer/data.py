@@ -244,3 +244,18 @@ def next_prompts(
         new_drawn[domain.name] = drawn.get(domain.name, 0) + portion
         prompts.extend(taken)
     return prompts, new_cursors, new_drawn
+
+
+def open_domains(recipe: Recipe, tokenizer: Any) -> list[Domain]:
+    """All domains of a recipe. Slow: prompts are read, and tokenized."""
+    room = recipe.rollout.engine.max_context_tokens
+    return [
+        Domain(
+            name,
+            domain,
+            recipe,
+            tokenizer,
+            max_prompt_tokens=room - (domain.max_new_tokens or recipe.rollout.max_new_tokens),
+        )
+        for name, domain in recipe.domains.items()
+    ]

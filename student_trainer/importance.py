@@ -8,6 +8,8 @@ probabilities at the temperature that was sampled with (truncated importance sam
 
 from __future__ import annotations
 
+import math
+
 import torch
 from opd_kernels import LinearHead
 from torch import Tensor
@@ -16,6 +18,7 @@ from opd_mesh.errors import TrajectoryError
 from opd_mesh.trajectory import Trajectory
 
 ROWS = 64  # of logits [rows, V] at a time
+ABOVE_ZERO = 1e-3  # nats, that a log-probability may be by rounding
 
 
 def check_behaviour(trajectory: Trajectory) -> None:
@@ -28,6 +31,9 @@ def check_behaviour(trajectory: Trajectory) -> None:
             "objective.importance needs a temperature above 0, top_p 1 and top_k 0: what was cut off has no ratio",
             field="sampling",
         )
+    for index, logprob in enumerate(trajectory.sampling_logprobs):
+        if not (math.isfinite(logprob) and logprob <= ABOVE_ZERO):
+            raise TrajectoryError(f"{logprob} at scored token {index} is no log-probability", field="sampling_logprobs")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ trains on the same prompts in the same order as one that does not.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ class StepInFlight:
     Attributes:
         cursors, drawn: the place in the data behind the step's prompts.
         samples: arrivals whose marks are asked for, in the order of arrival.
+        failure: why marks could not be asked for.
     """
 
     number: int
@@ -36,6 +38,7 @@ class StepInFlight:
     drawn: dict[str, int]
     writing: Writing
     samples: list[Sample] = field(default_factory=list)
+    failure: Exception | None = None
 
     @property
     def arrivals(self) -> list[Arrival]:
@@ -54,6 +57,8 @@ class Pipeline:
         self._domains: Sequence[Domain] = ()
         self._steps: dict[int, StepInFlight] = {}  # in order; the step that is trained on is not among them
         self._wanted = 0  # the last step that the trainer has asked for
+        self._written = self._may_be_written = 0  # the last step asked for, and the last that may be asked for
+        self._next: asyncio.Handle | None = None
         self._failure: Exception | None = None
         marks.when_all_admitted(self._ask_for_marks)
 
@@ -61,20 +66,30 @@ class Pipeline:
         """Go on from a place in the data."""
         self._domains = domains
         self._lineage = progress.lineage
-        self._written = progress.step
+        self._written = self._may_be_written = progress.step
         self._cursors, self._drawn = progress.cursors, progress.drawn
 
     def submit(self, served_version: int) -> None:
-        """Ask for the responses of every step that a policy of this version may write."""
+        """Ask for the responses of every step that a policy of this version may write: of the first at once, of the
+        others step by step, while the loop goes on."""
         recipe = self._recipe
-        for number in steps_to_write(
+        steps = steps_to_write(
             self._written, served_version, max_staleness=recipe.max_staleness, total_steps=recipe.run.steps
-        ):
-            if self._failure is None:
-                try:
-                    self._begin(number)
-                except Exception as error:  # noqa: BLE001 - raised when the step's turn comes
-                    self._failure = error
+        )
+        self._may_be_written = max(self._may_be_written, steps.stop - 1)
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+        if self._written >= self._may_be_written or self._failure is not None:
+            return
+        try:
+            self._begin(self._written + 1)
+        except Exception as error:  # noqa: BLE001 - raised when the step's turn comes
+            self._failure = error
+        self._next = asyncio.get_running_loop().call_soon(self._begin_next)
 
     def _begin(self, number: int) -> None:
         prompts, cursors, drawn = next_prompts(
@@ -95,18 +110,26 @@ class Pipeline:
         return specs
 
     def _ask_for_marks(self) -> None:
-        """In the order of steps. What the trainer waits for is asked for as it arrives, the rest when it is in nobody's
-        way: all marks of earlier steps have been asked for and let into the buffer.
+        """In the order of steps. What the trainer waits for is asked for as it arrives, the rest when all marks of
+        earlier steps have been asked for and let into the buffer.
 
-        So a later step never holds room that an earlier one still waits for, and what the trainer trains on is complete
-        whatever the buffer's size.
+        So a later step never holds room that an earlier one of our own still waits for. Trajectories from outside are
+        asked for when their step begins to train, behind what is asked for by then; the update lets in what it needs,
+        so that what it trains on is complete whatever the buffer's size.
         """
         for step in self._steps.values():
+            if step.failure is not None:
+                return
             while len(step.samples) < len(step.arrivals):
                 if step.number > self._wanted and self._marks.is_full:
                     return  # called again when the buffer has let all in
                 trajectory = step.arrivals[len(step.samples)].trajectory
-                step.samples.append(self._teachers.ask(trajectory, self._marks))
+                try:
+                    step.samples.append(self._teachers.ask(trajectory, self._marks))
+                except Exception as error:  # noqa: BLE001 - raised when the step's turn comes
+                    step.failure = error
+                    step.writing.fail(error)
+                    return
             if not step.writing.complete:
                 return
 
@@ -138,6 +161,8 @@ class Pipeline:
         self._wanted = number
         self._ask_for_marks()
         await step.writing.wait()
+        if step.failure is not None:
+            raise step.failure
         del self._steps[number]
         await step.writing.close()
         if not step.samples:
@@ -149,6 +174,7 @@ class Pipeline:
 
         A resumed run draws the same prompts again, from the place in its checkpoint.
         """
+        self._may_be_written = self._written
         steps, self._steps = list(self._steps.values()), {}
         for step in steps:
             self._rollouts.discarded += [arrival.entry_id for arrival in step.arrivals]

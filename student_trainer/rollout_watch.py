@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from opd.v1 import rollout_service_pb2
 
@@ -13,8 +12,6 @@ from opd_mesh.convert import policy_from_proto
 from opd_mesh.errors import OpdError
 from opd_mesh.policy import PolicyId
 
-log = logging.getLogger("student_trainer")
-WATCH_INTERVAL_S = 1.0
 LOOK_TIMEOUT_S = 5.0  # a server that is busy or gone must not hold up who only looks
 
 
@@ -29,11 +26,13 @@ def lacks_policy(served: PolicyId | None, current: PolicyId) -> bool:
 
 
 class RolloutWatch:
-    """Of all rollout servers of a run."""
+    """Of all rollout servers of a run. For one event loop."""
 
     def __init__(self, clients: Sequence[RolloutClient]) -> None:
         self._clients = clients
-        self._idle_s: dict[str, float] = {}
+        self._told_s: dict[str, float] = {}  # by address, the idle time that a server told last
+        self._idle_s = 0.0
+        self._looks: dict[str, asyncio.Task[None]] = {}
 
     async def _look(self, client: RolloutClient) -> rollout_service_pb2.GetPolicyResponse | None:
         try:
@@ -42,51 +41,46 @@ class RolloutWatch:
         except (OpdError, TimeoutError):
             return None  # being restarted, or out of reach: its requests' own time-outs decide
 
-    async def lacking(self, current: PolicyId) -> list[str]:
-        """Addresses of the servers that answer, and do not hold the policy that they were given."""
-        answers = await asyncio.gather(*map(self._look, self._clients))
+    async def lacking(self, current: PolicyId, clients: Sequence[RolloutClient] | None = None) -> list[RolloutClient]:
+        """The servers (of these) that answer, and do not hold the policy that they were given."""
+        asked = self._clients if clients is None else clients
+        answers = await asyncio.gather(*map(self._look, asked))
         return [
-            client.address
-            for client, answer in zip(self._clients, answers, strict=True)
+            client
+            for client, answer in zip(asked, answers, strict=True)
             if answer is not None
             and lacks_policy(policy_from_proto(answer.policy) if answer.HasField("policy") else None, current)
         ]
 
-    async def give_again(
-        self,
-        *,
-        is_needed: Callable[[], bool],
-        current: Callable[[], PolicyId | None],
-        give: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Until cancelled: while requests wait, see that no server is without the policy.
+    # --- idle time ---------------------------------------------------------------------------------------------
+    def look(self) -> None:
+        """Ask every server how long it has stood idle, unless an answer to that is still due; nobody waits for it."""
+        for client in self._clients:
+            last = self._looks.get(client.address)
+            if last is None or last.done():
+                self._looks[client.address] = asyncio.create_task(self._add_idle_s(client))
 
-        Args:
-            is_needed: whether requests wait.
-            current: the policy that all servers were given last.
-            give: gives it again.
-        """
-        while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            policy = current()
-            if policy is None or not is_needed():
-                continue
-            if lost := await self.lacking(policy):
-                log.warning("rollout server %s has lost the policy and is given it again", ", ".join(lost))
-                try:
-                    await give()
-                except OpdError as error:
-                    log.warning("giving the policy again: %s", error)
+    async def _add_idle_s(self, client: RolloutClient) -> None:
+        if (answer := await self._look(client)) is None:
+            return
+        now, before = answer.load.idle_s, self._told_s.get(client.address)
+        self._told_s[client.address] = now
+        if before is not None:
+            self._idle_s += now - before if now >= before else now  # a server that was restarted counts from 0
 
-    async def take_idle_s(self) -> float:
-        """Seconds that the engines had nothing to do since the last call, summed over the servers that answer."""
-        total = 0.0
-        answers = await asyncio.gather(*map(self._look, self._clients))
-        for client, answer in zip(self._clients, answers, strict=True):
-            if answer is None:
-                continue
-            now, before = answer.load.idle_s, self._idle_s.get(client.address)
-            self._idle_s[client.address] = now
-            if before is not None:
-                total += now - before if now >= before else now  # a server that was restarted counts from 0
-        return total
+    async def start_over(self) -> None:
+        """What the servers were idle up to now is of no account."""
+        self.look()
+        await asyncio.wait(self._looks.values())
+        self._idle_s = 0.0
+
+    def take_idle_s(self) -> float:
+        """Seconds that the engines had nothing to do, summed over the servers, as told since the last call."""
+        taken, self._idle_s = self._idle_s, 0.0
+        return taken
+
+    async def close(self) -> None:
+        """Ask no more."""
+        for look in self._looks.values():
+            look.cancel()
+        await asyncio.gather(*self._looks.values(), return_exceptions=True)

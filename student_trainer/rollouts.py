@@ -84,6 +84,11 @@ class Rollouts:
             raise ConfigError("no Redis: set OPD_REDIS_URL, or redis_url in the recipe", field="redis_url")
         self.stream = TrajectoryStream(url, run_id, consumer="trainer-0", timeout_s=recipe.redis_timeout_s)
         self.watch = RolloutWatch(self._clients)
+        # A request may queue behind those of max_staleness earlier steps.
+        self._generate_timeout_s = recipe.rollout.timeout_s * (1 + recipe.max_staleness)
+        # Addresses of servers that have not the checkpoint that an adapter changes. Once merged weights, always: the
+        # same version in the other form would be another policy to them.
+        self._takes_merged: set[str] = set()
         self._outstanding = 0
         self._writings: list[Writing] = []
         self._reader: asyncio.Task[None] | None = None
@@ -137,27 +142,48 @@ class Rollouts:
         return self._clients[index % len(self._clients)]
 
     async def push_policy(
-        self, policy: PolicyId, weights: PolicyWeights, *, merged: Callable[[], PolicyWeights]
+        self,
+        policy: PolicyId,
+        weights: PolicyWeights,
+        *,
+        merged: Callable[[], PolicyWeights],
+        clients: Sequence[RolloutClient] | None = None,
     ) -> float:
         """Give the weights to every server; returns the longest time that one stood still, in seconds.
 
+        Nobody reads the weights any more when this returns or raises: an error is raised when all have ended.
+
         Args:
             merged: all weights of the plain model, for servers that have not the checkpoint that an adapter changes.
+            clients: only to these.
         """
         whole: asyncio.Task[PolicyWeights] | None = None
 
         async def give(client: RolloutClient) -> float:
             nonlocal whole
-            try:
-                return await self._give(client, policy, weights)
-            except PolicyBaseMismatchError as error:
-                if weights.adapter is None:
-                    raise
-                log.info("rollout server %s takes merged weights: %s", client.address, error)
+            if weights.adapter is None or client.address not in self._takes_merged:
+                try:
+                    return await self._give(client, policy, weights)
+                except PolicyBaseMismatchError as error:
+                    if weights.adapter is None:
+                        raise
+                    log.info("rollout server %s takes merged weights: %s", client.address, error)
+            self._takes_merged.add(client.address)
             whole = whole or asyncio.create_task(asyncio.to_thread(merged))
             return await self._give(client, policy, await whole)
 
-        return max(await asyncio.gather(*map(give, self._clients)))
+        try:
+            pauses_s = await asyncio.gather(
+                *map(give, self._clients if clients is None else clients), return_exceptions=True
+            )
+        finally:
+            if whole is not None:  # not done only where this was cancelled
+                whole.cancel()
+                await asyncio.gather(whole, return_exceptions=True)
+        for pause_s in pauses_s:
+            if isinstance(pause_s, BaseException):
+                raise pause_s
+        return max(pause_s for pause_s in pauses_s if not isinstance(pause_s, BaseException))
 
     async def _give(self, client: RolloutClient, policy: PolicyId, weights: PolicyWeights) -> float:
         answer = await client.update_policy(
@@ -174,7 +200,7 @@ class Rollouts:
     async def _generate(self, server: RolloutClient, spec: GenerateSpec) -> Trajectory:
         self._outstanding += 1
         try:
-            return await server.generate(spec, timeout_s=self._recipe.rollout.timeout_s)
+            return await server.generate(spec, timeout_s=self._generate_timeout_s)
         finally:
             self._outstanding -= 1
 
@@ -224,28 +250,30 @@ class Rollouts:
                     self._dispatch(arrival)
                 self._writings = [writing for writing in self._writings if not writing.ended]
                 for writing in self._writings:
-                    self._check_overdue(writing, came=bool(arrivals))
+                    self._check_overdue(writing)
         except Exception as error:  # noqa: BLE001 - handed to who waits for it
             for writing in self._writings:
                 writing.fail(error)
             self._writings = []
 
-    def _dispatch(self, arrival: Arrival) -> None:
-        for writing in self._writings:
-            if arrival.trajectory.trajectory_id in writing.wanted:
-                writing.take(arrival)
-                return
-        self._sort_other(arrival)
+    def _wanted_by(self, trajectory_id: str) -> Writing | None:
+        return next((writing for writing in self._writings if trajectory_id in writing.wanted), None)
 
-    def _check_overdue(self, writing: Writing, *, came: bool) -> None:
+    def _dispatch(self, arrival: Arrival) -> None:
+        if writing := self._wanted_by(arrival.trajectory.trajectory_id):
+            writing.take(arrival)
+        else:
+            self._sort_other(arrival)
+
+    def _check_overdue(self, writing: Writing) -> None:
         now = asyncio.get_running_loop().time()
-        if came or not writing.all_answered:
+        if not writing.all_answered:
             writing.all_written_at = None
             return
         writing.all_written_at = writing.all_written_at or now
         if now - writing.all_written_at > self._recipe.redis_timeout_s:
             writing.fail(
-                writing.conflict
+                writing.suspect
                 or StreamUnavailableError(
                     f"{len(writing.wanted)} trajectories were published but do not arrive on "
                     f"{self.stream.stream_key} (first: {min(writing.wanted)}); has the stream been trimmed by hand?"
@@ -260,9 +288,14 @@ class Rollouts:
                 trajectory.validate()
                 if not is_own_id(trajectory.trajectory_id):
                     self._check_external(trajectory)
+                elif self._recipe.objective.importance is not None and self._wanted_by(trajectory.trajectory_id):
+                    check_behaviour(trajectory)
             except (DecodeError, OpdError) as error:
                 await self.stream.dead_letter(entry.entry_id, f"unusable: {error}")
                 log.warning("stream entry %s is unusable and went to the dead letters: %s", entry.entry_id, error)
+                if writing := self._wanted_by(entry.trajectory_id):
+                    text = f"response {entry.trajectory_id} is unusable: {error}"
+                    writing.suspect = TrajectoryError(text, field=error.field if isinstance(error, OpdError) else None)
                 continue
             arrivals.append(Arrival(trajectory, entry.entry_id))
         return arrivals
@@ -303,15 +336,21 @@ class Rollouts:
         return is_new
 
     async def acknowledge(self, entry_ids: Iterable[str]) -> None:
-        """A durable checkpoint holds these, and what was discarded is of no use to anyone."""
-        await self.stream.acknowledge([*entry_ids, *self.discarded])
-        self.discarded.clear()
+        """A durable checkpoint holds these, and what was discarded is of no use to anyone. After a failure the next
+        call repeats them."""
+        done, self.discarded = [*entry_ids, *self.discarded], []
+        try:
+            await self.stream.acknowledge(done)
+        except BaseException:
+            self.discarded += done
+            raise
 
     async def close(self) -> None:
         """End the connections."""
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
+        await self.watch.close()
         for client in self._clients:
             await client.close()
         await self.stream.close()

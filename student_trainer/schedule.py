@@ -7,6 +7,9 @@ while the run goes on, so no token of step m is older than that, however long it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from opd_mesh.errors import InternalError
 from opd_mesh.trajectory import Trajectory
 
 
@@ -23,3 +26,14 @@ def steps_to_write(written: int, served_version: int, *, max_staleness: int, tot
 def staleness(trajectory: Trajectory, version: int) -> int:
     """``version`` minus the oldest among the response's tokens; 0 where these do not say."""
     return version - min(trajectory.policy_versions, default=version)
+
+
+def check_staleness(trajectories: Iterable[Trajectory], version: int, *, max_staleness: int) -> None:
+    """Of our own, before they are trained on. Raises :class:`InternalError` where the schedule was not kept."""
+    for trajectory in trajectories:
+        oldest, newest = version - staleness(trajectory, version), max(trajectory.policy_versions, default=version)
+        if newest > version or oldest < version - max_staleness:
+            raise InternalError(
+                f"response {trajectory.trajectory_id} has tokens of versions {oldest} to {newest}, but version "
+                f"{version} is trained, with max_staleness {max_staleness}"
+            )

@@ -6,26 +6,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from opd_mesh import telemetry
+from opd_mesh.clients.rollout import RolloutClient
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import (
-    CancelledByCallerError,
-    DivergedError,
-    NotFoundError,
-    OpdError,
-    PreconditionError,
-)
+from opd_mesh.errors import DivergedError, NotFoundError, OpdError, PreconditionError
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy import PolicyId
 from student_trainer.batch import Sample, marks_in_order, plan_batch
 from student_trainer.checkpoint import LoadedCheckpoint, TrainerState, load_newest, save_checkpoint
-from student_trainer.data import Domain
+from student_trainer.data import Domain, open_domains
 from student_trainer.evaluation import Evaluator
 from student_trainer.external import take_external
 from student_trainer.heads import HeadStore
@@ -45,8 +40,9 @@ from student_trainer.preflight import (
 from student_trainer.rollouts import Rollouts
 from student_trainer.run_state import MetricsLog, Phase, RunState
 from student_trainer.save_requests import SaveRequests
-from student_trainer.schedule import staleness
+from student_trainer.schedule import check_staleness, staleness
 from student_trainer.step_metrics import Clock, metrics_line
+from student_trainer.stopping import StepGivenUpError, Stopping
 from student_trainer.student import Student
 from student_trainer.summary import summarize, write_summary
 from student_trainer.teachers import Teachers
@@ -54,10 +50,6 @@ from student_trainer.update import UpdateResult, apply_gradients, compute_gradie
 from student_trainer.writing import Arrival
 
 log = logging.getLogger("student_trainer")
-
-
-class StepGivenUpError(Exception):
-    """The run stops, and the step in progress could not be waited for."""
 
 
 class Trainer:
@@ -101,15 +93,12 @@ class Trainer:
             vocab_size=student.vocab_size,
         )
         self.pipeline = Pipeline(recipe, self.rollouts, self.teachers, self.marks)
-        self.feed = PolicyFeed(lambda: self.push_policy(), self.rollouts, self.state)
+        self._ends = Stopping()
+        self.feed = PolicyFeed(self.push_policy, self.rollouts, self.state, on_failure=self._ends.fail)
         self.domains: list[Domain] = []
         self.evaluations = MetricsLog(run_dir / "evaluations.jsonl")
         self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
         self.warnings: list[str] = []
-        self.stopping = False
-        # False while the weights are between two steps: what they are then must not become a checkpoint.
-        self._weights_hold = True
-        self._gathering: asyncio.Task[StepInFlight] | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._giving_up: asyncio.Future[None] | None = None
         self._unacknowledged: list[str] = []
@@ -121,21 +110,20 @@ class Trainer:
     async def run(self) -> None:
         """From the first connection to the report. Raises what ended the run early, after a checkpoint."""
         try:
-            self._preparing = asyncio.ensure_future(self.prepare())
-            try:
-                await self._preparing
-            except asyncio.CancelledError:
-                if not (self.stopping and self._preparing.cancelled()):
-                    raise
-                self.end_unbegun()
-                return
-            self.state.set(Phase.RUNNING)
-            while self.progress.step < self.recipe.run.steps and not self.stopping:
-                await self.between_steps()
-                if not self.stopping:
-                    await self.step()
-            await self.finish()
-        except StepGivenUpError:
+            with contextlib.suppress(StepGivenUpError):
+                self._preparing = asyncio.ensure_future(self.prepare())
+                try:
+                    await self._preparing
+                except asyncio.CancelledError:
+                    if not (self.stopping and self._preparing.cancelled()):
+                        raise
+                    self.end_unbegun()
+                    return
+                self.state.set(Phase.RUNNING)
+                while self.progress.step < self.recipe.run.steps and not self.stopping:
+                    await self.between_steps()
+                    if not self.stopping:
+                        await self.step()
             await self.finish()
         except (Exception, asyncio.CancelledError) as error:
             await self.end_early(error)
@@ -162,13 +150,7 @@ class Trainer:
                 if digest not in self.heads:
                     self.heads.add(await self.teachers.get_head(teacher_id))
         with self.doing("reading prompts"):
-            engine = self.recipe.rollout.engine
-            for name, domain in self.recipe.domains.items():
-                room = engine.max_context_tokens - (domain.max_new_tokens or self.recipe.rollout.max_new_tokens)
-                prompts = await asyncio.to_thread(
-                    Domain, name, domain, self.recipe, self.student.tokenizer, max_prompt_tokens=room
-                )
-                self.domains.append(prompts)
+            self.domains += await asyncio.to_thread(open_domains, self.recipe, self.student.tokenizer)
         if self.resume:
             with self.doing("loading the newest checkpoint"):
                 try:
@@ -179,9 +161,10 @@ class Trainer:
                 self.evaluations.resume(self.progress.step)
         self.progress.lineage = self.identity.lineage
         self.pipeline.start(self.domains, self.progress)
-        await self.feed.give()
+        with self.doing("updating the rollout policy"):
+            await self.feed.give()
         self.feed.watch()
-        await self.rollouts.watch.take_idle_s()
+        await self.rollouts.watch.start_over()
         every = self.recipe.evaluation.every_steps
         if self.progress.step == 0 or (every and self.progress.step % every == 0):
             await self.evaluate()
@@ -212,13 +195,13 @@ class Trainer:
         self._started = time.monotonic() - self.progress.wall_s
         log.info("resumed from %s", checkpoint.path)
 
-    async def push_policy(self) -> float:
-        """Give the present weights to every rollout server; returns the seconds that decoding stood still."""
-        with self.doing("updating the rollout policy"):
-            weights = await asyncio.to_thread(self.student.policy_weights)
-            policy = PolicyId(self.run_id, self.progress.lineage, self.progress.step, weights.digest)
-            pause_s = await self.rollouts.push_policy(policy, weights, merged=self.student.merged_weights)
-        self.state.policy = policy
+    async def push_policy(self, clients: Sequence[RolloutClient] | None = None) -> float:
+        """Give the present weights to every rollout server, or to some; returns how long decoding stood still."""
+        weights = await asyncio.to_thread(self.student.policy_weights)
+        policy = PolicyId(self.run_id, self.progress.lineage, self.progress.step, weights.digest)
+        pause_s = await self.rollouts.push_policy(policy, weights, merged=self.student.merged_weights, clients=clients)
+        if clients is None:
+            self.state.policy = policy
         return pause_s
 
     # --- one step ----------------------------------------------------------------------------------------------
@@ -244,8 +227,12 @@ class Trainer:
             before = self.teachers.wire_bytes, self.teachers.retries, self.heads.loads
             whole = False
             try:
-                self._gathering = asyncio.ensure_future(self.gather_samples(number, clock))
-                gathered = await self._gathering
+                gathered = await self._ends.wait(self.gather_samples(number, clock))
+                check_staleness(
+                    [arrival.trajectory for arrival in gathered.arrivals],
+                    self.progress.step,
+                    max_staleness=self.recipe.max_staleness,
+                )
                 external = take_external(self.rollouts, self.progress, self.recipe)
                 samples = gathered.samples + [self.teachers.ask(item.trajectory, self.marks) for item in external]
                 ages = [staleness(sample.trajectory, self.progress.step) for sample in samples]
@@ -254,17 +241,10 @@ class Trainer:
                     "staleness_mean": sum(ages) / len(ages),
                     "external": len(external),
                     "backlog": self.pipeline.backlog,
-                    "rollout_idle_s": await self.rollouts.watch.take_idle_s(),
                 }
-                with self.doing("updating the student"):
-                    result = await self.update(samples, clock)
-                    self.advance(gathered, external, result)
+                with self.doing("updating the student"), self._ends.cause_of_cancellation():
+                    result = await self.update(gathered, external, samples, clock)
                 whole = True
-            except (asyncio.CancelledError, CancelledByCallerError):
-                task = asyncio.current_task()
-                if self.stopping and task is not None and not task.cancelling():
-                    raise StepGivenUpError from None
-                raise
             finally:
                 if not whole:  # otherwise nothing of this step is left, and the next one's marks stay
                     await self.marks.give_up()
@@ -283,17 +263,17 @@ class Trainer:
                 if self.recipe.max_staleness:
                     self.feed.give_ahead(then=self.write_ahead)
                 else:
-                    with clock("policy"):
-                        await self.feed.give()
+                    with clock("policy"), self.doing("updating the rollout policy"):
+                        await self._ends.wait(self.feed.give())
             finally:  # the step is done, whether or not the servers could be told
                 counted["seconds/policy_swap"] = self.feed.swap_s
+                counted["rollout_idle_s"] = self.rollouts.watch.take_idle_s()
                 line = metrics_line(self.progress, samples, result, clock)
                 self.state.step = number
                 self.metrics.write(line | counted)
                 self.state.notify()
         every = self.recipe.evaluation.every_steps
         if every and number % every == 0:
-            await self.feed.given()
             await self.evaluate()
 
     async def gather_samples(self, number: int, clock: Clock) -> StepInFlight:
@@ -308,7 +288,9 @@ class Trainer:
         if self.state.not_paused.is_set() and not self.stopping:
             self.pipeline.submit(self.feed.served_version)
 
-    async def update(self, samples: list[Sample], clock: Clock) -> UpdateResult:
+    async def update(
+        self, gathered: StepInFlight, external: list[Arrival], samples: list[Sample], clock: Clock
+    ) -> UpdateResult:
         """Gradients while the marks arrive, then one optimizer step, when nobody reads the weights any more."""
         batch = self.recipe.batch
         # In deterministic mode the order of computation does not depend on how many heads fit the device.
@@ -320,12 +302,14 @@ class Trainer:
             loss, means = await asyncio.to_thread(
                 compute_gradients, plan, self.student, self.objective, self.heads, self.recipe.objective.importance
             )
-        with clock("policy"):
-            await self.feed.given()
-        async with self.feed.changing_weights():
+        self.rollouts.watch.look()  # here, so that the answers are there when the step ends, and nobody waits for them
+        async with contextlib.AsyncExitStack() as changing:
+            with clock("policy"):
+                await changing.enter_async_context(self.feed.changing_weights())
             with clock("update"):
-                self._weights_hold = False
-                return await asyncio.to_thread(apply_gradients, self.optimizer, plan, loss, means)
+                result = await asyncio.to_thread(apply_gradients, self.optimizer, plan, loss, means)
+            self.advance(gathered, external, result)
+        return result
 
     def advance(self, gathered: StepInFlight, external: list[Arrival], result: UpdateResult) -> None:
         """The weights are those of the next version, and the place in the data goes with them."""
@@ -334,9 +318,17 @@ class Trainer:
         self.progress.tokens_trained += result.tokens
         self.progress.consumed_external += [arrival.trajectory.trajectory_id for arrival in external]
         self._unacknowledged += [arrival.entry_id for arrival in (*gathered.arrivals, *external)]
-        self._weights_hold = True
 
     # --- stopping --------------------------------------------------------------------------------------------------
+    @property
+    def stopping(self) -> bool:
+        """The run ends after the step in progress."""
+        return self._ends.asked
+
+    @stopping.setter
+    def stopping(self, asked: bool) -> None:
+        self._ends.asked = asked
+
     def stop(self) -> None:
         """End after the step in progress; at once where there is none yet."""
         self.stopping = True
@@ -345,24 +337,32 @@ class Trainer:
 
     def give_up_step(self) -> None:
         """Stop now: a step that still waits for responses or marks is not finished, the last whole one counts."""
-        self.stopping = True
-        if self._gathering is not None:
-            self._gathering.cancel()
+        self._ends.now()
         self.feed.drop()
         self._giving_up = asyncio.ensure_future(self.marks.give_up())
         self._giving_up.add_done_callback(lambda done: done.cancelled() or done.result())
 
     async def evaluate(self) -> None:
-        """One line of evaluations.jsonl, once per step at most."""
+        """One line of evaluations.jsonl, once per step at most, by the newest policy.
+
+        Raises:
+            StepGivenUpError: the run stops, and does not wait for this.
+        """
         step = self.progress.step
         if not self.recipe.evaluation.prompts_per_domain or any(
             line["step"] == step for line in self.evaluations.lines
         ):
             return
         with self.doing("evaluating on held-out prompts"):
-            line = await self.evaluator.evaluate(self.domains, lineage=self.progress.lineage, step=step)
+            await self._ends.wait(self.feed.given())
+            if self.feed.dropped:
+                raise StepGivenUpError
+            line = await self._ends.wait(
+                self.evaluator.evaluate(self.domains, lineage=self.progress.lineage, step=step)
+            )
         if line:
             self.evaluations.write({"step": step} | line)
+        await self.rollouts.watch.start_over()  # what the servers did meanwhile belongs to no step
 
     # --- checkpoints and the end -------------------------------------------------------------------------------
     async def request_save(self) -> tuple[Path, int]:
@@ -392,13 +392,15 @@ class Trainer:
     async def finish(self) -> None:
         """Last checkpoint, last evaluation, the student, the summary."""
         await self.pipeline.close()
-        whole = self.progress.step >= self.recipe.run.steps
-        if not whole:
-            self.feed.drop()  # a resumed run gives its policy anew
-        await self.feed.given()
         await self.save_checkpoint()
+        whole = self.progress.step >= self.recipe.run.steps
         if whole:
-            await self.evaluate()
+            try:
+                await self._ends.wait(self.feed.given())
+                await self.evaluate()
+            except StepGivenUpError:
+                whole = False
+        await self.feed.close()  # a resumed run gives its policy anew
         with self.doing("saving the student"):
             await asyncio.to_thread(self.student.save, self.run_dir / "student")
         self.summarize("finished" if whole else "interrupted")
@@ -421,7 +423,7 @@ class Trainer:
         log.error("the run ends at step %d: %s", self.progress.step, text)
         await self.pipeline.close()
         try:
-            if self._unsaved_steps and (self._weights_hold or isinstance(error, DivergedError)):
+            if self._unsaved_steps and (self.feed.weights_are_whole or isinstance(error, DivergedError)):
                 await self.save_checkpoint()
         except OpdError as failure:
             # Redis may be what has gone. The checkpoint is whole by then; what it could not acknowledge comes again.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_mesh.clients.rollout import RolloutClient
-from opd_mesh.errors import RequestConflictError
+from opd_mesh.errors import OpdError, RequestConflictError
 from opd_mesh.trajectory import Trajectory
 
 
@@ -42,13 +42,13 @@ class Writing:
     """The responses of one step, until all have come through the stream. For one event loop.
 
     Args:
-        on_arrival: called after each.
+        on_arrival: called after each, and when it is certain that one will never come.
 
     Attributes:
         wanted: ids that have not come.
         arrivals: what has come, in that order.
-        conflict: a server knows a request, or the stream a response, with other contents. If it does not come, that is
-            why.
+        suspect: a server knows a request, or the stream a response, with other contents, or what came is unusable. If
+            a response does not come, that is why.
         all_written_at: since when every request is answered though some response has not come; None: they are not.
     """
 
@@ -56,7 +56,7 @@ class Writing:
         self.wanted: set[str] = set()
         self.arrivals: list[Arrival] = []
         self.all_written_at: float | None = None
-        self.conflict: RequestConflictError | None = None
+        self.suspect: OpdError | None = None
         self._on_arrival = on_arrival
         self._requests: dict[str, Request] = {}
         self._ended = asyncio.Event()
@@ -77,17 +77,19 @@ class Writing:
             return  # it came through the stream: whatever became of the call is of no account
         if isinstance(error, RequestConflictError):
             # A server that was restarted may have written again what it had published already: then that comes.
-            self.conflict = error
+            self.suspect = error
         elif error is not None:
             self.fail(error)
         elif not task.result().num_scored:  # cancelled from outside before its first token: never published
             self.wanted.discard(request_id)
+            self._on_arrival()
             self._end_if_complete()
 
     def take(self, arrival: Arrival) -> None:
         """One that is wanted has come."""
         self.wanted.remove(arrival.trajectory.trajectory_id)
         self.arrivals.append(arrival)
+        self.all_written_at = None
         self._on_arrival()
         self._end_if_complete()
 
@@ -116,9 +118,9 @@ class Writing:
         return all(request.task.done() for request in self._requests.values())
 
     async def wait(self) -> None:
-        """Until all have come. Raises what a server said of a request, or the stream."""
+        """Until all have come. Raises what a server said of a request, or the stream, of those that have not."""
         await self._ended.wait()
-        if self._error is not None:
+        if self._error is not None and not self.complete:
             raise self._error
 
     async def close(self) -> dict[str, RolloutClient]:

@@ -69,10 +69,14 @@ class Server:
         self._nursery = nursery
         self._ready = folder / f"{number}.ready"
 
+    def is_ready(self) -> bool:
+        """It listens, and has its model and its log."""
+        return self._ready.exists()
+
     def address(self) -> str:
-        """Once it listens and has its model."""
+        """Once it is ready."""
         deadline = time.monotonic() + START_S
-        while not self._ready.exists():
+        while not self.is_ready():
             assert self.alive(), self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.005)

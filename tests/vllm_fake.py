@@ -207,6 +207,7 @@ class Fake:
         steps: of the core that may still be taken; None: as many as there are.
         dies: at the next step.
         refuses: the next reload of weights.
+        hangs: every reload of weights.
         fails: the next step of the request whose prompt begins with this id.
         nan: the logits are.
         ends: finish reason that comes after the next token of every request, whatever was asked for.
@@ -219,6 +220,7 @@ class Fake:
     steps: int | None = None
     dies: bool = False
     refuses: bool = False
+    hangs: bool = False
     fails: int = -1
     nan: bool = False
     ends: str = ""
@@ -407,6 +409,8 @@ class AsyncLLM:
         json.dumps([args, kwargs])  # what MessagePack does not know would be pickled, which is refused
         assert method == "reload_weights"
         self.calls.append(method)
+        if self.fake.hangs:
+            await asyncio.Event().wait()
         self._reload(*args, **(kwargs or {}))
         return [None]
 

@@ -134,9 +134,11 @@ class RolloutConfig(Strict):
     stop_token_ids: list[int] = Field(default_factory=list)
     peers: PeerConfig = PeerConfig()
     engine: RolloutEngineConfig = RolloutEngineConfig()
-    # Of the server that `opd run` starts; unset: in the run's folder, with TokenLogConfig's defaults.
+    # Of the server that `opd run` starts, so not together with `peers.addresses`; unset: in the run's folder, with
+    # TokenLogConfig's defaults.
     log: TokenLogConfig | None = None
-    # A response that takes longer ends the run (after a checkpoint).
+    # A response that takes longer ends the run (after a checkpoint). It counts from the request; with max_staleness k
+    # that may queue behind those of k earlier steps, and has k + 1 times as long.
     timeout_s: float = Field(600.0, gt=0)
 
 
@@ -202,7 +204,7 @@ class Recipe(Strict):
     # How many versions the policy that writes may be behind the one that is trained. Above 0, generation and training
     # overlap: the responses of the next steps are written meanwhile. Our own responses are never too old and never
     # dropped; trajectories from outside that are older are dropped and counted.
-    max_staleness: int = Field(0, ge=0)
+    max_staleness: int = Field(0, ge=0, le=64)
     # How long a teacher may be out of reach, or silent beyond item_timeout_per_token_s for every token asked of it,
     # before the run ends with a checkpoint.
     teacher_timeout_s: float = Field(120.0, gt=0)

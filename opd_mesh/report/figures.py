@@ -198,6 +198,13 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
         [Panel(single("staleness"), "policy versions", top=1.1), Panel(single("lr"), "learning rate", exact=True)],
     )
     add(
+        "ahead",
+        "Generation and training side by side",
+        "Responses for later steps that are here before the trainer needs them, and the time that the rollout servers "
+        "have nothing to do: with neither, generation is what to speed up first.",
+        [Panel(single("backlog"), "responses ahead"), Panel(single("rollout_idle_s"), "idle seconds, all servers")],
+    )
+    add(
         "throughput",
         "Tokens per second",
         "Trained tokens divided by the time of the whole step.",

@@ -143,7 +143,7 @@ def _unless_serialized(serialize: Callable[[Any], bytes]) -> Callable[[Any], byt
 
 async def _take_the_rest(requests: AsyncIterable[Any]) -> None:
     """Read and drop what a refused client still sends, until it has sent all or ``REFUSED_UPLOAD_S`` are over."""
-    with suppress(TimeoutError):
+    with suppress(Exception):  # whatever this meets, the refusal is what the client has to hear
         async with asyncio.timeout(REFUSED_UPLOAD_S):
             async for _ in requests:
                 pass
@@ -156,11 +156,13 @@ def _wrap_unary(
         current = _ServerCall(method, context)
         try:
             with admission.place():
-                return await current.inside(behaviour(request, context))
+                try:
+                    return await current.inside(behaviour(request, context))
+                except OpdError as error:
+                    if isinstance(request, AsyncIterable) and not isinstance(error, DeadlineError):
+                        await _take_the_rest(request)
+                    raise
         except BaseException as error:  # noqa: BLE001 - mapped to a status, never swallowed
-            uploading = isinstance(request, AsyncIterable) and not isinstance(error, DeadlineError)
-            if isinstance(error, OpdError) and uploading:
-                await _take_the_rest(request)
             await current.fail(error)
         finally:
             current.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from opd_mesh.stream import TrajectoryStream
 from opd_mesh.trajectory import Trajectory
 from student_trainer.data import Prompt
 from student_trainer.trainer import Trainer
+from student_trainer.update import compute_gradients
 
 STEPS = 6
 
@@ -99,9 +101,54 @@ async def test_responses_are_written_ahead_and_never_older_than_the_bound(tmp_pa
             assert line["samples"] == 4
             assert 0 <= line["backlog"] <= 4 * bound
             assert line["rollout_idle_s"] >= 0
-            assert 0 <= line["seconds/wait_rollout"] <= line["seconds/rollout"]
+            assert line["seconds/wait_rollout"] <= line["seconds/rollout"]
         assert json.loads((tmp_path / name / "summary.json").read_text())["status"] == "finished"
         assert [line["step"] for line in lines_of(tmp_path / name, "evaluations.jsonl")] == [0, 2, 4, 6]
+
+
+async def test_a_slow_trainer_finds_responses_waiting_and_leaves_the_servers_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers: list[Trainer] = []
+
+    def slow(*arguments: Any) -> Any:  # in the updating thread: until both later steps are here, and a while longer
+        (trainer,) = trainers
+        deadline = time.monotonic() + 30
+        if trainer.progress.step + 1 <= STEPS - 2:
+            while trainer.pipeline.backlog < 8:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(0.2)
+        return compute_gradients(*arguments)
+
+    monkeypatch.setattr("student_trainer.trainer.compute_gradients", slow)
+    with running_valkey(tmp_path / "valkey") as url:
+        async with mesh(recipe_of(tmp_path, max_staleness=2), url) as resolved:
+            trainers.append(await new_trainer(resolved, tmp_path / "run"))
+            trained = record(trainers[0])
+            await trainers[0].run()
+    assert set(check_staleness(trained, 2)) == {0, 1, 2}
+    lines = lines_of(tmp_path / "run")
+    # What is written when the next step begins: at least all of the step behind it, and nothing behind the last.
+    assert all(line["backlog"] >= 4 for line in lines[1 : STEPS - 1])
+    assert lines[-1]["backlog"] == 0
+    assert sum(line["rollout_idle_s"] for line in lines) > 0.2
+
+
+async def test_a_slow_server_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = RolloutClient.generate
+
+    async def slow(self: RolloutClient, *arguments: Any, **named: Any) -> Trajectory:
+        await asyncio.sleep(0.2)
+        return await generate(self, *arguments, **named)
+
+    monkeypatch.setattr(RolloutClient, "generate", slow)
+    for bound in (0, 1):
+        recipe = recipe_of(tmp_path, max_staleness=bound, run={"steps": 3})
+        await whole_run(recipe, tmp_path, f"run-{bound}")
+        lines = lines_of(tmp_path / f"run-{bound}")
+        first = lines if bound == 0 else lines[:1]  # what is asked for ahead may be there in time
+        assert all(line["seconds/wait_rollout"] > 0.1 for line in first)
 
 
 @pytest.mark.parametrize("spill", [False, True], ids=["wait", "spill"])
@@ -277,9 +324,10 @@ async def test_importance_weights_are_1_where_the_present_policy_wrote_every_tok
             "objective.importance: with rollout.top_p below",
         ),
         ({"objective": {"importance": {}}, "rollout": {"top_k": 5}}, "objective.importance: with rollout.top_p below"),
+        ({"max_staleness": 65}, "max_staleness: Input should be less than or equal to 64"),
     ],
-    ids=["deterministic", "top_p", "top_k"],
+    ids=["deterministic", "top_p", "top_k", "far ahead"],
 )
 def test_settings_that_cannot_go_together_are_refused(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny_recipe(tmp_path, {"one": tmp_path}, max_staleness=1, **sections)
+        tiny_recipe(tmp_path, {"one": tmp_path}, **{"max_staleness": 1, **sections})

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_exactness import Case
+from test_exactness import Case, gradient_error, in_float64
 
 from opd_mesh.config.training import ImportanceConfig
 from opd_mesh.errors import TrajectoryError
+from opd_mesh.models.checkpoint import load_causal_lm
 from opd_mesh.trajectory import SamplingParams, Trajectory
 from student_trainer.batch import plan_batch
+from student_trainer.heads import HeadStore
 from student_trainer.importance import check_behaviour
 from student_trainer.objective import build_objective
 from student_trainer.update import compute_gradients
@@ -63,15 +65,61 @@ async def test_every_tokens_loss_is_weighted_by_its_truncated_ratio(tmp_path: Pa
     assert metrics["kl/one"] == pytest.approx(case.gradients(samples)[0]["kl/one"], rel=1e-6)
 
 
+async def test_every_teacher_of_a_token_is_weighted_alike_in_every_pass(tmp_path: Path) -> None:
+    """Two teachers mark each sample, and the mini-batch takes several passes: against one loss over all tokens."""
+    case = Case("llama", tmp_path)
+    shares = {"one": 1.0, "two": 0.25}
+    domains = {name: domain.replace(teachers=shares) for name, domain in case.recipe.domains.items()}
+    case.recipe = case.recipe.replace(domains=domains)
+    await case.through_the_mesh()
+    model = in_float64(case.student.model)
+    teachers = {name: in_float64(load_causal_lm(path).model) for name, path in case.paths.items()}
+    generator = torch.Generator().manual_seed(1)
+    samples, weighted = [], []
+    for sample in case.samples:
+        trajectory = sample.trajectory
+        ids, rows = torch.tensor([trajectory.token_ids]), trajectory.predicting_positions
+        log_p = model(input_ids=ids, use_cache=False).logits[0, rows, : case.student.vocab_size].log_softmax(-1)
+        now = log_p.detach()[torch.arange(len(rows)), torch.tensor(trajectory.scored_token_ids)]
+        then = now + 0.5 * torch.randn(len(now), generator=generator)
+        ratios = (now - then).exp().clamp(max=TRUNCATE_AT)
+        for name, share in shares.items():
+            with torch.no_grad():
+                logits = teachers[name](input_ids=ids, use_cache=False).logits[0, rows, : case.student.vocab_size]
+            kl = (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1)
+            weighted.append(share * ratios * kl)
+        samples.append(replace(sample, trajectory=replace(trajectory, sampling_logprobs=tuple(then.tolist()))))
+    tokens = sum(sample.trajectory.num_scored for sample in samples)
+    wanted = torch.cat(weighted).sum() / tokens
+    wanted.backward()
+
+    for heads in (1, 2):  # a sample's teachers one after the other, and side by side
+        case.student.model.zero_grad(set_to_none=True)
+        plan = plan_batch(samples, tokens_per_pass=40, heads_together=heads)
+        assert len(plan.passes) > 1
+        head_store = HeadStore(tmp_path / "heads", "cpu", resident=heads)
+        loss, means = compute_gradients(
+            plan, case.student, build_objective(case.recipe.objective), head_store, ImportanceConfig(truncate_at=1.5)
+        )
+        assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
+        found = {name: p.grad for name, p in case.student.model.named_parameters() if p.grad is not None}
+        exact = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert gradient_error(found, exact) < 1e-4
+        assert means.means()["importance/mean"] < TRUNCATE_AT
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
         ({"sampling_logprobs": ()}, "sampling_logprobs"),
+        ({"sampling_logprobs": (float("nan"),)}, "sampling_logprobs"),
+        ({"sampling_logprobs": (float("-inf"),)}, "sampling_logprobs"),
+        ({"sampling_logprobs": (0.01,)}, "sampling_logprobs"),
         ({"sampling": SamplingParams(top_p=0.9)}, "sampling"),
         ({"sampling": SamplingParams(top_k=3)}, "sampling"),
         ({"sampling": SamplingParams(temperature=0.0)}, "sampling"),
     ],
-    ids=["no log-probabilities", "top_p", "top_k", "greedy"],
+    ids=["no log-probabilities", "nan", "infinite", "above 0", "top_p", "top_k", "greedy"],
 )
 def test_a_trajectory_whose_ratios_are_unknown_is_refused(changes: dict[str, Any], field: str) -> None:
     good = Trajectory("t", "d", (1, 2), ((1, 2),), sampling_logprobs=(-1.0,))

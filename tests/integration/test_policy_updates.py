@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from opd_mesh.models.checkpoint import served_tensors
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy_weights import PolicyWeights
 from opd_mesh.torch_tensors import to_numpy
-from opd_mesh.trajectory import SamplingParams, Trajectory
+from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
+from rollout_server.decode_engine import DecodeEngine
 from student_trainer.student import Student
 
 FINGERPRINT = tokenizer_fingerprint(tiny_tokenizer().get_vocab())
@@ -205,18 +207,69 @@ async def test_an_altered_policy_leaves_the_old_one_serving(checkpoint: Path, mo
             await serves(client, tiny_model("llama", 1), place)
 
 
-async def test_decoding_goes_on_while_a_policy_is_prepared(checkpoint: Path) -> None:
-    """Tokens are drawn between the first byte and the swap, and the swap is all that they wait for."""
+@pytest.fixture
+def held_preparation(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """(set when a policy begins to be prepared, after the first; to be set for it to go on)."""
+    begun, go = threading.Event(), threading.Event()
+    prepare, calls = DecodeEngine.prepare_policy, iter(range(100))
+
+    def held(self: DecodeEngine, tensors: Any) -> Any:
+        if next(calls):
+            begun.set()
+            assert go.wait(30)
+        return prepare(self, tensors)
+
+    monkeypatch.setattr(DecodeEngine, "prepare_policy", held)
+    return begun, go
+
+
+async def test_decoding_goes_on_while_a_policy_is_prepared(
+    checkpoint: Path, held_preparation: tuple[threading.Event, threading.Event]
+) -> None:
+    """The swap is all that tokens wait for."""
+    begun, go = held_preparation
     async with serving(checkpoint) as client:
         await give(client, weights_of(1), 1)
-        long = SamplingParams(seed=3, max_new_tokens=400)
-        specs = [GenerateSpec(f"r{i}", "run", "math", PROMPT, long, FINGERPRINT) for i in range(4)]
-        writing = asyncio.gather(*(client.generate(spec, timeout_s=60) for spec in specs))
-        version = 1
-        while not writing.done() and version < 5:
-            version += 1
-            await give(client, weights_of(version), version)
-        trajectories = await writing
-    for trajectory in trajectories:
-        assert list(trajectory.policy_versions) == sorted(trajectory.policy_versions)
-        assert len(set(trajectory.policy_versions)) > 1
+        giving = asyncio.create_task(give(client, weights_of(2), 2))
+        assert await asyncio.to_thread(begun.wait, 20)
+        short = await write(client, "whole response while the other is held")
+        assert set(short.policy_versions) == {1}
+        go.set()
+        await giving
+        await serves(client, tiny_model("llama", 2), "b")
+
+
+async def test_two_policies_at_once_leave_the_newer_whole(
+    checkpoint: Path, held_preparation: tuple[threading.Event, threading.Event]
+) -> None:
+    begun, go = held_preparation
+    async with serving(checkpoint) as client, RolloutClient(client.address, client.config) as other:
+        await give(client, weights_of(1), 1)
+        older = asyncio.create_task(give(client, weights_of(2), 2))
+        assert await asyncio.to_thread(begun.wait, 20)
+        newer = asyncio.create_task(give(other, weights_of(3), 3))
+        await asyncio.sleep(0.1)
+        go.set()
+        await asyncio.gather(older, newer)
+        assert (await client.get_policy()).policy.version == 3
+        await serves(client, tiny_model("llama", 3), "a")
+        with pytest.raises(StalePolicyError):
+            await give(client, weights_of(2), 2)
+
+
+async def test_a_cancel_whose_caller_goes_away_is_carried_out(
+    checkpoint: Path, held_preparation: tuple[threading.Event, threading.Event]
+) -> None:
+    async with serving(checkpoint) as client:
+        await give(client, weights_of(1), 1)
+        spec = GenerateSpec("r", "run", "math", PROMPT, SamplingParams(seed=3, max_new_tokens=400), FINGERPRINT)
+        writing = asyncio.create_task(client.generate(spec, timeout_s=20))
+        while not (await client.get_policy()).load.running:
+            await asyncio.sleep(0.005)
+        cancelling = asyncio.create_task(client.cancel("r"))
+        await asyncio.sleep(0.002)  # on its way, or there
+        cancelling.cancel()
+        await asyncio.gather(cancelling, return_exceptions=True)
+        await client.cancel("r")  # where it had not arrived
+        assert (await writing).finish_reason is FinishReason.CANCELLED
+        assert not (await client.get_policy()).load.running

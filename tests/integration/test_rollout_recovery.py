@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import resource
 import signal
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,18 @@ from tiny_models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import trajectory_from_proto
-from opd_mesh.errors import BeyondLogError, OpdError, OverloadedError, UnavailableError
+from opd_mesh.errors import BeyondLogError, LogFullError, OpdError, OverloadedError, UnavailableError
 from opd_mesh.models.checkpoint import served_tensors
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy_weights import PolicyWeights
+from opd_mesh.stream import TrajectoryStream
 from opd_mesh.torch_tensors import to_numpy
 from opd_mesh.trajectory import SamplingParams, Trajectory
 
 FINGERPRINT = tokenizer_fingerprint(tiny_tokenizer().get_vocab())
 CHANNEL = ChannelConfig(max_attempts=1, timeout_s=20, connect_timeout_s=30)
 PATIENCE_S = 60.0
-KILL_RUNS = int(os.environ.get("OPD_KILL_RUNS", "4"))
+KILL_RUNS = int(os.environ.get("OPD_KILL_RUNS", "3"))
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +116,12 @@ class Reader:
             assert list(self.trajectory.policy_versions) == self.versions
 
 
-async def policy_giver(client: RolloutClient, weights: PolicyWeights) -> None:
+async def policy_giver(client: RolloutClient, weights: PolicyWeights, run: str) -> None:
     """As a trainer does: a server without a policy is given the present one."""
     while True:
         with suppress(OpdError):
             if not (await client.get_policy()).HasField("policy"):
-                await give_policy(client, weights)
+                await give_policy(client, weights, run=run)
         await asyncio.sleep(0.02)
 
 
@@ -147,6 +150,14 @@ class Killing:
             assert "cannot listen" in self.server.log.read_text(), self.server.log.read_text()
             self.server = self.nursery.start(self.config, self.folder, self.address)
 
+    def ready(self) -> None:
+        """Until it listens again, with its model and its log."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.server.is_ready():
+            self.revive()
+            assert time.monotonic() < deadline, self.server.log.read_text()
+            time.sleep(0.005)
+
 
 def begin(nursery: Nursery, config: dict[str, Any], folder: Path) -> Killing:
     server = nursery.start(config, folder)
@@ -154,13 +165,19 @@ def begin(nursery: Nursery, config: dict[str, Any], folder: Path) -> Killing:
 
 
 async def write_with_kills(
-    killing: Killing, weights: PolicyWeights, specs: list[GenerateSpec], chance: random.Random | None, *, kills: int = 2
+    killing: Killing,
+    weights: PolicyWeights,
+    specs: list[GenerateSpec],
+    chance: random.Random | None,
+    *,
+    kills: int = 2,
+    run: str = "run",
 ) -> list[Reader]:
     """All responses, while the server is killed whenever so many tokens have come; None: never."""
     readers = [Reader(spec) for spec in specs]
     total = sum(spec.sampling.max_new_tokens for spec in specs)
     async with RolloutClient(killing.address, CHANNEL) as client:
-        giver = asyncio.create_task(policy_giver(client, weights))
+        giver = asyncio.create_task(policy_giver(client, weights, run))
         reading = asyncio.gather(*(reader.read(killing.address) for reader in readers))
         try:
             marks = sorted(chance.randrange(total) for _ in range(kills)) if chance else []
@@ -170,7 +187,8 @@ async def write_with_kills(
                     await asyncio.sleep(0.001)
                 assert chance is not None
                 await asyncio.sleep(chance.random() * 0.01)  # anywhere in a step, or in what follows it
-                await asyncio.to_thread(killing.again, signal.SIGKILL)
+                # Killed, or told to go: also while it recovers, and while it is given its policy.
+                await asyncio.to_thread(killing.again, chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
             while not reading.done():
                 killing.revive()
                 await asyncio.wait({reading}, timeout=0.1)
@@ -226,10 +244,13 @@ async def test_stopped_between_two_tokens_and_started_again(
         await asyncio.to_thread(killing.again, signal.SIGTERM)
         saved = list((tmp_path / "log" / "kv").glob("*.safetensors"))
         assert len(saved) == (3 if save_kv else 0)
-        assert killing.server.address() == killing.address
+        await asyncio.to_thread(killing.ready)
         await give_policy(client, weights)
         assert not list((tmp_path / "log").glob("kv/*"))
         await reading
+        load = (await client.get_policy()).load
+        assert (load.prefill_tokens == 0) == save_kv
+        assert (load.replayed_tokens == 0) == save_kv
     for reader, undisturbed in zip(readers, calm, strict=True):
         assert reader.calls > 1
         assert reader.trajectory == undisturbed.trajectory
@@ -248,7 +269,7 @@ async def test_what_is_logged_is_served_before_there_is_a_policy(
         while len(half.tokens) < 10:
             await asyncio.sleep(0.001)
         await asyncio.to_thread(killing.again, signal.SIGKILL)
-        assert killing.server.address() == killing.address
+        await asyncio.to_thread(killing.ready)
         again = Reader(done.spec)
         await again.read(killing.address)  # finished: as it was
         assert again.trajectory == done.trajectory
@@ -269,12 +290,12 @@ async def cut_last_records(log: Path, num_bytes: int) -> None:
         file.truncate(newest.stat().st_size - num_bytes)
 
 
-@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "batched"])
+@pytest.mark.parametrize("case", ["deterministic", "batched", "other weights"])
 async def test_a_client_that_has_seen_more_than_the_log(
-    nursery: Nursery, checkpoint: Path, weights: PolicyWeights, tmp_path: Path, deterministic: bool
+    nursery: Nursery, checkpoint: Path, weights: PolicyWeights, tmp_path: Path, case: str
 ) -> None:
     """The machine died, and with it the newest tokens: told so, or written again where they are the same."""
-    config = config_of(checkpoint, tmp_path / "log", deterministic=deterministic)
+    config = config_of(checkpoint, tmp_path / "log", deterministic=case != "batched")
     killing = begin(nursery, config, tmp_path / "server")
     reader = Reader(spec_of(0, tokens=400))
     async with RolloutClient(killing.address, CHANNEL) as client:
@@ -288,13 +309,50 @@ async def test_a_client_that_has_seen_more_than_the_log(
         seen = list(reader.tokens)
         await cut_last_records(tmp_path / "log", 900)
         killing.server = nursery.start(config, tmp_path / "server", killing.address)
-        assert killing.server.address() == killing.address
-        await give_policy(client, weights)
+        await asyncio.to_thread(killing.ready)
+        await give_policy(client, weights, version=2 if case == "other weights" else 1)
         await reading
-    assert reader.beyond == (0 if deterministic else 1)
+    assert reader.beyond == (0 if case == "deterministic" else 1)
     assert len(reader.tokens) == reader.spec.sampling.max_new_tokens
-    if deterministic:
+    if case == "deterministic":
         assert reader.tokens[: len(seen)] == seen
+
+
+async def test_a_full_disk_stops_what_is_new_and_nothing_else(
+    nursery: Nursery, checkpoint: Path, weights: PolicyWeights, tmp_path: Path
+) -> None:
+    """A limit on the size of files is what a full disk is: EFBIG in the place of ENOSPC, and it can be lifted."""
+    log = tmp_path / "log"
+    killing = begin(nursery, config_of(checkpoint, log), tmp_path / "server")
+    done, half = Reader(spec_of(0, tokens=5)), Reader(spec_of(1, tokens=400))
+    async with RolloutClient(killing.address, CHANNEL) as client:
+
+        async def full() -> bool:
+            return bool((await client.get_policy()).load.log_full)
+
+        await give_policy(client, weights)
+        await done.read(killing.address)
+        size = max(log.glob("*.wal")).stat().st_size
+        resource.prlimit(killing.server.pid, resource.RLIMIT_FSIZE, (size + 3000, resource.RLIM_INFINITY))
+        reading = asyncio.create_task(half.read(killing.address))
+        while not await full():
+            await asyncio.sleep(0.01)
+        seen = len(half.tokens)
+        assert seen > 0
+        again = Reader(done.spec)
+        await again.read(killing.address)  # what is logged is served
+        assert again.trajectory == done.trajectory
+        with pytest.raises(LogFullError) as caught:
+            async for _ in client.stream(spec_of(2)):
+                pass
+        assert caught.value.retry_delay_s
+        assert (await client.get_policy()).load.running == 1
+        assert len(half.tokens) == seen  # nothing that is not in the log
+        resource.prlimit(killing.server.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        await reading
+        assert not await full()
+        await Reader(spec_of(2)).read(killing.address)
+    assert len(half.tokens) == half.spec.sampling.max_new_tokens
 
 
 # --- another server ------------------------------------------------------------------------------------------------
@@ -302,6 +360,24 @@ async def test_a_client_that_has_seen_more_than_the_log(
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with running_valkey(tmp_path_factory.mktemp("valkey")) as url:
         yield url
+
+
+async def test_every_response_is_published_once_whenever_the_server_dies(
+    nursery: Nursery, checkpoint: Path, weights: PolicyWeights, tmp_path: Path, redis_url: str
+) -> None:
+    """Also between publishing and noting that it was."""
+    run = "published"
+    config = config_of(checkpoint, tmp_path / "log", redis_url=redis_url, log={"lease_s": 0.6})
+    killing = begin(nursery, config, tmp_path / "server")
+    specs = [replace(spec_of(number, tokens=20, run=run), publish=True) for number in range(12)]
+    readers = await write_with_kills(killing, weights, specs, random.Random(5), kills=3, run=run)
+    stream = TrajectoryStream(redis_url, run, consumer="test", timeout_s=10)
+    entries = await stream.read(100, 0.1)
+    await stream.close()
+    assert sorted(entry.trajectory_id for entry in entries) == sorted(spec.request_id for spec in specs)
+    payloads = {entry.trajectory_id: common_pb2.Trajectory.FromString(entry.payload) for entry in entries}
+    for reader in readers:
+        assert trajectory_from_proto(payloads[reader.spec.request_id]) == reader.trajectory
 
 
 @pytest.fixture

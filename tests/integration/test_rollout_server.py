@@ -170,7 +170,7 @@ async def served(shared: Served) -> AsyncIterator[Served]:
     await mine.push(5, 0)
     yield mine
     await mine.client.resume()
-    for state in mine.servicer._generations.table.unfinished():
+    for state in mine.servicer._generations.table.undelivered():
         await mine.client.cancel(state.params.request_id)
     await until(lambda: mine.servicer._generations.driver.engine.idle)
 

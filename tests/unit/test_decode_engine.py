@@ -379,6 +379,62 @@ def test_a_pass_that_raises_fails_only_the_guilty() -> None:
         assert tokens_of(events)[request.request_id] == reference(model_of("llama"), request)
 
 
+@pytest.mark.parametrize("mode", list(CacheMode))
+@pytest.mark.parametrize("running", [0, 2])
+def test_a_broken_device_is_raised_and_blames_no_request(mode: CacheMode, running: int) -> None:
+    model = fresh_model()
+    engine = make_engine(model=model, cache_mode=mode)
+    for index in range(running):
+        engine.submit(make_request(index))
+    events = engine.step()
+    assert len(events) == running
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    model.register_forward_pre_hook(fail)
+    engine.submit(make_request(7))
+    for _ in range(2):
+        with pytest.raises(InternalError, match=r"cannot run any more.*CUDA error"):
+            engine.step()
+    assert engine.running + engine.waiting == running + 1
+
+
+def test_a_device_that_breaks_while_a_request_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fresh_model()
+    engine = make_engine(model=model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error")
+
+    def lose_the_device(*_: Any) -> None:
+        model.register_forward_pre_hook(fail)
+        fail()
+
+    monkeypatch.setattr(RightAlignedCache, "append_row", lose_the_device)
+    engine.submit(make_request(0))
+    with pytest.raises(InternalError, match="cannot run any more"):
+        engine.step()
+
+
+def test_a_context_for_which_there_is_no_memory_fails_alone() -> None:
+    """Even where there is none for a probe: others may end, or be smaller."""
+    model = fresh_model()
+
+    def fail(_: Any, args: Any, kwargs: Any) -> None:
+        if not kwargs["use_cache"] or kwargs["input_ids"].shape[1] > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    engine = make_engine(model=model)
+    engine.submit(make_request(0))
+    engine.submit(make_request(1, length=40))
+    grouped = by_request(drain(engine))
+    (failed,) = grouped["r1"]
+    assert "out of memory" in str(failed.error)
+    assert [event.token_id for event in grouped["r0"]] == reference(model_of("llama"), make_request(0))
+
+
 def test_a_cache_left_half_moved_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory may run out between two layers."""
     move, failures = RightAlignedCache._move, []

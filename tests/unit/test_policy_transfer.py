@@ -310,6 +310,26 @@ def test_links_are_not_followed(shared_folder: Path) -> None:
         read_shared(rollout_service_pb2.SharedMemory(name=name, byte_size=64), [np.empty(4, np.float32)])
 
 
+def test_a_pipe_does_not_hold_the_server_up(shared_folder: Path) -> None:
+    name = "opd-" + "0" * 32
+    os.mkfifo(shared_folder / name)
+    with pytest.raises(PreconditionError, match="is no file"):
+        read_shared(rollout_service_pb2.SharedMemory(name=name, byte_size=64), [np.empty(4, np.float32)])
+
+
+def test_what_a_killed_process_left_behind_is_removed_and_nothing_else(shared_folder: Path) -> None:
+    orphan, other = shared_folder / ("opd-" + "0" * 32), shared_folder / "opd-notes"
+    for path in (orphan, other):
+        path.write_bytes(bytes(64))
+    with SharedTensors() as first:
+        first.write([random(4)])
+        with SharedTensors() as second:
+            second.write([random(4)])
+            names = {path.name for path in shared_folder.iterdir()}
+            assert names == {first.message.name, second.message.name, "opd-notes"}
+    assert [path.name for path in shared_folder.iterdir()] == ["opd-notes"]
+
+
 @pytest.mark.parametrize(("size", "announced"), [(64, 128), (128, 64), (128, 128), (0, 64)])
 def test_too_little_or_too_much_is_refused(shared_folder: Path, size: int, announced: int) -> None:
     name = "opd-" + "1" * 32

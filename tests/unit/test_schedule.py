@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd_mesh.errors import InternalError
 from opd_mesh.policy import PolicyId
 from opd_mesh.trajectory import Trajectory
 from student_trainer.rollout_watch import lacks_policy
-from student_trainer.schedule import staleness, steps_to_write
+from student_trainer.schedule import check_staleness, staleness, steps_to_write
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,16 @@ def test_the_oldest_token_counts() -> None:
     trajectory = Trajectory("t", "d", (1, 2, 3, 4), ((1, 4),), policy_versions=(3, 5, 4))
     assert staleness(trajectory, 6) == 3
     assert staleness(Trajectory("t", "d", (1, 2), ((1, 2),)), 6) == 0
+
+
+def test_a_response_outside_the_bound_is_not_trained_on() -> None:
+    def written(*versions: int) -> Trajectory:
+        return Trajectory("t", "d", (1, *versions), ((1, 1 + len(versions)),), policy_versions=versions)
+
+    check_staleness([written(3, 5, 4), written(6, 6), written(4)], 6, max_staleness=3)
+    for bad in (written(6, 2, 6), written(5, 7)):
+        with pytest.raises(InternalError, match=f"versions {min(bad.policy_versions)} to {max(bad.policy_versions)}"):
+            check_staleness([written(6), bad], 6, max_staleness=3)
 
 
 @given(

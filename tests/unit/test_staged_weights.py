@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,14 @@ from decoding import (
     written_tokens,
 )
 from tiny_models import tiny_model
+from torch import Tensor, nn
 
+from opd_mesh.errors import CorruptWeightsError
 from opd_mesh.models.checkpoint import served_tensors
 from rollout_server.cache import CacheMode
 from rollout_server.engine import PreparedPolicy
 from rollout_server.generation import GenerationRequest
+from rollout_server.staged_weights import WeightHomes, exchange_weights, stage_weights
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,18 +87,76 @@ def test_tied_weights_stay_tied() -> None:
     assert torch.equal(model.lm_head.weight, new.lm_head.weight)
 
 
+class _Meanwhile(dict[str, Tensor]):
+    """Weights during whose reading something happens."""
+
+    happens: Callable[[], None]
+
+    def items(self) -> Any:
+        for name, tensor in super().items():
+            self.happens()
+            yield name, tensor
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_an_update_is_prepared_while_another_is_swapped_in(arch: str) -> None:
+    model = tiny_model(arch)
+    engine = make_engine(arch, model=model)
+    other = engine.prepare_policy(tiny_model(arch, 1).state_dict())
+    again = engine.prepare_policy(tiny_model(arch, 2).state_dict())
+    policies = [other, again]
+
+    def swap() -> None:
+        engine.swap_policy(policies[0], 1)
+        policies.reverse()
+
+    given = _Meanwhile(tiny_model(arch, 3).state_dict())
+    given.happens = swap
+    engine.swap_policy(engine.prepare_policy(given), 2)
+    wanted = dict(served_tensors(tiny_model(arch, 3)))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in served_tensors(model))
+    if arch == "gemma2":
+        assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_a_tied_pair_of_objects_is_not_split_by_half_an_exchange() -> None:
+    model = fresh_model()
+    embedding, head = model.model.embed_tokens, model.lm_head
+    head.weight = nn.Parameter(embedding.weight.detach())
+    homes = WeightHomes(model)
+    half = torch.randn_like(embedding.weight)
+    embedding.weight.data = half  # another thread is between the two
+    given = torch.randn_like(half)
+    staged = stage_weights(homes, {"lm_head.weight": given})
+    head.weight.data = half
+    exchange_weights(staged, None)
+    assert embedding.weight.data_ptr() == head.weight.data_ptr() == given.data_ptr()
+
+
+def test_weights_beyond_the_dtype_served_are_refused() -> None:
+    homes = WeightHomes(fresh_model().half())
+    name = "model.norm.weight"
+    weight = torch.ones(homes.shapes[name])
+    stage_weights(homes, {name: 6e4 * weight})
+    with pytest.raises(CorruptWeightsError, match=r"float16") as caught:
+        stage_weights(homes, {name: 1e6 * weight})
+    assert caught.value.field == f"tensors[{name}]"
+
+
 def test_keys_and_values_may_outlive_their_weights() -> None:
+    """Those of requests that have written tokens, and no others."""
     engine = make_engine(model=fresh_model(), keep_kv_on_update=True, max_slots=2, prefill_token_budget=8)
     for index, length in enumerate((4, 20)):
         engine.submit(make_request(index, length=length))
     events = engine.step()  # the second is half read
     engine.swap_policy(engine.prepare_policy(tiny_model("llama", 1).state_dict()), 3)
     assert (engine.running, engine.waiting) == (1, 1)
-    events += engine.step()
-    assert engine.counters.prefill_tokens == 16
+    assert engine.counters.prefill_tokens == 8
     grouped = by_request(events + drain(engine))
     assert [event.policy_version for event in grouped["r0"]] == [0] + [3] * 9
-    assert engine.counters.prefill_tokens == 24
+    assert engine.counters.prefill_tokens == 8 + 20
+    new = make_request(1, length=20)
+    assert [event.token_id for event in grouped["r1"]] == reference(tiny_model("llama", 1), new)
 
 
 def test_only_what_this_engine_prepared_is_swapped_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,13 @@ def assert_prefix(request: RecoveredRequest, n_tokens: int | None = None) -> Non
     assert n_tokens is None or len(request.tokens) == n_tokens
 
 
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def reopened(path: Path, **fields: Any) -> list[RecoveredRequest]:
     log, requests = TokenLog.open(config(path, **fields))
     log.close()
@@ -64,7 +73,21 @@ def reopened(path: Path, **fields: Any) -> list[RecoveredRequest]:
 @pytest.fixture
 def unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a shared volume, where a lock does not reach the other machine."""
-    monkeypatch.setattr(token_log_module, "lock_folder", lambda path, leased: os.open(os.devnull, os.O_RDONLY))
+    monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
+
+
+class Moments:
+    """A fence: what happens at each time that it is asked; at the last one, and after it, another may own the log."""
+
+    def __init__(self, *happenings: Callable[[], object]) -> None:
+        self._happenings = list(happenings)
+
+    def __call__(self) -> None:
+        happening = self._happenings.pop(0)
+        happening()
+        if not self._happenings:
+            self._happenings.append(lambda: None)
+            raise LogOwnedError("the lease has run out")
 
 
 # --- what is logged comes back -----------------------------------------------------------------------------------
@@ -81,10 +104,8 @@ def test_what_is_logged_comes_back(tmp_path: Path, durability: str) -> None:
     log.delivered(second, "5-1")
     log.end_cancelled(first)
     log.sync()
-    counters = log.counters
-    assert (counters.records, counters.segments) == (8, 1)
-    assert counters.bytes_on_disk == counters.bytes_written == sum(f.stat().st_size for f in path.glob("*.wal"))
-    assert counters.syncs >= 1
+    assert (log._writer.records, log._writer.synced_records, log._writer.segments) == (8, 8, [])
+    assert log._writer.bytes_on_disk == sum(file.stat().st_size for file in path.glob("*.wal"))
     log.close()
     log.close()
     log, requests = TokenLog.open(config(path))
@@ -123,7 +144,7 @@ def test_misuse_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     log, _ = TokenLog.open(config(tmp_path))
     first, second = log.begin(b"a", 1), log.begin(b"b", 1)
     log.append([token(first, 0), token(second, 0, FinishReason.LENGTH)])
-    size = log.counters.bytes_on_disk
+    size = log._writer.bytes_on_disk
     for tokens in (
         [token(first, 1), token(second, 1)],  # finished
         [token(first, 1), token(first, 3)],  # a gap
@@ -138,7 +159,7 @@ def test_misuse_is_refused_and_changes_nothing(tmp_path: Path) -> None:
             call(77)
     log.append([])
     log.end_cancelled(second)  # it has finished: that end counts
-    assert log.counters.bytes_on_disk == size
+    assert log._writer.bytes_on_disk == size
     log.append([token(first, 1), token(first, 2, FinishReason.STOP)])
     log.close()
     assert not log.full
@@ -187,7 +208,6 @@ def test_threads_write_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    assert log.counters.syncs >= 1
     log.compact()
     log.close()
     found = reopened(tmp_path)
@@ -202,21 +222,27 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
     with pytest.raises(LogOwnedError, match=f"process {os.getpid()}"):
         TokenLog.open(config(tmp_path))
     log.close()
-    log, _ = TokenLog.open(config(tmp_path), min_epoch=40)
+    log, _ = TokenLog.open(config(tmp_path), epoch=40)
     assert log.epoch == 40
+    log.close()
+    for late in (39, 40):
+        with pytest.raises(LogOwnedError, match="owner of epoch 40"):
+            TokenLog.open(config(tmp_path), epoch=late)
+    log, _ = TokenLog.open(config(tmp_path))
+    assert log.epoch == 41
     log.close()
 
 
 def test_a_lease_overrules_the_lock_of_an_earlier_leaseholder_only(tmp_path: Path) -> None:
     plain, _ = TokenLog.open(config(tmp_path))
     with pytest.raises(LogOwnedError, match=f"process {os.getpid()} on"):
-        TokenLog.open(config(tmp_path), min_epoch=1)
+        TokenLog.open(config(tmp_path), epoch=2)
     plain.close()
-    stopped, _ = TokenLog.open(config(tmp_path), min_epoch=1)
+    stopped, _ = TokenLog.open(config(tmp_path), epoch=2)
     with pytest.raises(LogOwnedError, match="with a lease"):
         TokenLog.open(config(tmp_path))
     for epoch in (3, 4):
-        successor, _ = TokenLog.open(config(tmp_path), min_epoch=1)
+        successor, _ = TokenLog.open(config(tmp_path), epoch=epoch)
         assert successor.epoch == epoch
         successor.close()
     stopped.close()
@@ -255,6 +281,115 @@ def test_the_fence_stops_every_write(tmp_path: Path) -> None:
     log.close()
 
 
+@pytest.mark.parametrize("durability", ["os", "always"])
+def test_an_owner_suspended_around_a_write_does_not_say_that_it_is_logged(tmp_path: Path, durability: str) -> None:
+    late, _ = TokenLog.open(config(tmp_path, durability=durability), epoch=1)
+    handle = late.begin(b"p", 1)
+    taken: list[tuple[TokenLog, list[RecoveredRequest]]] = []
+    late.fence = Moments(lambda: taken.append(TokenLog.open(config(tmp_path), epoch=2)), lambda: None)
+    with pytest.raises(LogOwnedError):
+        late.append([token(handle, 0)])
+    late.fence = None
+    with pytest.raises(LogOwnedError):  # it does not come back: the token may be on the disk
+        late.append([token(handle, 0)])
+    successor, (request,) = taken[0]
+    assert request.tokens == []
+    successor.append([token(handle, 0)])
+    late.close()
+    successor.close()
+    assert_prefix(reopened(tmp_path)[0], 1)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_an_owner_suspended_in_a_sync_does_not_say_that_it_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    log, _ = TokenLog.open(config(tmp_path, durability="always" if waits else "os"))
+    handle = log.begin(b"p", 1)
+    fdatasync, slept = os.fdatasync, threading.Event()
+
+    def sleep(fd: int) -> None:
+        fdatasync(fd)
+        slept.set()
+
+    def fence() -> None:
+        if slept.is_set():
+            raise LogOwnedError("the lease has run out")
+
+    monkeypatch.setattr(os, "fdatasync", sleep)
+    log.fence = fence
+    if waits:
+        with pytest.raises(LogOwnedError):
+            log.append([token(handle, 0)])
+    else:
+        log.append([token(handle, 0)])
+    log.close()
+
+
+@pytest.mark.parametrize("moment", ["before it reads", "when it has read", "before its segment", "after its segment"])
+def test_a_leaseholder_that_wakes_up_in_its_opening_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Its lease is for epoch 5; while it sleeps another takes the log over with epoch 6."""
+    log, _ = TokenLog.open(config(tmp_path))
+    handle = log.begin(b"p", 1)
+    log.append([token(handle, 0)])
+    log.append([token(handle, 1)])
+    log._writer.close()  # as kill does
+    log._flock.close()
+    (file,) = tmp_path.glob("*.wal")
+    os.truncate(file, file.stat().st_size - 1)
+    owners: list[TokenLog] = []
+
+    def take_over() -> None:
+        monkeypatch.undo()
+        owner, _ = TokenLog.open(config(tmp_path), epoch=6)
+        owner.append([token(handle, 1)])
+        owners.append(owner)
+
+    def files_late(path: Path) -> SegmentFiles:
+        take_over()
+        return SegmentFiles(path)
+
+    def recover_late(identity: bytes, files: SegmentFiles) -> Any:
+        found = recover(identity, files)
+        take_over()
+        return found
+
+    fence = None
+    if moment == "before it reads":  # what it reads tells
+        monkeypatch.setattr(token_log_module, "SegmentFiles", files_late)
+    elif moment == "when it has read":
+        monkeypatch.setattr(token_log_module, "recover", recover_late)
+        fence = Moments(lambda: None)
+    elif moment == "before its segment":
+        fence = Moments(take_over, lambda: None)
+    else:
+        fence = Moments(lambda: None, take_over)
+    with pytest.raises(LogOwnedError):
+        TokenLog.open(config(tmp_path), epoch=5, fence=fence)
+    (owner,) = owners
+    owner.append([token(handle, 2)])
+    owner.compact()
+    owner.append([token(handle, 3)])
+    owner.close()
+    assert_prefix(reopened(tmp_path)[0], 4)
+
+
+def test_what_a_late_leaseholder_stumbles_over_is_not_damage(tmp_path: Path) -> None:
+    log, _ = TokenLog.open(config(tmp_path))
+    log.begin(b"p" * 50, 1)
+    log.close()
+    (file,) = tmp_path.glob("*.wal")
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(LogOwnedError):
+        TokenLog.open(config(tmp_path), epoch=5, fence=Moments(lambda: None))
+    with pytest.raises(CorruptLogError):
+        TokenLog.open(config(tmp_path), epoch=5, fence=lambda: None)
+
+
 @pytest.mark.usefixtures("unlocked")
 def test_what_a_stale_owner_writes_is_ignored(tmp_path: Path) -> None:
     stale, _ = TokenLog.open(config(tmp_path, segment_bytes=500))
@@ -269,7 +404,7 @@ def test_what_a_stale_owner_writes_is_ignored(tmp_path: Path) -> None:
     for index in range(2, 40):  # to new segments of its old epoch
         stale.append([LoggedToken(handle, index, -1, 0.0, 0.0, 0, None)])
     owner.append([token(handle, 2)])
-    assert stale.counters.segments > 2
+    assert len(stale._writer.segments) > 1
     owner.close()
     third, requests = TokenLog.open(config(tmp_path))
     assert_prefix(requests[0], 3)
@@ -319,7 +454,7 @@ def small_log(path: Path) -> tuple[bytes, Files, dict[int, int]]:
     step(0, finish=FinishReason.STOP)
     log.delivered(0, "5-1")
     log._writer.close()  # as kill does
-    os.close(log._lock_fd)
+    log._flock.close()
     log, _ = TokenLog.open(config(path, segment_bytes=300))
     step(1, 2)
     log.end_failed(2, "INTERNAL", "broke")
@@ -327,7 +462,7 @@ def small_log(path: Path) -> tuple[bytes, Files, dict[int, int]]:
         step(1)
     step(1, finish=FinishReason.LENGTH)
     log._writer.close()
-    os.close(log._lock_fd)
+    log._flock.close()
     return log_id(path), {file.name: file.read_bytes() for file in path.glob("*.wal")}, lengths
 
 
@@ -380,21 +515,23 @@ def test_with_every_bit_flipped_it_recovers_a_prefix_or_says_where(tmp_path: Pat
     assert 0 < sum(outcomes) < len(outcomes) / 4
 
 
-def test_a_torn_end_is_cut_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_end_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log, _ = TokenLog.open(config(tmp_path))
     handle = log.begin(b"p", 1)
     log.append([token(handle, 0)])
     log.append([token(handle, 1)])
     log._writer.close()
-    os.close(log._lock_fd)
+    log._flock.close()
     (file,) = tmp_path.glob("*.wal")
-    size = file.stat().st_size
-    os.truncate(file, size - 1)
+    os.truncate(file, file.stat().st_size - 1)
     with caplog.at_level(logging.WARNING, "rollout_server"):
-        (request,) = reopened(tmp_path)
+        log, (request,) = TokenLog.open(config(tmp_path))
     assert_prefix(request, 1)
-    assert file.stat().st_size == size - 43
     assert "42 bytes of a torn write" in caplog.text
+    log.append([token(handle, 1)])
+    log.close()
+    for _ in range(2):
+        assert_prefix(reopened(tmp_path)[0], 2)
 
 
 def test_corruption_changes_nothing_on_the_disk(tmp_path: Path) -> None:
@@ -428,11 +565,11 @@ def test_compaction_keeps_what_is_known_and_frees_the_rest(tmp_path: Path) -> No
     while (thread := log._compactor) is not None and thread.is_alive():
         thread.join()
     log.append([token(kept, 60)])
-    assert log.counters.bytes_on_disk < 45_000 < log.counters.bytes_written
-    assert sum(file.stat().st_size for file in tmp_path.glob("*.wal")) == log.counters.bytes_on_disk
+    assert log._writer.bytes_on_disk < 45_000
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.wal")) == log._writer.bytes_on_disk
     log.compact()
     log.compact()
-    assert log.counters.bytes_on_disk < 5000
+    assert log._writer.bytes_on_disk < 5000
     log.close()
     (request,) = reopened(tmp_path)
     assert_prefix(request, 61)
@@ -536,8 +673,45 @@ def test_a_failed_fsync_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     log.close()
 
 
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("fdatasync", OSError(errno.EIO, "it cannot")),
+        ("dup", OSError(errno.EMFILE, "it cannot")),
+        ("dup", MemoryError("it cannot")),
+    ],
+)
+def test_the_thread_that_syncs_tells_of_its_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    log, _ = TokenLog.open(config(tmp_path, durability="interval", sync_interval_s=0.01))
+    told, threads, done = [], [], threading.Event()
+
+    def broken(fd: int) -> None:
+        raise error
+
+    def tell(failure: BaseException) -> None:
+        told.append(failure)
+        threads.append(threading.current_thread())
+        done.set()
+
+    log.on_failed = tell
+    monkeypatch.setattr(os, call, broken)
+    handle = log.begin(b"p", 1)
+    assert done.wait(60)
+    monkeypatch.undo()
+    with pytest.raises(InternalError, match="it cannot"):
+        log.append([token(handle, 0)])
+    log.close()
+    assert (told, threads) == ([error], [log._syncer])
+    log.on_failed = tell  # whoever comes late hears of it, too
+    assert told == [error, error]
+
+
 def test_a_failed_write_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, _ = TokenLog.open(config(tmp_path))
+    told: list[BaseException] = []
+    log.on_failed = told.append
     handle = log.begin(b"p", 1)
     write = os.write
 
@@ -552,7 +726,37 @@ def test_a_failed_write_is_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InternalError, match="restart"):
         log.append([token(handle, 0)])
     log.close()
+    assert [str(error) for error in told] == ["[Errno 5] I/O error"]
     assert_prefix(reopened(tmp_path)[0], 0)
+
+
+def test_full_neither_waits_nor_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, _ = TokenLog.open(config(tmp_path))
+    handle = log.begin(b"p", 1)
+    looked, room = threading.Event(), threading.Event()
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "no room")
+
+    def fallocate(fd: int, offset: int, n_bytes: int) -> None:
+        looked.set()
+        if not room.is_set():
+            full(fd, b"")
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(LogFullError):
+            log.append([token(handle, 0)])
+    with log._lock:
+        assert log.full
+    assert looked.wait(60)  # without anybody asking
+    assert log.full
+    room.set()
+    eventually(lambda: not log.full)
+    log.append([token(handle, 0)])
+    log.close()
+    assert_prefix(reopened(tmp_path)[0], 1)
 
 
 CHILD = """
@@ -586,7 +790,7 @@ try:
 except LogFullError as error:
     assert error.retry_delay_s > 0
 size = max(path.glob("*.wal")).stat().st_size
-assert size == log.counters.bytes_on_disk <= 9000
+assert size == log._writer.bytes_on_disk <= 9000
 for _ in range(3):
     assert log.full
     with pytest.raises(LogFullError):
@@ -594,7 +798,7 @@ for _ in range(3):
     with pytest.raises(LogFullError):
         log.begin(b"x" * 200, 1)
 resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-assert not log.full
+eventually(lambda: not log.full)
 log.append([token(handle, n_logged)])
 log.close()
 print(n_logged + 1)
@@ -643,7 +847,7 @@ with pytest.raises(LogFullError):
 for handle in handles:
     log.forget(handle)
 log.compact()  # into the reserve's room; what it frees is more than that
-assert not log.full
+eventually(lambda: not log.full)
 log.append([token(kept, n_logged)])
 assert (path / "log" / "RESERVE").stat().st_size == 1 << 20
 log.close()
@@ -658,7 +862,7 @@ with pytest.raises(LogFullError):  # once the segment's page is used up
         log.append([token(kept, index)])
 log.end_cancelled(kept)
 ballast.unlink()
-assert not log.full
+eventually(lambda: not log.full)
 log.begin(b"p", 1)
 log.close()
 """

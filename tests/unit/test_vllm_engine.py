@@ -380,8 +380,8 @@ def test_a_swap_between_two_tokens(fake: Fake, make: EngineMaker, folder: Path, 
     before = take(engine, 3)
     fake.steps = 2
     until(lambda: engine._received.qsize() == 6)  # drawn by the old weights, and not taken yet
-    fake.steps = None
     engine.swap_policy(policy, 4)
+    fake.steps = None
     assert fake.llms[0].calls[-4:] == ["pause abort", "reload_weights", "version 4", "resume"]
     answers = finish(engine)
     for name, prompt in (("a", PROMPT), ("b", (7, 8))):
@@ -437,6 +437,7 @@ def test_policies_that_are_refused(make: EngineMaker, other: Any) -> None:
         ({"model.norm": tensors[name]}, InvalidInputError, "tensors[model.norm]"),
         ({name: tensors[name][1:]}, InvalidInputError, f"tensors[{name}]"),
         ({name: tensors[name] / 0}, CorruptWeightsError, f"tensors[{name}]"),
+        ({name: tensors[name].double() * 1e300}, CorruptWeightsError, f"tensors[{name}]"),  # beyond float32
     ):
         with pytest.raises(error) as caught:
             engine.prepare_policy(bad)
@@ -482,22 +483,110 @@ def test_tensors_that_share_memory_are_written(make: EngineMaker, other: Any) ->
     torch.testing.assert_close(written[two], shared[::2])
 
 
-def test_a_swap_that_fails_ends_every_request(fake: Fake, make: EngineMaker, other: Any) -> None:
-    engine = make()
+@pytest.mark.parametrize("way", ["refuses", "hangs"])
+def test_a_swap_that_fails_ends_the_engine_and_blames_no_request(
+    fake: Fake, make: EngineMaker, other: Any, way: str
+) -> None:
+    engine = make(vllm={"swap_timeout_s": 20.0 if way == "refuses" else 0.2})
     policy = engine.prepare_policy(dict(served_tensors(other)))
     fake.steps = 1
     engine.submit(request("a"))
     assert take(engine, 1)[0].error is None
-    fake.refuses = True
-    with pytest.raises(InternalError, match=r"could not be swapped in: RuntimeError: .*out of memory"):
+    fake.refuses, fake.hangs = way == "refuses", way == "hangs"
+    message = {"refuses": "RuntimeError: .*out of memory", "hangs": "TimeoutError"}[way]
+    with pytest.raises(InternalError, match=f"could not be swapped in: {message}"):
         engine.swap_policy(policy, 4)
-    (failed,) = take(engine, 1)
-    assert isinstance(failed.error, InternalError)
     engine.submit(request("late"))
-    assert isinstance(take(engine, 1)[0].error, InternalError)
     assert not engine.idle  # so that the server hears of it
+    for _ in range(2):
+        with pytest.raises(InternalError, match="restart the server"):
+            engine.step()
+    with pytest.raises(InternalError, match="restart the server"):
+        engine.swap_policy(policy, 5)
+
+
+# --- pauses ------------------------------------------------------------------------------------------------------
+def test_nothing_is_drawn_during_a_pause(fake: Fake, make: EngineMaker) -> None:
+    engine, llm = make(), fake.llms[0]
+    undisturbed = {name: ids_of(events) for name, events in finish(engine, request("a", seed=1)).items()}
+    submit_at_rest(fake, engine, request("a", seed=1))
+    fake.steps = 3
+    until(lambda: engine._received.qsize() == 3)
+    read, aborted = len(llm.prompts), llm.aborted
+    engine.pause()
+    engine.pause()
+    assert llm.calls.count("pause keep") == 1
+    fake.steps = 5
+    engine.submit(request("b", seed=2))
+    engine.submit(request("cancelled"))
+    assert engine.cancel("cancelled")
+    time.sleep(0.05)
+    assert (fake.steps, engine._received.qsize(), len(llm.prompts)) == (5, 3, read)
+    fake.steps = None
+    engine.resume()
+    engine.resume()
+    assert llm.calls[-2:] == ["pause keep", "resume"]
+    answers = finish(engine)
+    assert ids_of(answers["a"]) == undisturbed["a"]
+    assert len(answers["b"]) == 8
+    # Its keys and values were kept: only the new one was read.
+    assert (len(llm.prompts), llm.aborted) == (read + 1, aborted)
+
+
+def test_requests_that_a_pause_overtakes(fake: Fake, make: EngineMaker) -> None:
+    engine = make()
+    for number in range(20):  # they are on their way to the core when the pause begins
+        engine.submit(request(str(number), seed=number, max_new_tokens=3))
+    engine.pause()
+    engine.resume()
+    answers = finish(engine)
+    assert [[event.position for event in events] for events in answers.values()] == [[0, 1, 2]] * 20
+    assert not [event for events in answers.values() for event in events if event.error]
+
+
+def test_a_swap_during_a_pause(fake: Fake, make: EngineMaker, other: Any) -> None:
+    engine = make()
+    submit_at_rest(fake, engine, request("a"))
+    fake.steps = 2
+    until(lambda: engine._received.qsize() == 2)
+    engine.pause()
+    engine.submit(request("b"))
+    fake.steps = None
+    engine.swap_policy(engine.prepare_policy(dict(served_tensors(other))), 4)
+    time.sleep(0.05)
+    assert fake.llms[0].paused
+    assert fake.llms[0].requests == {}
+    engine.resume()
+    answers = finish(engine)
+    assert [event.policy_version for event in answers["a"]] == [3] * 2 + [4] * 6
+    assert [event.policy_version for event in answers["b"]] == [4] * 8
+    assert not [event for events in answers.values() for event in events if event.error]
+
+
+def test_a_pause_that_fails_ends_the_engine(fake: Fake, make: EngineMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+
+    async def fail(self: Any, **_: Any) -> None:
+        raise vllm_fake.EngineDeadError
+
+    monkeypatch.setattr(vllm_fake.AsyncLLM, "pause_generation", fail)
+    with pytest.raises(InternalError, match="could not be paused: EngineDeadError"):
+        engine.pause()
+    engine.resume()
+    assert not engine.idle
     with pytest.raises(InternalError, match="restart the server"):
         engine.step()
+
+
+def test_close_during_a_pause(fake: Fake, make: EngineMaker) -> None:
+    engine = make()
+    engine.pause()
+    engine.submit(request("a"))
+    engine.close()
+    stream = engine._live["a"]
+    assert stream.reading is not None
+    assert stream.reading.cancelled()
+    assert not engine._thread.is_alive()
 
 
 # --- failures ----------------------------------------------------------------------------------------------------
@@ -512,17 +601,20 @@ def test_one_request_fails_alone(fake: Fake, make: EngineMaker) -> None:
     assert len(answers["good"]) == 8
 
 
-def test_a_dead_engine_fails_all_and_then_the_step(fake: Fake, make: EngineMaker) -> None:
+def test_a_dead_engine_fails_the_step_and_no_request(fake: Fake, make: EngineMaker) -> None:
     engine = make()
     submit_at_rest(fake, engine, request("a"), request("b"))
     fake.steps = 2
-    take(engine, 4)
+    events = take(engine, 4)
+    fake.steps = 1
+    until(lambda: engine._received.qsize() == 2)
     fake.dies, fake.steps = True, None
-    failed = take(engine, 2)
-    assert {event.request_id for event in failed} == {"a", "b"}
-    assert all(isinstance(event.error, InternalError) and event.position == 2 for event in failed)
-    with pytest.raises(InternalError, match="vLLM is dead: EngineDeadError"):
-        engine.step()
+    until(lambda: bool(engine._dead))
+    events += engine.step()  # what came before it died
+    assert [event.error for event in events] == [None] * 6
+    for _ in range(2):
+        with pytest.raises(InternalError, match="vLLM is dead: EngineDeadError"):
+            engine.step()
 
 
 def test_logits_that_are_not_numbers(fake: Fake, make: EngineMaker) -> None:

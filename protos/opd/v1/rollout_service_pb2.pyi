@@ -30,7 +30,7 @@ class GetPolicyResponse(_message.Message):
     def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., load: _Optional[_Union[RolloutLoad, _Mapping]] = ..., limits: _Optional[_Union[RolloutLimits, _Mapping]] = ..., cache_mode: _Optional[str] = ..., host_id: _Optional[str] = ..., base_digest: _Optional[str] = ...) -> None: ...
 
 class RolloutLoad(_message.Message):
-    __slots__ = ("running", "waiting", "paused", "tokens_generated", "busy_s", "idle_s", "log_full")
+    __slots__ = ("running", "waiting", "paused", "tokens_generated", "busy_s", "idle_s", "log_full", "prefill_tokens", "shared_prefill_tokens", "replayed_tokens", "preempted")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,10 @@ class RolloutLoad(_message.Message):
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
     LOG_FULL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     paused: bool
@@ -45,7 +49,11 @@ class RolloutLoad(_message.Message):
     busy_s: float
     idle_s: float
     log_full: bool
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., paused: _Optional[bool] = ..., tokens_generated: _Optional[int] = ..., busy_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., log_full: _Optional[bool] = ...) -> None: ...
+    prefill_tokens: int
+    shared_prefill_tokens: int
+    replayed_tokens: int
+    preempted: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., paused: _Optional[bool] = ..., tokens_generated: _Optional[int] = ..., busy_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., log_full: _Optional[bool] = ..., prefill_tokens: _Optional[int] = ..., shared_prefill_tokens: _Optional[int] = ..., replayed_tokens: _Optional[int] = ..., preempted: _Optional[int] = ...) -> None: ...
 
 class RolloutLimits(_message.Message):
     __slots__ = ("max_context_tokens", "max_slots", "max_waiting")
