@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from opd.v1 import rollout_service_pb2
 from torch import Tensor
 
 from opd_mesh.convert import trajectory_to_proto
@@ -152,9 +153,16 @@ class Generations:
 
     # --- a request ---------------------------------------------------------------------------------------------
     async def attach(
-        self, params: RequestParams, from_index: int, policy: PolicyId | None
+        self,
+        params: RequestParams,
+        from_index: int,
+        policy: PolicyId | None,
+        last_seen: rollout_service_pb2.SeenToken | None = None,
     ) -> tuple[RequestState, bool]:
         """(the request, whether it was known), begun where it is new.
+
+        Args:
+            last_seen: the token before ``from_index`` as the client has it; None: unknown.
 
         Raises:
             BeyondLogError: the client has seen more than is known here; a deterministic engine writes it again.
@@ -167,12 +175,12 @@ class Generations:
             raise NoPolicyError("no policy has been given to this server yet", retry_delay_s=1.0)
         written = len(state.tokens) if state else 0
         if from_index > written and not self._writes_again(state, policy):
-            raise BeyondLogError(
-                f"{from_index} is beyond the {written} tokens written; ask again from {written} at most, and let go "
-                "of what was seen beyond it",
-                field="from_index",
-                metadata={"written": str(written)},
-            )
+            raise _beyond(from_index, written)
+        if state is not None and last_seen is not None and 0 < from_index <= written:
+            columns = state.tokens, state.policy_logprobs, state.policy_versions
+            seen = last_seen.token_id, last_seen.policy_logprob, last_seen.policy_version
+            if tuple(column[from_index - 1] for column in columns) != seen:
+                raise _beyond(from_index, min(state.recovered, from_index - 1))
         if state is None:
             assert policy is not None  # refused above
             state = await self._begin(params, policy)
@@ -338,3 +346,12 @@ class Generations:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.log.close)
         return unfinished
+
+
+def _beyond(from_index: int, written: int) -> BeyondLogError:
+    return BeyondLogError(
+        f"of the {from_index} tokens that were seen the log has kept {written}; ask again from there at most, and let "
+        "go of the others",
+        field="from_index",
+        metadata={"written": str(written)},
+    )

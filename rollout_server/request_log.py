@@ -64,6 +64,7 @@ def state_of(recovered: RecoveredRequest) -> RequestState:
         params,
         lineage=recovered.lineage,
         handle=recovered.handle,
+        recovered=len(recovered.tokens),
         tokens=list(recovered.tokens),
         sampling_logprobs=list(recovered.sampling_logprobs),
         policy_logprobs=list(recovered.policy_logprobs),

@@ -38,6 +38,8 @@ class RequestState:
     lineage: int
     # Names it in the log; −1 without one.
     handle: int = -1
+    # Tokens that were found in the log when this process began; what came after them may have come otherwise before.
+    recovered: int = 0
     tokens: list[int] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
     policy_logprobs: list[float] = field(default_factory=list)

@@ -218,7 +218,8 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         generations = self._generations
         params = self._checked_params(request)
         policy = self._policy
-        state, attached = await generations.attach(params, request.from_index, policy)
+        last_seen = request.last_seen if request.HasField("last_seen") else None
+        state, attached = await generations.attach(params, request.from_index, policy, last_seen)
         started = rollout_service_pb2.GenerationStarted(
             attached=attached, policy=policy_to_proto(policy) if policy else None
         )

@@ -90,9 +90,18 @@ class RolloutClient(ServiceClient):
             return await self._stub.GetPolicy(request, timeout=self.config.timeout_s)
 
     async def stream(
-        self, spec: GenerateSpec, *, from_index: int = 0
+        self, spec: GenerateSpec, *, from_index: int = 0, last_seen: rollout_service_pb2.SeenToken | None = None
     ) -> AsyncIterator[rollout_service_pb2.GenerateResponse]:
-        """The responses of one ``Generate`` call, from token ``from_index`` on."""
+        """The responses of one ``Generate`` call, from token ``from_index`` on.
+
+        Args:
+            last_seen: the token before, as it was received.
+
+        Raises:
+            BeyondLogError: a machine died, and its log with some of what was seen: ask again from
+                ``metadata["written"]`` at most.
+            OpdError: as the server says.
+        """
         request = rollout_service_pb2.GenerateRequest(
             request_id=spec.request_id,
             run_id=spec.run_id,
@@ -102,6 +111,7 @@ class RolloutClient(ServiceClient):
             from_index=from_index,
             publish=spec.publish,
             tokenizer_fingerprint=spec.tokenizer_fingerprint,
+            last_seen=last_seen,
         )
         async for response in responses_of(self._stub.Generate(request), self.address):
             self.wire_bytes += response.ByteSize()

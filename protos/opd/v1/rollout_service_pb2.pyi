@@ -66,7 +66,7 @@ class RolloutLimits(_message.Message):
     def __init__(self, max_context_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_waiting: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "run_id", "domain", "prompt_token_ids", "sampling", "from_index", "publish", "tokenizer_fingerprint")
+    __slots__ = ("request_id", "run_id", "domain", "prompt_token_ids", "sampling", "from_index", "publish", "tokenizer_fingerprint", "last_seen")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +75,7 @@ class GenerateRequest(_message.Message):
     FROM_INDEX_FIELD_NUMBER: _ClassVar[int]
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     run_id: str
     domain: str
@@ -83,7 +84,18 @@ class GenerateRequest(_message.Message):
     from_index: int
     publish: bool
     tokenizer_fingerprint: str
-    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., domain: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., from_index: _Optional[int] = ..., publish: _Optional[bool] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+    last_seen: SeenToken
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., domain: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., from_index: _Optional[int] = ..., publish: _Optional[bool] = ..., tokenizer_fingerprint: _Optional[str] = ..., last_seen: _Optional[_Union[SeenToken, _Mapping]] = ...) -> None: ...
+
+class SeenToken(_message.Message):
+    __slots__ = ("token_id", "policy_logprob", "policy_version")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    POLICY_LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    policy_logprob: float
+    policy_version: int
+    def __init__(self, token_id: _Optional[int] = ..., policy_logprob: _Optional[float] = ..., policy_version: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "tokens", "finished")
