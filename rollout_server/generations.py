@@ -157,12 +157,8 @@ class Generations:
         params: RequestParams,
         from_index: int,
         policy: PolicyId | None,
-        last_seen: rollout_service_pb2.SeenToken | None = None,
     ) -> tuple[RequestState, bool]:
         """(the request, whether it was known), begun where it is new.
-
-        Args:
-            last_seen: the token before ``from_index`` as the client has it; None: unknown.
 
         Raises:
             BeyondLogError: the client has seen more than is known here; a deterministic engine writes it again.
@@ -175,12 +171,8 @@ class Generations:
             raise NoPolicyError("no policy has been given to this server yet", retry_delay_s=1.0)
         written = len(state.tokens) if state else 0
         if from_index > written and not self._writes_again(state, policy):
-            raise _beyond(from_index, written)
-        if state is not None and last_seen is not None and 0 < from_index <= written:
-            columns = state.tokens, state.policy_logprobs, state.policy_versions
-            seen = last_seen.token_id, last_seen.policy_logprob, last_seen.policy_version
-            if tuple(column[from_index - 1] for column in columns) != seen:
-                raise _beyond(from_index, min(state.recovered, from_index - 1))
+            # Of a request that was taken over only what was found is sure to be what the client has.
+            raise _beyond(from_index, (state.recovered if state else 0) or written)
         if state is None:
             assert policy is not None  # refused above
             state = await self._begin(params, policy)
@@ -190,13 +182,14 @@ class Generations:
 
     def _writes_again(self, state: RequestState | None, policy: PolicyId | None) -> bool:
         """Whether the tokens that a client saw, and the log lost, will come out the same: a deterministic engine, and
-        the weights that drew the last one logged, for versions never fall and so drew the lost ones, too."""
-        if not self.engine.deterministic or state is None or state.ended or not state.tokens:
+        the weights that drew the last one that was found, for versions never fall and so drew the lost ones, too. They
+        may be exchanged before it is there: :func:`check_seen`."""
+        if not self.engine.deterministic or state is None or state.ended or not state.recovered:
             return False
         if policy is None:
             raise NoPolicyError("no policy has been given to this server yet", retry_delay_s=1.0)
         same_run = state.params.run_id == policy.run_id and state.lineage == policy.lineage
-        return same_run and state.policy_versions[-1] == policy.version
+        return same_run and state.policy_versions[state.recovered - 1] == policy.version
 
     async def _begin(self, params: RequestParams, policy: PolicyId) -> RequestState:
         state = RequestState(params, lineage=policy.lineage)
@@ -348,10 +341,22 @@ class Generations:
         return unfinished
 
 
+def check_seen(state: RequestState, from_index: int, last_seen: rollout_service_pb2.SeenToken) -> None:
+    """A client's last token against ours at its place, which is written.
+
+    Raises:
+        BeyondLogError: they differ: what the client has was lost, and written again otherwise.
+    """
+    columns = state.tokens, state.policy_logprobs, state.policy_versions
+    seen = last_seen.token_id, last_seen.policy_logprob, last_seen.policy_version
+    if tuple(column[from_index - 1] for column in columns) != seen:
+        raise _beyond(from_index, min(state.recovered, from_index - 1))
+
+
 def _beyond(from_index: int, written: int) -> BeyondLogError:
     return BeyondLogError(
-        f"of the {from_index} tokens that were seen the log has kept {written}; ask again from there at most, and let "
-        "go of the others",
+        f"{from_index} is beyond the {written} tokens that are kept; ask again from {written} at most, and let go of "
+        "what was seen beyond it",
         field="from_index",
         metadata={"written": str(written)},
     )

@@ -31,7 +31,7 @@ from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.tensors import TensorAssembler
 from rollout_server.engines import LoadedEngine
-from rollout_server.generations import Generations
+from rollout_server.generations import Generations, check_seen
 from rollout_server.policy_transfer import ServedWeights
 from rollout_server.request_log import params_from_proto
 from rollout_server.requests import RequestParams, RequestState
@@ -218,8 +218,8 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         generations = self._generations
         params = self._checked_params(request)
         policy = self._policy
-        last_seen = request.last_seen if request.HasField("last_seen") else None
-        state, attached = await generations.attach(params, request.from_index, policy, last_seen)
+        state, attached = await generations.attach(params, request.from_index, policy)
+        unproved = request.HasField("last_seen") and request.from_index > 0
         started = rollout_service_pb2.GenerationStarted(
             attached=attached, policy=policy_to_proto(policy) if policy else None
         )
@@ -227,6 +227,9 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         sent = request.from_index
         while True:
             written = len(state.tokens)
+            if unproved and written >= request.from_index:
+                check_seen(state, request.from_index, request.last_seen)
+                unproved = False
             if written > sent:
                 yield rollout_service_pb2.GenerateResponse(tokens=_token_batch(state, sent, written))
                 sent = written
