@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from opd_mesh.config.recipe import DomainConfig, JsonlSource, ReasoningGymSource, Recipe
+from opd_mesh.config.domains import DomainConfig, JsonlSource, ReasoningGymSource
+from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError
 
 # reasoning-gym makes item i of a dataset from seed + i: far enough apart, train and held-out never share a seed.

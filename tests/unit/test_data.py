@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tiny_models import BOS_ID, tiny_tokenizer
 
 from opd_mesh.config.base import parse_config
-from opd_mesh.config.recipe import JsonlSource, ReasoningGymSource, Recipe
+from opd_mesh.config.domains import JsonlSource, ReasoningGymSource
+from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError
 from student_trainer.data import Domain, Jsonl, ReasoningGym, allot, next_prompts, read_conversations, render
 
