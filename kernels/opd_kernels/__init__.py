@@ -1,8 +1,9 @@
-"""Fused divergences between language-model heads: hidden states and heads in, loss and gradients out."""
+"""Fused divergences between language-model heads, and log-probabilities: hidden states in, losses and gradients out."""
 
 from opd_kernels.divergence import linear_divergence
 from opd_kernels.head import LinearHead
-from opd_kernels.inputs import Divergence
+from opd_kernels.inputs import Divergence, TokenLogprobs
+from opd_kernels.likelihood import token_logprobs
 from opd_kernels.objectives import JSD, ExOPD, ForwardKL, Objective, ReverseKL, SampledToken, TopK
 from opd_kernels.signals import Signal
 
@@ -16,6 +17,8 @@ __all__ = [
     "ReverseKL",
     "SampledToken",
     "Signal",
+    "TokenLogprobs",
     "TopK",
     "linear_divergence",
+    "token_logprobs",
 ]

@@ -1,4 +1,4 @@
-"""What :func:`opd_kernels.linear_divergence` refuses, and how it says so."""
+"""What :func:`linear_divergence` and :func:`token_logprobs` refuse, and how they say so."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def one_or_more(
 
 
 def check(inputs: DivergenceInputs) -> None:
-    """Raises ValueError where the arguments do not fit each other."""
+    """Raises ValueError where the arguments of ``linear_divergence`` do not fit each other."""
     hidden, objective = inputs.student_hidden_TD, inputs.objective
     kinds = get_args(Objective)
     if type(objective) not in kinds:
         raise ValueError(f"objective: {objective!r} is not a value of {', '.join(kind.__name__ for kind in kinds)}")
-    _check_head("student", hidden, inputs.student_head)
+    _check_head("student_", hidden, inputs.student_head)
     tokens = hidden.shape[0]
     names = [f"teachers[{i}]" for i in range(len(inputs.teachers))] if len(inputs.teachers) > 1 else ["teacher"]
     _check_devices(inputs, names)
@@ -67,6 +67,22 @@ def check(inputs: DivergenceInputs) -> None:
     shape, wanted = tuple(inputs.token_weights_NT.shape), (len(inputs.teachers), tokens)
     if shape != wanted:
         raise ValueError(f"token_weights_T: {shape} weights, expected {wanted} (teachers, tokens)")
+    _check_settings(inputs)
+
+
+def check_token_logprobs(inputs: DivergenceInputs) -> None:
+    """Raises ValueError where the arguments of ``token_logprobs`` do not fit each other, under their names there."""
+    hidden, head = inputs.student_hidden_TD, inputs.student_head
+    _check_head("", hidden, head)
+    tensors = {"head: weight": head.weight, "head: bias": head.bias, "token_ids_T:": inputs.sampled_ids_T}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} on {tensor.device}, the hidden states are on {hidden.device}")
+    _check_ids("token_ids_T", inputs.sampled_ids_T, (hidden.shape[0],), inputs.vocab_size)
+    _check_settings(inputs)
+
+
+def _check_settings(inputs: DivergenceInputs) -> None:
     if not inputs.temperature > 0:
         raise ValueError(f"temperature: {inputs.temperature} is not above 0")
     if inputs.chunk_tokens is not None and inputs.chunk_tokens < 1:
@@ -105,7 +121,7 @@ def _check_signal(name: str, signal: Signal, inputs: DivergenceInputs) -> None:
     if not all(forms[given[0]]):
         raise ValueError(f"{name}: {given[0]} go together, and one of them is missing")
     if signal.hidden_TE is not None and signal.head is not None:
-        _check_head(name, signal.hidden_TE, signal.head)
+        _check_head(f"{name}_", signal.hidden_TE, signal.head)
         if signal.hidden_TE.shape[0] != tokens:
             raise ValueError(f"{name}_hidden: {signal.hidden_TE.shape[0]} rows, the student has {tokens}")
         if signal.head.vocab_size != vocab_size:
@@ -141,14 +157,14 @@ def _check_ids(name: str, ids: Tensor, shape: tuple[int, ...], vocab_size: int) 
         raise ValueError(f"{name}: ids span {int(ids.min())}…{int(ids.max())}, the vocabulary is 0…{vocab_size - 1}")
 
 
-def _check_head(side: str, hidden: Tensor, head: LinearHead) -> None:
+def _check_head(prefix: str, hidden: Tensor, head: LinearHead) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
-        raise ValueError(f"{side}_hidden: {hidden.dtype} {tuple(hidden.shape)}, expected floating [tokens, width]")
+        raise ValueError(f"{prefix}hidden: {hidden.dtype} {tuple(hidden.shape)}, expected floating [tokens, width]")
     if head.weight.dim() != 2 or head.weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"{side}_head: weight {tuple(head.weight.shape)} does not fit hidden {tuple(hidden.shape)}")
+        raise ValueError(f"{prefix}head: weight {tuple(head.weight.shape)} does not fit hidden {tuple(hidden.shape)}")
     if not 1 <= head.vocab_size <= head.weight.shape[0]:
-        raise ValueError(f"{side}_head: {head.vocab_size} valid ids, but the weight has {head.weight.shape[0]} rows")
+        raise ValueError(f"{prefix}head: {head.vocab_size} valid ids, but the weight has {head.weight.shape[0]} rows")
     if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
-        raise ValueError(f"{side}_head: bias {tuple(head.bias.shape)}, expected {(head.weight.shape[0],)}")
+        raise ValueError(f"{prefix}head: bias {tuple(head.bias.shape)}, expected {(head.weight.shape[0],)}")
     if head.soft_cap is not None and not head.soft_cap > 0:
-        raise ValueError(f"{side}_head: soft_cap {head.soft_cap} is not above 0")
+        raise ValueError(f"{prefix}head: soft_cap {head.soft_cap} is not above 0")

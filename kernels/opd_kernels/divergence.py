@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from opd_kernels.inputs import STUDENT_STATS, TEACHER_STATS, Divergence, Diverge
 from opd_kernels.objectives import Objective, ReverseKL
 from opd_kernels.signals import Signal
 
-# name → module. A module offers `compute(DivergenceInputs) -> Divergence`. Imported when asked for, so that an
-# implementation may need a package (Triton) that this machine lacks.
+# name → module. A module offers `compute(DivergenceInputs) -> Divergence`, and `token_logprobs` of the same, which
+# returns `TokenLogprobs`. Imported when asked for, so that an implementation may need a package (Triton) that this
+# machine lacks.
 IMPLEMENTATIONS: dict[str, str] = {
     "triton": "opd_kernels.triton_backend",
     "torch": "opd_kernels.torch_backend",
@@ -88,9 +90,9 @@ def linear_divergence(
         chunk_tokens=chunk_tokens,
         deterministic=deterministic,
     )
-    compute = _implementation(implementation, inputs)
+    module = implementation_of(inputs, implementation)
     check(inputs)
-    result = compute(inputs)
+    result: Divergence = module.compute(inputs)
     if is_one:
         fields = {name: getattr(result, name) for name in STUDENT_STATS}
         fields |= {name: getattr(result, name)[0] for name in TEACHER_STATS}
@@ -98,15 +100,19 @@ def linear_divergence(
     return result
 
 
-def _implementation(name: str, inputs: DivergenceInputs) -> Callable[[DivergenceInputs], Divergence]:
+def implementation_of(inputs: DivergenceInputs, name: str) -> ModuleType:
+    """The module of that name in ``IMPLEMENTATIONS``, or for "auto" the one that fits the inputs.
+
+    Raises:
+        ValueError: there is none, or it needs a package that is not installed.
+    """
     if name == "auto":
         name = fitting_implementation(inputs.student_hidden_TD.device, has_float64=inputs.has_float64)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: {name!r} is unknown; choose one of {['auto', *IMPLEMENTATIONS]}")
     if name == "triton" and not _has_triton():
         raise ValueError("implementation: 'triton' needs the package of that name: pip install triton")
-    compute: Callable[[DivergenceInputs], Divergence] = importlib.import_module(IMPLEMENTATIONS[name]).compute
-    return compute
+    return importlib.import_module(IMPLEMENTATIONS[name])
 
 
 def fitting_implementation(device: torch.device, *, has_float64: bool) -> str:

@@ -28,7 +28,7 @@ from opd_kernels.signals import Signal
 
 @dataclass(frozen=True, slots=True)
 class RowSignal:
-    """What a model says of the C rows of a chunk: logits of its whole distribution, or log-probabilities.
+    """What a model says of the C rows of a chunk: logits of its whole distribution, log-probabilities, or nothing.
 
     Attributes:
         logits_CV: what the backend's ``project`` or ``take_logits`` wrote; may be overwritten.
@@ -68,7 +68,7 @@ class Rows:
 
 
 class Backend(Protocol):
-    """A device's way to multiply and to go through rows. One object serves one call of ``linear_divergence``."""
+    """A device's way to multiply and to go through rows. One object serves one pass over the chunks."""
 
     def default_chunk_tokens(self) -> int:
         """Rows of a chunk. Must not depend on T: with T in it, a row's bits would depend on how many rows there are."""
@@ -138,7 +138,7 @@ class _Fused(torch.autograd.Function):
         # needs_input_grad does not know torch.no_grad().
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
         # Autocast does not reach in: it leaves operations with an out= and in-place ones alone.
-        loss, student_2T, teachers_6NT, grads = _forward(inputs, backend, *needs)
+        loss, student_2T, teachers_6NT, grads = go_through_chunks(inputs, backend, *needs)
         ctx.dtypes = (hidden_TD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(student_2T, teachers_6NT)
@@ -169,7 +169,7 @@ class _Fused(torch.autograd.Function):
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _forward(
+def go_through_chunks(
     inputs: DivergenceInputs, backend: Backend, needs_hidden: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Gradients]:
     """→ loss, statistics [2, T] and [6, N, T], gradients for a grad_output of 1."""
@@ -306,6 +306,8 @@ def _row_signal(backend: Backend, signal: Signal, part: _Chunk, buffer_CV: Tenso
         return RowSignal(top_k_ids_CK=ids_CK, top_k_logprobs_CK=logprobs_CK)
     if signal.token_logprobs_T is not None:
         return RowSignal(token_logprobs_C=part.take(signal.token_logprobs_T))
+    if not signal.is_full:  # LogLikelihood has no teacher
+        return RowSignal()
     assert buffer_CV is not None
     logits_CV = buffer_CV[: part.size]
     if signal.logits_TV is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.head import LinearHead
-from opd_kernels.objectives import Objective
+from opd_kernels.objectives import LogLikelihood, Objective
 from opd_kernels.signals import Signal
 
 OVERLAP_K = 16  # "Rethinking OPD", arXiv 2604.13016
@@ -54,6 +54,19 @@ class Divergence:
     overlap_mass_T: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of T given tokens, in nats. float32, or float64 where the hidden states or the head are.
+
+    Attributes:
+        logprobs_T: log p of each token; differentiable in the hidden states, head weight and bias, once.
+        entropy_T: H(p) of the distribution that each token was one of; detached.
+    """
+
+    logprobs_T: Tensor
+    entropy_T: Tensor
+
+
 # Rows of the statistics tensors that implementations fill: [2, T] of the student, [6, N, T] of the teachers.
 STUDENT_STATS = ("student_entropy_T", "student_logprob_T")
 TEACHER_STATS = (
@@ -68,7 +81,11 @@ TEACHER_STATS = (
 
 @dataclass(frozen=True, slots=True)
 class DivergenceInputs:
-    """What an implementation gets: checked by :func:`linear_divergence`, and nothing left to default but the chunk."""
+    """What an implementation gets: checked, and nothing left to default but the chunk.
+
+    With the objective :class:`LogLikelihood`, the log-probabilities alone are wanted: there is one teacher, and its
+    signal is empty.
+    """
 
     student_hidden_TD: Tensor
     student_head: LinearHead
@@ -76,7 +93,7 @@ class DivergenceInputs:
     reference: Signal | None
     sampled_ids_T: Tensor
     token_weights_NT: Tensor
-    objective: Objective
+    objective: Objective | LogLikelihood
     temperature: float
     chunk_tokens: int | None
     deterministic: bool

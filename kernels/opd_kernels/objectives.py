@@ -96,4 +96,13 @@ class SampledToken:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class LogLikelihood:
+    """log p_y of a given id y; gradient 1[v=y] − p_v, which is SampledToken's with A = 1.
+
+    It has no teacher, so it is none of the objectives that a divergence can have: it is what
+    :func:`opd_kernels.token_logprobs` asks of the same machinery.
+    """
+
+
 Objective: TypeAlias = ReverseKL | ForwardKL | JSD | ExOPD | TopK | SampledToken

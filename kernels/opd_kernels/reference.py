@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.head import LinearHead
-from opd_kernels.inputs import LOGPROB_FLOOR, TAIL_FLOOR, TEACHER_STATS, Divergence, DivergenceInputs
+from opd_kernels.inputs import LOGPROB_FLOOR, TAIL_FLOOR, TEACHER_STATS, Divergence, DivergenceInputs, TokenLogprobs
 from opd_kernels.objectives import JSD, ExOPD, ForwardKL, ReverseKL, SampledToken, TopK
 from opd_kernels.signals import Signal
 
@@ -17,8 +17,7 @@ from opd_kernels.signals import Signal
 def compute(inputs: DivergenceInputs) -> Divergence:
     """Every objective, computed in float64, returned in ``inputs.result_dtype``."""
     tau = inputs.temperature
-    student_logits_TV = _float64(inputs.student_head).logits(inputs.student_hidden_TD.double())
-    log_p_TV = torch.log_softmax(student_logits_TV / tau, dim=-1)
+    log_p_TV = _student_log_probs(inputs)
     log_r_TV = None if inputs.reference is None else _log_probs(inputs.reference, tau)
     p_TV, ids_T1 = log_p_TV.exp(), inputs.sampled_ids_T.long()[:, None]
 
@@ -44,6 +43,14 @@ def compute(inputs: DivergenceInputs) -> Divergence:
     student_2T = torch.stack([-(p_TV * log_p_TV).sum(-1), log_p_TV.gather(1, ids_T1)[:, 0]])
     dtype = inputs.result_dtype
     return inputs.result(loss.to(dtype), student_2T.detach().to(dtype), torch.stack(teachers, dim=1).detach().to(dtype))
+
+
+def token_logprobs(inputs: DivergenceInputs) -> TokenLogprobs:
+    """Computed in float64, returned in ``inputs.result_dtype``."""
+    log_p_TV, dtype = _student_log_probs(inputs), inputs.result_dtype
+    logprobs_T = log_p_TV.gather(1, inputs.sampled_ids_T.long()[:, None])[:, 0]
+    entropy_T = -(log_p_TV.exp() * log_p_TV).sum(-1)
+    return TokenLogprobs(logprobs_T=logprobs_T.to(dtype), entropy_T=entropy_T.detach().to(dtype))
 
 
 def _objective(
@@ -100,6 +107,11 @@ def _outside(log_p_TV: Tensor, ids_TK: Tensor) -> Tensor:
     """[T]: log of the mass outside the set, not below the floor."""
     tail_T = log_p_TV.exp().scatter(1, ids_TK, 0.0).sum(-1)
     return tail_T.clamp(min=math.exp(LOGPROB_FLOOR)).log()
+
+
+def _student_log_probs(inputs: DivergenceInputs) -> Tensor:
+    logits_TV = _float64(inputs.student_head).logits(inputs.student_hidden_TD.double())
+    return torch.log_softmax(logits_TV / inputs.temperature, dim=-1)
 
 
 def _log_probs(signal: Signal, temperature: float) -> Tensor:

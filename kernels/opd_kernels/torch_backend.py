@@ -1,4 +1,4 @@
-"""The fused divergences on torch operations: for the CPU, and for any device that Triton does not serve.
+"""Fused divergences and log-probabilities on torch operations: for the CPU, and for devices that Triton does not serve.
 
 Elementwise work goes through a chunk by blocks of rows that fit the cores' caches, so that the dozen passes over a
 block (:mod:`opd_kernels.torch_rows`) read and write memory once. 1/S, the token's weight and the head's scale are
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from opd_kernels.fused import Rows, compute_fused
+from opd_kernels.fused_likelihood import fused_token_logprobs
 from opd_kernels.head import Form, LinearHead
-from opd_kernels.inputs import LOGPROB_FLOOR, Divergence, DivergenceInputs
+from opd_kernels.inputs import LOGPROB_FLOOR, Divergence, DivergenceInputs, TokenLogprobs
 from opd_kernels.objectives import ReverseKL
 from opd_kernels.row_workers import for_each_share
 from opd_kernels.torch_rows import Block, Side, kl, value_and_gradient
@@ -37,6 +38,11 @@ WIDEN_BYTES = 256 << 20
 def compute(inputs: DivergenceInputs) -> Divergence:
     """See :func:`opd_kernels.linear_divergence`."""
     return compute_fused(inputs, TorchBackend(inputs))
+
+
+def token_logprobs(inputs: DivergenceInputs) -> TokenLogprobs:
+    """See :func:`opd_kernels.token_logprobs`."""
+    return fused_token_logprobs(inputs, TorchBackend)
 
 
 def default_chunk_tokens(vocab_size: int) -> int:
@@ -147,7 +153,8 @@ class TorchBackend:
         self, rows: Rows, part: slice, exp_BV: Tensor, work_BV: Tensor, shifted_BV: Tensor | None = None
     ) -> Tensor:
         """Statistics and gradient of a few rows → [B], what is known here of each row's factor."""
-        inputs, ids_B1, k = self._inputs, rows.sampled_ids_C[part, None], self._inputs.overlap_k
+        inputs, ids_B1 = self._inputs, rows.sampled_ids_C[part, None]
+        k = 1 if rows.teacher.logits_CV is None else inputs.overlap_k  # the maximum is wanted whatever the signal
         student_2B, teacher_6B = rows.student_2C[:, part], rows.teacher_6C[:, part]
         logits_BV = rows.student_logits_CV[part]
         student = Side.of(logits_BV, k, logits_BV if shifted_BV is None else shifted_BV, exp_BV, work_BV)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from opd_kernels.inputs import LOGPROB_FLOOR, TAIL_FLOOR
-from opd_kernels.objectives import JSD, ExOPD, ForwardKL, Objective, ReverseKL, SampledToken, TopK
+from opd_kernels.objectives import JSD, ExOPD, ForwardKL, LogLikelihood, Objective, ReverseKL, SampledToken, TopK
 
 TOP_K_GROUP = 64
 
@@ -101,7 +101,7 @@ def kl(block: Block) -> Tensor:
     return student.mean_B - student.log_sum_B - cross_B + teacher.log_sum_B
 
 
-def value_and_gradient(objective: Objective, block: Block) -> Tensor:
+def value_and_gradient(objective: Objective | LogLikelihood, block: Block) -> Tensor:
     """[B]: the objective of each row. ``block.grad_BV`` is written; the teacher's logits may be overwritten."""
     match objective:
         case ReverseKL():
@@ -117,6 +117,9 @@ def value_and_gradient(objective: Objective, block: Block) -> Tensor:
             return _top_k_kl(k, block)
         case SampledToken():
             return _sampled_token(block)
+        case LogLikelihood():
+            _towards_sampled(block, torch.ones_like(block.student.max_B1))
+            return block.student.logprob(block.sampled_ids_B1)[:, 0]
 
 
 def _kl_towards(block: Block, target_BV: Tensor, log_sum_B: Tensor) -> Tensor:
@@ -204,10 +207,15 @@ def _sampled_token(block: Block) -> Tensor:
         assert block.token_logprobs_B is not None
         log_q_B1 = block.token_logprobs_B.to(block.exp_BV.dtype).clamp(min=LOGPROB_FLOOR)[:, None]
     value_B1 = student.logprob(ids_B1) - log_q_B1
-    if block.grad_BV is not None:  # A (1[v = y] − p_v), short of 1/S
-        torch.mul(block.exp_BV, -value_B1, out=block.grad_BV)
-        block.grad_BV.scatter_add_(1, ids_B1, value_B1 * student.sum_B[:, None])
+    _towards_sampled(block, value_B1)
     return value_B1[:, 0]
+
+
+def _towards_sampled(block: Block, advantage_B1: Tensor) -> None:
+    """Writes the gradient A (1[v = y] − p_v), short of 1/S, where one is wanted."""
+    if block.grad_BV is not None:
+        torch.mul(block.exp_BV, -advantage_B1, out=block.grad_BV)
+        block.grad_BV.scatter_add_(1, block.sampled_ids_B1, advantage_B1 * block.student.sum_B[:, None])
 
 
 def top_k(x_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The fused divergences on a GPU: projections and gradients by the vendor's GEMM, rows by Triton kernels.
+"""Fused divergences and log-probabilities on a GPU: projections and gradients by the vendor's GEMM, rows by Triton.
 
 Operands of a GEMM keep their dtype and products are summed in float32: logits of bfloat16 operands are float32 logits.
 Where the hidden states and the head differ, both are promoted, never rounded down. float32 operands are multiplied in
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from opd_kernels import triton_gemm, triton_rows
 from opd_kernels.fused import Rows, RowSignal, compute_fused
+from opd_kernels.fused_likelihood import fused_token_logprobs
 from opd_kernels.head import Form, LinearHead
-from opd_kernels.inputs import LOGPROB_FLOOR, Divergence, DivergenceInputs
+from opd_kernels.inputs import LOGPROB_FLOOR, Divergence, DivergenceInputs, TokenLogprobs
 from opd_kernels.objectives import JSD, ExOPD, TopK
 from opd_kernels.torch_rows import given_top_k, top_k
 from opd_kernels.triton_statistics import MOMENTS
@@ -53,6 +54,12 @@ def compute(inputs: DivergenceInputs) -> Divergence:
     """
     _check(inputs)
     return compute_fused(inputs, TritonBackend(inputs))
+
+
+def token_logprobs(inputs: DivergenceInputs) -> TokenLogprobs:
+    """See :func:`opd_kernels.token_logprobs`; raises as ``compute`` does."""
+    _check(inputs)
+    return fused_token_logprobs(inputs, TritonBackend)
 
 
 def default_chunk_tokens(vocab_size: int) -> int:

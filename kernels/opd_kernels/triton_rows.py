@@ -15,24 +15,25 @@ Kernels: :mod:`opd_kernels.triton_statistics`, :mod:`opd_kernels.triton_gradient
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 
 from opd_kernels.aot import AotSpec
 from opd_kernels.inputs import OVERLAP_K
-from opd_kernels.objectives import JSD, ExOPD, ForwardKL, Objective, ReverseKL, SampledToken, TopK
+from opd_kernels.objectives import JSD, ExOPD, ForwardKL, LogLikelihood, Objective, ReverseKL, SampledToken, TopK
 from opd_kernels.triton_gradient import bias_kernel, gradient_kernel
 from opd_kernels.triton_statistics import overlap_kernel, statistics_kernel
 
-OBJECTIVES: dict[type[Objective], str] = {
+OBJECTIVES: dict[type[Objective | LogLikelihood], str] = {
     ReverseKL: "reverse_kl",
     ForwardKL: "forward_kl",
     JSD: "jsd",
     ExOPD: "exopd",
     TopK: "top_k",
     SampledToken: "sampled_token",
+    LogLikelihood: "sampled_token",  # of no teacher
 }
 # Whose value needs sums that start from the normalisers: the gradient kernel runs though no gradient is wanted.
 TWO_STEP = (JSD, TopK)
@@ -119,26 +120,39 @@ def bias(vocab_size: int) -> Launch:
 
 # --- ahead of time -----------------------------------------------------------------------------------------------
 def aot_specs(vocab_size: int, hidden: int, dtype: str) -> list[AotSpec]:
-    """Every objective with plain heads, and the heaviest form of a head with the heaviest of them."""
+    """Every objective with plain heads, and the heaviest form of a head with the heaviest and with the lightest."""
     del hidden  # the rows are the vocabulary's
     specs = []
     for objective in OBJECTIVES.values():
         specs += _specs(objective, vocab_size, dtype)
     specs += _specs("exopd", vocab_size, dtype, capped=True)
     for given in ("top_k", "sampled_token"):
-        specs += _specs(given, vocab_size, dtype, full=False)
+        specs += _specs(given, vocab_size, dtype, signal="given")
+    for capped in (False, True):
+        specs += _specs(OBJECTIVES[LogLikelihood], vocab_size, dtype, capped=capped, signal="none")
     specs.append(_spec("bias", bias(vocab_size), {"grad_ptr": dtype}))
     # What the launches above share is compiled once.
     return list({spec.identity: spec for spec in specs}.values())
 
 
-def _specs(objective: str, vocab_size: int, dtype: str, *, capped: bool = False, full: bool = True) -> list[AotSpec]:
+def _specs(
+    objective: str,
+    vocab_size: int,
+    dtype: str,
+    *,
+    capped: bool = False,
+    signal: Literal["full", "given", "none"] = "full",
+) -> list[AotSpec]:
+    """``signal``: the teacher's whole distribution, its log-probabilities, or no teacher."""
+    full = signal == "full"
     caps = (capped, capped and full, capped and objective == "exopd")
     sides = ["student"] + ["teacher"] * full + ["reference"] * (objective == "exopd")
-    present = {f"{side}_ptr": "fp32" for side in sides} | {f"{side}_bias_ptr": dtype for side in sides if capped}
-    note = (", capped, bias" if capped else "") + ("" if full else ", given")
+    present = {"group_max_ptr": "fp32"} if full else {}
+    present |= {f"{side}_ptr": "fp32" for side in sides} | {f"{side}_bias_ptr": dtype for side in sides if capped}
+    form = ", capped, bias" if capped else ""
+    note = form + {"full": "", "given": ", given", "none": ", no teacher"}[signal]
     launch = statistics(vocab_size, objective, caps)
-    token = {} if full or objective == "top_k" else {"token_logprobs_ptr": "fp32"}
+    token = {"token_logprobs_ptr": "fp32"} if signal == "given" and objective == "sampled_token" else {}
     kind = launch.constexprs["OBJECTIVE"] or ("mixture" if objective == "exopd" else "kl")
     specs = [_spec(f"statistics[{kind}{note}]", launch, present | token)]
     if full and objective != "exopd":
@@ -146,6 +160,7 @@ def _specs(objective: str, vocab_size: int, dtype: str, *, capped: bool = False,
     top = {"top_ids_ptr": "i64", "top_student_ptr": "fp32"} if objective == "top_k" else {}
     if objective == "top_k" and not full:
         top |= {"top_logprobs_ptr": "fp32", "tail_logprob_ptr": "fp32"}
+    note = form + ("" if full else ", given")  # where there is no teacher, the statistics gave A = 1
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     for out, out_dtype in ((dtype, torch_dtype), ("fp32", torch.float32)):
         launch = gradient(vocab_size, objective, caps, out_dtype, 64)
@@ -159,7 +174,7 @@ _TYPES = {
 } | dict.fromkeys(("lam", "logprob_floor", "slope", "parameter"), "fp32")
 _TYPES |= {"k": "i32", "rows": "i32", "teacher_stride": "i32", "sampled_ids_ptr": "*i64:16"}
 _TYPES |= dict.fromkeys(
-    ("student_2C_ptr", "teacher_6C_ptr", "moments_ptr", "group_max_ptr", "value_ptr", "factor_ptr", "accumulate_ptr"),
+    ("student_2C_ptr", "teacher_6C_ptr", "moments_ptr", "value_ptr", "factor_ptr", "accumulate_ptr"),
     "*fp32:16",
 )
 

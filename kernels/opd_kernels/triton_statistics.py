@@ -141,6 +141,8 @@ def statistics_kernel(
     tl.store(moments_ptr + STUDENT_SUM * rows + row, s_sum)
 
     value = logprob * 0.0
+    if OBJECTIVE == "sampled_token":
+        value += 1.0  # of no teacher: A = 1 makes the gradient that of log p_y
     if teacher_ptr is not None:
         t_max, t_below, t_weight = _meet(t_top)
         t_sum = tl.sum(t_weight * Q, axis=0)

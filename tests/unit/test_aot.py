@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from divergence_cases import cast, make_case, run
+from divergence_cases import FORMS, cast, make_case, run
 
 pytest.importorskip("triton")
 
-from opd_kernels import TopK, aot, triton_rows
+from opd_kernels import TopK, aot, token_logprobs, triton_rows
 from opd_kernels.aot import SHARED_BYTES, SIZES, Usage, int_type
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import native_specialize_impl
@@ -166,3 +166,48 @@ def test_every_kernel_that_is_launched_is_compiled(monkeypatch: pytest.MonkeyPat
     modules = [importlib.import_module(module) for module in aot.MODULES]
     specs = [spec for module in modules for spec in module.aot_specs(*SIZES["Qwen3-8B"], "bf16")]
     assert launched == {spec.fn for spec in specs}
+
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+SIZE_CONSTEXPRS = {"V", "STRIDE", "BLOCK_V", "BLOCK_K", "BLOCK_C"}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("form", ["plain", "all"])
+def test_token_logprobs_launch_what_is_compiled(form: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pointers, of the same types, and the same constants, but for the sizes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    launched = []
+    kind: Any = type(triton_rows.statistics_kernel)
+    getitem = kind.__getitem__
+
+    def recorded(kernel: Any, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            named = dict(zip(kernel.arg_names, arguments, strict=False))
+            pointers = {name: TYPES[value.dtype] for name, value in named.items() if isinstance(value, torch.Tensor)}
+            constants = {name: value for name, value in options.items() if name in set(kernel.arg_names)}
+            launched.append((kernel, pointers, constants))
+            getitem(kernel, grid)(*arguments, **options)
+
+        return launch
+
+    monkeypatch.setattr(kind, "__getitem__", recorded)
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    case = cast(make_case(1, 7, **FORMS[form]), torch_dtype, device)
+    hidden, head = case["student_hidden_TD"].requires_grad_(), case["student_head"]
+    if head.bias is not None:
+        head.bias.requires_grad_()
+    result = token_logprobs(hidden, head, case["sampled_ids_T"], implementation="triton")
+    result.logprobs_T.sum().backward()
+    kernels = [triton_rows.statistics_kernel, triton_rows.statistics_kernel, triton_rows.gradient_kernel]
+    assert [kernel for kernel, _, _ in launched] == kernels + [triton_rows.bias_kernel] * (form == "all")
+
+    def without_sizes(constants: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in constants.items() if value is not None and name not in SIZE_CONSTEXPRS}
+
+    compiled = []
+    for spec in triton_rows.aot_specs(*SIZES["Qwen3-8B"], dtype):
+        pointers = {name: kind.partition(":")[0] for name, kind in spec.signature.items() if kind.startswith("*")}
+        compiled.append((spec.fn, pointers, without_sizes(spec.constexprs)))
+    for kernel, pointers, constants in launched:
+        assert (kernel, pointers, without_sizes(constants)) in compiled
