@@ -75,7 +75,7 @@ def rows_by_teacher(recipe: Recipe, prompts_per_domain: int, seed: int) -> dict[
     from opd_mesh.models.heads import extract_head
     from opd_mesh.models.tokenizer import load_tokenizer, valid_vocab_size
     from opd_mesh.torch_tensors import TORCH_DTYPES
-    from student_trainer.data import Domain
+    from student_trainer.tasks import Domain
 
     tokenizer = load_tokenizer(recipe.student.path)
     vocab_size = valid_vocab_size(tokenizer)

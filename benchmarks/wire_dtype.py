@@ -34,17 +34,17 @@ def main() -> None:
     from opd_mesh.config.recipe import Recipe
     from opd_mesh.torch_tensors import TORCH_DTYPES, from_numpy, to_numpy
     from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
+    from student_trainer.distillation import reverse_kl_measure
     from student_trainer.evaluation import SET_NAMES, HeldoutSets
     from student_trainer.heads import HeadStore
-    from student_trainer.objective import reverse_kl_measure
+    from student_trainer.shares import shares_of
     from student_trainer.student import Student
-    from student_trainer.update import shares_of
 
     recipe = load_config(Recipe, run_dir / "recipe.yaml")
     student = Student(
         recipe.student.replace(path=run_dir / "student"), device="cpu", deterministic=False, seed=recipe.run.seed
     )
-    measure = reverse_kl_measure(recipe.objective)
+    measure = reverse_kl_measure(recipe.objective.implementation)
     sets, heads = HeldoutSets(run_dir / "heldout"), HeadStore(run_dir / "heads", "cpu")
     samples = [sample for domain in recipe.domains for name in SET_NAMES for sample in sets.get(domain, name) or []]
 

@@ -142,6 +142,12 @@ class SignalNotOfferedError(PreconditionError):
     reason = "SIGNAL_NOT_OFFERED"
 
 
+class VerifierError(PreconditionError):
+    """A domain's verifier fails on every answer, so that there are no rewards."""
+
+    reason = "VERIFIER_FAILED"
+
+
 class StalePolicyError(PreconditionError):
     """A policy older than the one served, of the same lineage."""
 

@@ -16,12 +16,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from opd_mesh.config.base import dump_config
+from opd_mesh.config.domains import DomainConfig
 from opd_mesh.config.recipe import Recipe, TeacherRef
 from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig, TokenLogConfig
+from opd_mesh.config.tasks import OthersConfig
 from opd_mesh.errors import ConfigError, ModelNotFoundError, OpdError, UnavailableError
 from opd_mesh.progress import ProgressView
 from opd_mesh.valkey import EmbeddedValkey
@@ -91,14 +94,14 @@ class LocalMesh:
         for folder in ("logs", "services"):
             (self.run_dir / folder).mkdir(parents=True, exist_ok=True)
         self._redis_url = self.recipe.redis_url or os.environ.get("OPD_REDIS_URL")
-        if not self._redis_url:
+        if not self._redis_url and self.recipe.writes:
             self.valkey = EmbeddedValkey(self.run_dir / "valkey", self.run_dir / "logs" / "valkey.log")
             self.valkey.start()
             self._redis_url = self.valkey.url
         self._resume = resume
         if any(not teacher.addresses for teacher in self.recipe.teachers.values()):
             self._start("teacher", self._teacher_config())
-        if not self.recipe.rollout.peers.addresses:
+        if self.recipe.needs_rollouts and not self.recipe.rollout.peers.addresses:
             self._start("rollout", self._rollout_config())
 
     async def start_trainer(self) -> str:
@@ -251,12 +254,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
             if (value := getattr(teacher, key)) is not None
         }
         teachers[name] = teacher.replace(**changes)
-    domains = {}
-    for name, domain in recipe.domains.items():
-        if domain.jsonl is not None:
-            paths = {key: value.resolve() for key in ("path", "heldout") if (value := getattr(domain.jsonl, key))}
-            domain = domain.replace(jsonl=domain.jsonl.replace(**paths))
-        domains[name] = domain
+    domains = {name: _with_absolute_paths(domain) for name, domain in recipe.domains.items()}
     rollout = recipe.rollout
     if rollout.log is not None:
         if rollout.peers.addresses:
@@ -267,6 +265,21 @@ def resolve_paths(recipe: Recipe) -> Recipe:
             )
         rollout = rollout.replace(log=rollout.log.replace(path=rollout.log.path.resolve()))
     return recipe.replace(student=student, teachers=teachers, domains=domains, rollout=rollout)
+
+
+SourcesT = TypeVar("SourcesT", DomainConfig, OthersConfig)
+
+
+def _with_absolute_paths(config: SourcesT) -> SourcesT:
+    """A domain's files, and those of its other prompts."""
+    changes: dict[str, Any] = {}
+    for key in ("jsonl", "dataset", "trajectories"):
+        if (source := getattr(config, key, None)) is not None:
+            paths = {name: value.resolve() for name, value in source if isinstance(value, Path)}
+            changes[key] = source.replace(**paths)
+    if isinstance(config, DomainConfig) and config.others is not None:
+        changes["others"] = _with_absolute_paths(config.others)
+    return config.replace(**changes) if changes else config
 
 
 async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: ProgressView) -> int:

@@ -55,11 +55,14 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A trajectory with all its marks, and those of the reference model where the objective has one."""
+    """A trajectory with all its marks, those of the reference model where the objective has one, and its advantage
+    where it learns from rewards.
+    """
 
     trajectory: Trajectory
-    marks: tuple[Mark, ...]
+    marks: tuple[Mark, ...] = ()
     reference: Mark | None = None
+    advantage: float | None = None
 
     @property
     def num_tokens(self) -> int:

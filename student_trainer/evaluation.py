@@ -26,13 +26,13 @@ from opd_mesh.signals import SignalKind
 from opd_mesh.torch_tensors import from_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
-from student_trainer.data import Domain
+from student_trainer.distillation import Measure, reverse_kl_measure
 from student_trainer.heads import HeadStore
-from student_trainer.objective import BatchObjective, reverse_kl_measure
 from student_trainer.rollouts import Rollouts
+from student_trainer.shares import shares_of
 from student_trainer.student import Student
+from student_trainer.tasks import Domain
 from student_trainer.teachers import Teachers
-from student_trainer.update import shares_of
 
 log = logging.getLogger("student_trainer")
 DRAW_ROWS = 64  # of logits [rows, V] at a time when a teacher's response is drawn
@@ -58,7 +58,7 @@ def heldout_kl(
     samples: Sequence[Sample],
     student: Student,
     heads: HeadStore,
-    measure: BatchObjective,
+    measure: Measure,
     *,
     tokens_per_pass: int,
 ) -> HeldoutKl:
@@ -271,14 +271,18 @@ class Evaluator:
         self._teachers = teachers
         self._rollouts = rollouts
         self._heads = heads
-        self._measure = reverse_kl_measure(recipe.objective, deterministic=recipe.run.deterministic)
+        self._measure = reverse_kl_measure(recipe.objective.implementation, deterministic=recipe.run.deterministic)
         self._sets = HeldoutSets(run_dir / "heldout", lambda: teachers.head_digests)
 
     async def evaluate(self, domains: Sequence[Domain], *, lineage: int, step: int) -> dict[str, float]:
         """Metrics by name: ``heldout_kl/<domain>`` (both sets), ``heldout_kl/<domain>/<set>``,
         ``on_policy_kl/<domain>``, ``response_length/<domain>``."""
         line: dict[str, float] = {}
+        if not self._recipe.evaluation.prompts_per_domain:
+            return line
         for domain in domains:
+            if not domain.config.teachers:
+                continue
             if not self._teachers.tells_all(domain.name):
                 log.warning(
                     "domain %s is not evaluated: a teacher of it does not tell its whole distribution", domain.name

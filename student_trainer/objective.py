@@ -1,104 +1,68 @@
-"""Objectives behind one interface: hidden rows and signals in, loss and diagnostics out.
-
-The maths is in ``opd_kernels``; here a recipe's choice becomes one of its values, and the loop never asks which.
-"""
+"""What is minimized, behind one interface: a recipe names one of its values, and the loop never asks which."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import opd_kernels
-from opd_kernels import Divergence, LinearHead, Signal, linear_divergence
-from torch import Tensor
+from opd_kernels import LinearHead
 
-from opd_mesh.config.training import (
-    ExOpdConfig,
-    ForwardKlConfig,
-    JsdConfig,
-    ObjectiveConfig,
-    ReverseKlConfig,
-    SampledTokenConfig,
-    TopKConfig,
-)
+from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.training import DivergenceConfig, PolicyGradientConfig, SftConfig
+from student_trainer.batch import Sample
+from student_trainer.heads import HeadStore
+from student_trainer.passes import OpenPass, TokenMeans
 
 
-class BatchObjective(Protocol):
-    """Loss of R response tokens against N teachers."""
+class PassLoss(Protocol):
+    """The part of the loss that one forward pass has."""
 
-    def __call__(
-        self,
-        student_hidden_RD: Tensor,
-        student_head: LinearHead,
-        teachers: Sequence[Signal],
-        *,
-        reference: Signal | None,
-        sampled_ids_R: Tensor,
-        token_weights_NR: Tensor,
-    ) -> Divergence:
-        """``loss`` is the weighted sum over tokens; the weights hold w_i / (tokens of the whole mini-batch)."""
+    def visit(self, shares: Mapping[tuple[str, ...], Sequence[int]]) -> float:
+        """Backward of a part of the loss to ``leaf_Rd`` and the head; returns its value.
+
+        Args:
+            shares: which teachers mark which samples (by index in the pass) now, see :mod:`student_trainer.batch`;
+                empty where no head is needed. Every pass is visited at least once.
+        """
+        ...
+
+    def close(self) -> None:
+        """All visits are over: diagnostics, and whatever is not needed any more."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class LinearDivergence:
-    """Σ_i w_i · D(student, teacher_i), computed from hidden states and heads.
+class BatchLoss(Protocol):
+    """The loss of one mini-batch."""
 
-    Attributes:
-        objective: D.
-        deterministic: a token's loss and gradient do not depend on which others share its pass.
-    """
-
-    objective: opd_kernels.Objective
-    temperature: float = 1.0
-    implementation: str = "auto"
-    deterministic: bool = False
-
-    def __call__(
-        self,
-        student_hidden_RD: Tensor,
-        student_head: LinearHead,
-        teachers: Sequence[Signal],
-        *,
-        reference: Signal | None,
-        sampled_ids_R: Tensor,
-        token_weights_NR: Tensor,
-    ) -> Divergence:
-        """See :class:`BatchObjective`."""
-        return linear_divergence(
-            student_hidden_RD,
-            student_head,
-            teachers=teachers,
-            reference=reference,
-            sampled_ids_T=sampled_ids_R,
-            token_weights_T=token_weights_NR,
-            objective=self.objective,
-            temperature=self.temperature,
-            implementation=self.implementation,
-            deterministic=self.deterministic,
-        )
+    def of_pass(self, current: OpenPass) -> PassLoss:
+        """The part of one pass, which has just been opened."""
+        ...
 
 
-def build_objective(config: ObjectiveConfig, *, deterministic: bool = False) -> LinearDivergence:
-    """The objective a recipe names."""
-    objective: opd_kernels.Objective
-    match config:
-        case ReverseKlConfig():
-            objective = opd_kernels.ReverseKL()
-        case ForwardKlConfig():
-            objective = opd_kernels.ForwardKL()
-        case JsdConfig():
-            objective = opd_kernels.JSD(config.beta)
-        case ExOpdConfig():
-            objective = opd_kernels.ExOPD(config.lam)
-        case TopKConfig():
-            objective = opd_kernels.TopK(config.k)
-        case SampledTokenConfig():
-            objective = opd_kernels.SampledToken()
-    return LinearDivergence(objective, config.temperature, config.implementation, deterministic)
+class Objective(Protocol):
+    """What a run minimizes."""
+
+    def of_batch(self, samples: Sequence[Sample], head: LinearHead, heads: HeadStore, means: TokenMeans) -> BatchLoss:
+        """For all samples of a mini-batch.
+
+        Args:
+            head: the student's, live.
+            means: takes the diagnostics.
+        """
+        ...
 
 
-def reverse_kl_measure(config: ObjectiveConfig, *, deterministic: bool = False) -> LinearDivergence:
-    """Reverse KL at temperature 1: what evaluations report, whatever trains."""
-    return LinearDivergence(opd_kernels.ReverseKL(), 1.0, config.implementation, deterministic)
+def build_objective(recipe: Recipe) -> Objective:
+    """The objective that a recipe names."""
+    from student_trainer.distillation import Distillation
+    from student_trainer.likelihood import PolicyGradient, Sft
+
+    deterministic = recipe.run.deterministic
+    match recipe.objective:
+        case DivergenceConfig() as config:
+            return Distillation.of(config, deterministic=deterministic)
+        case SftConfig() as config:
+            return Sft(config.implementation, deterministic)
+        case PolicyGradientConfig() as config:
+            longest = max(recipe.max_new_tokens(name) for name in recipe.trained_domains)
+            return PolicyGradient(config, recipe.rollout.temperature, longest, deterministic)

@@ -186,7 +186,7 @@ async def check_replicas(recipe: Recipe, teachers: Teachers) -> None:
     async def probe(teacher_id: str, address: str) -> None:
         reference_address, reference = references[teacher_id]
         rows = await teachers.rows_at(teacher_id, address, _probe_ids(teachers, teacher_id))
-        card, wire = teachers.cards[teacher_id], recipe.objective.wire_dtype
+        card, wire = teachers.cards[teacher_id], teachers.wire_dtype
         dtypes = {dtype_name(card.dtype), dtype_name(card.dtype) if wire == "auto" else wire}
         tolerance = (
             None

@@ -20,6 +20,7 @@ from opd_mesh.errors import (
     ConfigError,
     OpdError,
     PolicyBaseMismatchError,
+    PreconditionError,
     StreamUnavailableError,
     TokenizerMismatchError,
     TrajectoryError,
@@ -30,9 +31,9 @@ from opd_mesh.policy_weights import PolicyWeights
 from opd_mesh.seeds import derive_seed
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.trajectory import SamplingParams, Trajectory
-from student_trainer.data import Prompt
 from student_trainer.importance import check_behaviour
 from student_trainer.rollout_watch import RolloutWatch
+from student_trainer.tasks import Prompt
 from student_trainer.writing import Arrival, Writing, is_own_id
 
 log = logging.getLogger("student_trainer")
@@ -77,12 +78,14 @@ class Rollouts:
         self._clients = [
             RolloutClient(address, recipe.rollout.peers.channel) for address in recipe.rollout.peers.addresses
         ]
-        url = recipe.redis_url or os.environ.get("OPD_REDIS_URL")
-        if not self._clients:
+        if not self._clients and recipe.needs_rollouts:
             raise ConfigError("names no rollout server", field="rollout.peers.addresses")
-        if not url:
+        url = recipe.redis_url or os.environ.get("OPD_REDIS_URL")
+        if not url and recipe.writes:
             raise ConfigError("no Redis: set OPD_REDIS_URL, or redis_url in the recipe", field="redis_url")
-        self.stream = TrajectoryStream(url, run_id, consumer="trainer-0", timeout_s=recipe.redis_timeout_s)
+        self._stream: TrajectoryStream | None = None
+        if url and recipe.writes:
+            self._stream = TrajectoryStream(url, run_id, consumer="trainer-0", timeout_s=recipe.redis_timeout_s)
         self.watch = RolloutWatch(self._clients)
         # A request may queue behind those of max_staleness earlier steps.
         self._generate_timeout_s = recipe.rollout.timeout_s * (1 + recipe.max_staleness)
@@ -104,7 +107,8 @@ class Rollouts:
             UnavailableError, StreamUnavailableError: naming the address.
             TokenizerMismatchError: a server loaded another tokenizer.
         """
-        await self.stream.length()
+        if self._stream is not None:
+            await self._stream.length()
         for client in self._clients:
             await client.wait_ready()
             policy = await _policy_once_loaded(client)
@@ -114,6 +118,13 @@ class Rollouts:
                     f"in {self._recipe.student.path} has {self._fingerprint[:16]}…; start it with the same checkpoint"
                 )
 
+    @property
+    def stream(self) -> TrajectoryStream:
+        """Of the run. Raises :class:`PreconditionError` where nothing is written to train on."""
+        if self._stream is None:
+            raise PreconditionError(f"the objective {self._recipe.objective.name} takes no trajectories")
+        return self._stream
+
     def sampling(self, domain: str, *key: int | str) -> SamplingParams:
         """How a response is drawn: a pure function of (run seed, key)."""
         rollout = self._recipe.rollout
@@ -122,7 +133,7 @@ class Rollouts:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            max_new_tokens=self._recipe.domains[domain].max_new_tokens or rollout.max_new_tokens,
+            max_new_tokens=self._recipe.max_new_tokens(domain),
             stop_token_ids=self._stop_token_ids,
         )
 
@@ -183,7 +194,7 @@ class Rollouts:
         for pause_s in pauses_s:
             if isinstance(pause_s, BaseException):
                 raise pause_s
-        return max(pause_s for pause_s in pauses_s if not isinstance(pause_s, BaseException))
+        return max((pause_s for pause_s in pauses_s if not isinstance(pause_s, BaseException)), default=0.0)
 
     async def _give(self, client: RolloutClient, policy: PolicyId, weights: PolicyWeights) -> float:
         answer = await client.update_policy(
@@ -288,7 +299,7 @@ class Rollouts:
                 trajectory.validate()
                 if not is_own_id(trajectory.trajectory_id):
                     self._check_external(trajectory)
-                elif self._recipe.objective.importance is not None and self._wanted_by(trajectory.trajectory_id):
+                elif self._recipe.importance is not None and self._wanted_by(trajectory.trajectory_id):
                     check_behaviour(trajectory)
             except (DecodeError, OpdError) as error:
                 await self.stream.dead_letter(entry.entry_id, f"unusable: {error}")
@@ -308,6 +319,12 @@ class Rollouts:
             self.external.append(arrival)
 
     def _check_external(self, trajectory: Trajectory) -> None:
+        if not self._recipe.distils:
+            raise PreconditionError(
+                f"a run of {self._recipe.objective.name} takes no trajectories from outside: it compares responses to "
+                "its own prompts",
+                field="objective",
+            )
         trajectory.validate(vocab_size=self._vocab_size, max_tokens=self._recipe.rollout.engine.max_context_tokens)
         if trajectory.domain not in self._recipe.domains:
             known = ", ".join(self._recipe.domains)
@@ -316,7 +333,7 @@ class Rollouts:
             raise TrajectoryError(f"belongs to {trajectory.run_id!r}, this is {self._run_id!r}", field="run_id")
         if not trajectory.policy_versions:
             raise TrajectoryError("required from outside: without it staleness is unknown", field="policy_versions")
-        if self._recipe.objective.importance is not None:
+        if self._recipe.importance is not None:
             check_behaviour(trajectory)
 
     async def submit(self, trajectory: Trajectory) -> bool:
@@ -339,6 +356,8 @@ class Rollouts:
         """A durable checkpoint holds these, and what was discarded is of no use to anyone. After a failure the next
         call repeats them."""
         done, self.discarded = [*entry_ids, *self.discarded], []
+        if not done:
+            return
         try:
             await self.stream.acknowledge(done)
         except BaseException:
@@ -353,4 +372,5 @@ class Rollouts:
         await self.watch.close()
         for client in self._clients:
             await client.close()
-        await self.stream.close()
+        if self._stream is not None:
+            await self._stream.close()

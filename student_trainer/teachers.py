@@ -15,7 +15,7 @@ from opd_mesh import telemetry
 from opd_mesh.clients.replica import ReplicaCounts
 from opd_mesh.clients.teacher import HeadData, ScoreRequest, TeacherClient
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.config.training import SampledTokenConfig, TopKConfig
+from opd_mesh.config.training import DivergenceConfig, SampledTokenConfig, TopKConfig
 from opd_mesh.errors import (
     ConfigError,
     DeadlineError,
@@ -85,6 +85,8 @@ class Teachers:
     def _choose_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> SignalKind:
         """The best that the card offers and the objective can use."""
         objective = self._recipe.objective
+        if not isinstance(objective, DivergenceConfig):
+            return self._reference_signal(teacher_id, card)
         k = self._top_k
         narrow = {
             SignalKind.TOP_K_LOGPROBS: 0 < k <= (card.limits.max_top_k or k),
@@ -102,9 +104,21 @@ class Teachers:
             field="objective.signal",
         )
 
+    def _reference_signal(self, teacher_id: str, card: teacher_service_pb2.TeacherCard) -> SignalKind:
+        """A policy gradient needs its reference's log-probability of each token, and no more."""
+        signal = SignalKind.TOKEN_LOGPROBS
+        if SIGNAL_CODES[signal] not in card.signals:
+            raise SignalNotOfferedError(
+                f"teacher {teacher_id!r} does not offer {signal}, which objective.kl needs. {card.note}".strip(),
+                field="objective.kl.reference",
+            )
+        return signal
+
     @property
     def head_digests(self) -> dict[str, str]:
         """Of the teachers that send hidden states, for training or for evaluation."""
+        if not self._recipe.distils:
+            return {}
         return {
             teacher_id: self.cards[teacher_id].head.digest
             for teacher_id, signal in self.signals.items()
@@ -242,10 +256,15 @@ class Teachers:
         )
 
     def _wire_dtype(self, teacher_id: str, signal: SignalKind) -> str:
-        wire = self._recipe.objective.wire_dtype
-        if wire != "auto":
-            return wire
+        if self.wire_dtype != "auto":
+            return self.wire_dtype
         return signal.own_dtype(dtype_name(self.cards[teacher_id].dtype))
+
+    @property
+    def wire_dtype(self) -> str:
+        """That the recipe asks for; "auto": each teacher's own."""
+        objective = self._recipe.objective
+        return objective.wire_dtype if isinstance(objective, DivergenceConfig) else "auto"
 
     @property
     def _top_k(self) -> int:

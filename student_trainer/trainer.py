@@ -18,9 +18,9 @@ from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import DivergedError, NotFoundError, OpdError, PreconditionError
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.policy import PolicyId
+from student_trainer.accuracy import AccuracyEvaluator
 from student_trainer.batch import Sample, marks_in_order, plan_batch
 from student_trainer.checkpoint import LoadedCheckpoint, TrainerState, load_newest, save_checkpoint
-from student_trainer.data import Domain, open_domains
 from student_trainer.evaluation import Evaluator
 from student_trainer.external import take_external
 from student_trainer.heads import HeadStore
@@ -28,7 +28,7 @@ from student_trainer.identity import RunIdentity
 from student_trainer.mark_buffer import BufferedAnswer, MarkBuffer
 from student_trainer.objective import build_objective
 from student_trainer.optimizer import Optimizer
-from student_trainer.pipeline import Pipeline, StepInFlight
+from student_trainer.pipeline import Pipeline
 from student_trainer.policy_feed import PolicyFeed
 from student_trainer.preflight import (
     check_implementation,
@@ -45,6 +45,8 @@ from student_trainer.step_metrics import Clock, metrics_line
 from student_trainer.stopping import StepGivenUpError, Stopping
 from student_trainer.student import Student
 from student_trainer.summary import summarize, write_summary
+from student_trainer.supply import AnswerSupply, Gathered, Supply
+from student_trainer.tasks import Domain, Grader, open_domains
 from student_trainer.teachers import Teachers
 from student_trainer.update import UpdateResult, apply_gradients, compute_gradients
 from student_trainer.writing import Arrival
@@ -71,7 +73,7 @@ class Trainer:
         self.state = RunState(self.run_id, recipe.run.steps, self.metrics)
         self.progress = TrainerState()
         check_implementation(recipe, device)
-        self.objective = build_objective(recipe.objective, deterministic=recipe.run.deterministic)
+        self.objective = build_objective(recipe)
         self.optimizer = Optimizer(
             recipe.optimizer,
             student.trainable(),
@@ -92,12 +94,16 @@ class Trainer:
             eos_token_id=student.tokenizer.eos_token_id,
             vocab_size=student.vocab_size,
         )
-        self.pipeline = Pipeline(recipe, self.rollouts, self.teachers, self.marks)
+        self.supply: Supply = AnswerSupply(recipe)
+        if recipe.writes:
+            self.supply = Pipeline(recipe, self.rollouts, self.teachers, self.marks)
         self._ends = Stopping()
         self.feed = PolicyFeed(self.push_policy, self.rollouts, self.state, on_failure=self._ends.fail)
         self.domains: list[Domain] = []
+        self.grader = Grader([])  # of the domains, once they are open
         self.evaluations = MetricsLog(run_dir / "evaluations.jsonl")
         self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
+        self.accuracy = AccuracyEvaluator(recipe, self.rollouts)
         self.warnings: list[str] = []
         self._preparing: asyncio.Task[None] | None = None
         self._giving_up: asyncio.Future[None] | None = None
@@ -132,6 +138,7 @@ class Trainer:
             await self.feed.close()
             await self.marks.give_up()
             await self.teachers.close()
+            await self.grader.close()
             await self.rollouts.close()
 
     # --- before the first step ---------------------------------------------------------------------------------
@@ -151,6 +158,9 @@ class Trainer:
                     self.heads.add(await self.teachers.get_head(teacher_id))
         with self.doing("reading prompts"):
             self.domains += await asyncio.to_thread(open_domains, self.recipe, self.student.tokenizer)
+            self.grader = Grader(self.domains)
+            if self.recipe.policy_gradient is not None or self.recipe.evaluation.accuracy is not None:
+                await self.grader.start()
         if self.resume:
             with self.doing("loading the newest checkpoint"):
                 try:
@@ -160,7 +170,7 @@ class Trainer:
                 self.metrics.resume(self.progress.step)
                 self.evaluations.resume(self.progress.step)
         self.progress.lineage = self.identity.lineage
-        self.pipeline.start(self.domains, self.progress)
+        self.supply.start(self.domains, self.progress, self.grader)
         with self.doing("updating the rollout policy"):
             await self.feed.give()
         self.feed.watch()
@@ -233,14 +243,15 @@ class Trainer:
                     self.progress.step,
                     max_staleness=self.recipe.max_staleness,
                 )
-                external = take_external(self.rollouts, self.progress, self.recipe)
+                external = take_external(self.rollouts, self.progress, self.recipe) if self.recipe.distils else []
                 samples = gathered.samples + [self.teachers.ask(item.trajectory, self.marks) for item in external]
                 ages = [staleness(sample.trajectory, self.progress.step) for sample in samples]
                 counted: dict[str, float] = {
                     "staleness": max(ages),
                     "staleness_mean": sum(ages) / len(ages),
                     "external": len(external),
-                    "backlog": self.pipeline.backlog,
+                    "backlog": self.supply.backlog,
+                    **gathered.counted,
                 }
                 with self.doing("updating the student"), self._ends.cause_of_cancellation():
                     result = await self.update(gathered, external, samples, clock)
@@ -262,7 +273,7 @@ class Trainer:
             try:
                 if self.recipe.max_staleness:
                     self.feed.give_ahead(then=self.write_ahead)
-                else:
+                elif self.recipe.writes:
                     with clock("policy"), self.doing("updating the rollout policy"):
                         await self._ends.wait(self.feed.give())
             finally:  # the step is done, whether or not the servers could be told
@@ -276,20 +287,21 @@ class Trainer:
         if every and number % every == 0:
             await self.evaluate()
 
-    async def gather_samples(self, number: int, clock: Clock) -> StepInFlight:
-        """The step's responses; every trajectory is marked as soon as it arrives."""
+    async def gather_samples(self, number: int, clock: Clock) -> Gathered:
+        """What the step trains on; every response that the student writes is marked as soon as it arrives."""
         with clock("rollout"):
-            self.pipeline.submit(self.feed.served_version)
-            with self.doing(f"writing {self.pipeline.size_of(number)} responses"), clock("wait_rollout"):
-                return await self.pipeline.take(number)
+            self.supply.submit(self.feed.served_version)
+            what = "writing" if self.recipe.writes else "reading"
+            with self.doing(f"{what} {self.supply.size_of(number)} responses"), clock("wait_rollout"):
+                return await self.supply.take(number)
 
     def write_ahead(self) -> None:
         """Every server holds the newest policy: later steps may be written, unless the run is to hold."""
         if self.state.not_paused.is_set() and not self.stopping:
-            self.pipeline.submit(self.feed.served_version)
+            self.supply.submit(self.feed.served_version)
 
     async def update(
-        self, gathered: StepInFlight, external: list[Arrival], samples: list[Sample], clock: Clock
+        self, gathered: Gathered, external: list[Arrival], samples: list[Sample], clock: Clock
     ) -> UpdateResult:
         """Gradients while the marks arrive, then one optimizer step, when nobody reads the weights any more."""
         batch = self.recipe.batch
@@ -299,9 +311,7 @@ class Trainer:
         self.marks.expect([mark.answer for mark in marks_in_order(plan) if isinstance(mark.answer, BufferedAnswer)])
         with clock("update"):
             self.optimizer.zero_grad()
-            loss, means = await asyncio.to_thread(
-                compute_gradients, plan, self.student, self.objective, self.heads, self.recipe.objective.importance
-            )
+            loss, means = await asyncio.to_thread(compute_gradients, plan, self.student, self.objective, self.heads)
         self.rollouts.watch.look()  # here, so that the answers are there when the step ends, and nobody waits for them
         async with contextlib.AsyncExitStack() as changing:
             with clock("policy"):
@@ -311,7 +321,7 @@ class Trainer:
             self.advance(gathered, external, result)
         return result
 
-    def advance(self, gathered: StepInFlight, external: list[Arrival], result: UpdateResult) -> None:
+    def advance(self, gathered: Gathered, external: list[Arrival], result: UpdateResult) -> None:
         """The weights are those of the next version, and the place in the data goes with them."""
         self.progress.step = gathered.number
         self.progress.cursors, self.progress.drawn = gathered.cursors, gathered.drawn
@@ -348,18 +358,17 @@ class Trainer:
         Raises:
             StepGivenUpError: the run stops, and does not wait for this.
         """
-        step = self.progress.step
-        if not self.recipe.evaluation.prompts_per_domain or any(
-            line["step"] == step for line in self.evaluations.lines
-        ):
+        step, lineage = self.progress.step, self.progress.lineage
+        if any(line["step"] == step for line in self.evaluations.lines):
             return
         with self.doing("evaluating on held-out prompts"):
             await self._ends.wait(self.feed.given())
+            if not self.recipe.writes:  # its servers are given only what is evaluated
+                await self._ends.wait(self.feed.give())
             if self.feed.dropped:
                 raise StepGivenUpError
-            line = await self._ends.wait(
-                self.evaluator.evaluate(self.domains, lineage=self.progress.lineage, step=step)
-            )
+            line = await self._ends.wait(self.evaluator.evaluate(self.domains, lineage=lineage, step=step))
+            line |= await self._ends.wait(self.accuracy.evaluate(self.domains, self.grader, lineage=lineage, step=step))
         if line:
             self.evaluations.write({"step": step} | line)
         await self.rollouts.watch.start_over()  # what the servers did meanwhile belongs to no step
@@ -391,7 +400,7 @@ class Trainer:
 
     async def finish(self) -> None:
         """Last checkpoint, last evaluation, the student, the summary."""
-        await self.pipeline.close()
+        await self.supply.close()
         await self.save_checkpoint()
         whole = self.progress.step >= self.recipe.run.steps
         if whole:
@@ -421,7 +430,7 @@ class Trainer:
         """Keep what there is, and say why."""
         text = str(error) or type(error).__name__
         log.error("the run ends at step %d: %s", self.progress.step, text)
-        await self.pipeline.close()
+        await self.supply.close()
         try:
             if self._unsaved_steps and (self.feed.weights_are_whole or isinstance(error, DivergedError)):
                 await self.save_checkpoint()

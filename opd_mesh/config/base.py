@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from opd_mesh.errors import ConfigError
@@ -47,6 +47,19 @@ class Strict(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self).model_validate({**self.model_dump(), **changes})
+
+
+def choice(default: str | None, known: tuple[str, ...], what: str) -> Discriminator:
+    """Tells the models of a union apart by ``name``; without one it is ``default``, or an error where that is None."""
+
+    def name_of(value: Any) -> Any:
+        return value.get("name", default) if isinstance(value, dict) else getattr(value, "name", None)
+
+    return Discriminator(
+        name_of,
+        custom_error_type="unknown_name",
+        custom_error_message=f"write {{name: …}} with the {what}'s name, one of {', '.join(known)}",
+    )
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opd_mesh.config.base import Strict
-from opd_mesh.config.domains import DomainConfig
+from opd_mesh.config.domains import DEFAULT_EFFORTS, DomainConfig, EffortConfig
 from opd_mesh.config.services import (
     ComputeDType,
     Device,
@@ -23,10 +23,15 @@ from opd_mesh.config.services import (
 )
 from opd_mesh.config.training import (
     AdamWConfig,
+    DivergenceConfig,
     ExOpdConfig,
+    ImportanceConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PolicyGradientConfig,
+    ReferenceKlConfig,
     ReverseKlConfig,
+    SftConfig,
 )
 
 
@@ -122,10 +127,23 @@ class BatchConfig(Strict):
     max_external_per_step: int = Field(64, ge=0)
 
 
+class AccuracyConfig(Strict):
+    """Answers to held-out prompts, graded by the domains' verifiers."""
+
+    prompts_per_domain: int = Field(100, ge=1)
+    split: Literal["validation", "test"] = "validation"
+    # 0: greedy.
+    temperature: float = Field(0.0, ge=0, le=100)
+
+
 class EvaluationConfig(Strict):
-    """Held-out reverse KL on fixed responses: a set from the first student, and one from each domain's teacher."""
+    """Held-out reverse KL on fixed responses (a set from the first student, and one from each domain's teacher), and
+    the accuracy of fresh ones.
+    """
 
     prompts_per_domain: int = Field(8, ge=0)
+    # Of every domain that has a verifier; unset: not measured.
+    accuracy: AccuracyConfig | None = None
     # Also after so many steps; 0: only before the first step and after the last.
     every_steps: int = Field(0, ge=0)
     teacher_responses: bool = True
@@ -149,8 +167,11 @@ class Recipe(Strict):
 
     run: RunConfig
     student: StudentConfig
-    teachers: dict[str, TeacherRef] = Field(min_length=1)
+    # None for sft, and for policy gradients without a reference.
+    teachers: dict[str, TeacherRef] = Field(default_factory=dict)
     domains: dict[str, DomainConfig] = Field(min_length=1)
+    # How a domain's `effort` is written; those named here replace the ones that are built in.
+    efforts: dict[str, EffortConfig] = Field(default_factory=dict, validate_default=True)
     # Of the teacher server that `opd run` starts for teachers without addresses.
     pool: PoolConfig = PoolConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -175,9 +196,68 @@ class Recipe(Strict):
     redis_timeout_s: float = Field(15.0, gt=0)
 
     @property
+    def distils(self) -> bool:
+        """Whether teachers mark what the student writes."""
+        return isinstance(self.objective, DivergenceConfig)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the student writes what it learns from."""
+        return not isinstance(self.objective, SftConfig)
+
+    @property
+    def needs_rollouts(self) -> bool:
+        """Whether the student writes at all, if only to be evaluated."""
+        return self.writes or self.evaluation.accuracy is not None
+
+    @property
+    def policy_gradient(self) -> PolicyGradientConfig | None:
+        """The objective where it learns from rewards."""
+        return self.objective if isinstance(self.objective, PolicyGradientConfig) else None
+
+    @property
+    def importance(self) -> ImportanceConfig | None:
+        """Weights for tokens of older policies, where a divergence is to have them."""
+        return self.objective.importance if isinstance(self.objective, DivergenceConfig) else None
+
+    @property
     def reference_id(self) -> str | None:
         """The teacher that is the objective's reference model, where it has one."""
-        return self.objective.reference if isinstance(self.objective, ExOpdConfig) else None
+        match self.objective:
+            case ExOpdConfig(reference=reference):
+                return reference
+            case PolicyGradientConfig(kl=ReferenceKlConfig(reference=reference)):
+                return reference
+        return None
+
+    def max_new_tokens(self, domain: str) -> int:
+        """Of a response in a domain: its own, that of its effort, or that of all."""
+        config = self.domains[domain]
+        effort = self.efforts[config.effort].max_new_tokens if config.effort is not None else None
+        return config.max_new_tokens or effort or self.rollout.max_new_tokens
+
+    @property
+    def trained_domains(self) -> dict[str, DomainConfig]:
+        """Those whose prompts are trained on."""
+        return {name: domain for name, domain in self.domains.items() if domain.share > 0}
+
+    @field_validator("efforts", mode="after")
+    @classmethod
+    def _with_the_usual_efforts(cls, given: dict[str, EffortConfig]) -> dict[str, EffortConfig]:
+        return DEFAULT_EFFORTS | given
+
+    @model_validator(mode="after")
+    def _efforts_are_known(self) -> Recipe:
+        for name, domain in self.domains.items():
+            if domain.effort is not None and domain.effort not in self.efforts:
+                raise ValueError(f"domains.{name}.effort: {domain.effort!r} is none of {', '.join(self.efforts)}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_trained_on(self) -> Recipe:
+        if not self.trained_domains:
+            raise ValueError("domains: share is 0 in all of them, so there is nothing to train on")
+        return self
 
     @model_validator(mode="after")
     def _staleness_fits(self) -> Recipe:
@@ -186,7 +266,7 @@ class Recipe(Strict):
                 "run.deterministic: with max_staleness above 0 it depends on timing which policy writes a token; set "
                 "max_staleness to 0, or leave deterministic out"
             )
-        if self.objective.importance is not None and (self.rollout.top_p < 1 or self.rollout.top_k):
+        if self.importance is not None and (self.rollout.top_p < 1 or self.rollout.top_k):
             raise ValueError(
                 "objective.importance: with rollout.top_p below 1 or rollout.top_k a token may be drawn that the "
                 "present student would cut off, or the other way round, and has no ratio; set top_p to 1 and top_k to "
@@ -195,18 +275,57 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _rewards_are_to_be_had(self) -> Recipe:
+        objective = self.policy_gradient
+        if objective is None:
+            return self
+        name = self.objective.name
+        if self.rollout.top_p < 1 or self.rollout.top_k:
+            raise ValueError(
+                f"rollout: {name} compares p_now with p_then of every token, and what top_p or top_k cuts off has no "
+                "ratio; set top_p to 1 and top_k to 0"
+            )
+        if self.batch.responses_per_prompt < 2:
+            raise ValueError(
+                f"batch.responses_per_prompt: {name} compares the responses to one prompt with each other, so there "
+                f"must be several, not {self.batch.responses_per_prompt}; 8 is usual"
+            )
+        for domain_name, domain in self.trained_domains.items():
+            if domain.verifier is None:
+                raise ValueError(f"domains.{domain_name}.verifier: {name} needs rewards; name a verifier")
+        if objective.kl is not None and self.rollout.temperature != 1:
+            raise ValueError(
+                "rollout.temperature: the reference's log-probabilities are of temperature 1, so objective.kl needs "
+                f"that, not {self.rollout.temperature:g}"
+            )
+        if objective.dynamic_sampling is not None and self.max_staleness:
+            raise ValueError(
+                "objective.dynamic_sampling: what replaces a dropped group cannot be written ahead; set max_staleness "
+                "to 0, or dynamic_sampling to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _routing_is_closed(self) -> Recipe:
         for name, domain in self.domains.items():
             for teacher in domain.teachers:
-                if teacher not in self.teachers:
+                if not self.distils:
                     raise ValueError(
-                        f"domains.{name}.teachers names {teacher!r}, but the teachers are {', '.join(self.teachers)}"
+                        f"domains.{name}.teachers: under {self.objective.name} teachers mark nothing; take them out"
                     )
+                if teacher not in self.teachers:
+                    known = ", ".join(self.teachers) or "none"
+                    raise ValueError(f"domains.{name}.teachers names {teacher!r}, but the teachers are {known}")
+            if self.distils and domain.share > 0 and not domain.teachers:
+                raise ValueError(
+                    f"domains.{name}.teachers: name at least one, or set share to 0 for a domain that is only evaluated"
+                )
         used = {teacher for domain in self.domains.values() for teacher in domain.teachers}
         if self.reference_id is not None:
             if self.reference_id not in self.teachers:
                 raise ValueError(
-                    f"objective.reference names {self.reference_id!r}, but the teachers are {', '.join(self.teachers)}"
+                    f"objective names the reference {self.reference_id!r}, but the teachers are "
+                    f"{', '.join(self.teachers) or 'none'}"
                 )
             used.add(self.reference_id)
         idle = sorted(set(self.teachers) - used)

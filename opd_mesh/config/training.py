@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
-from opd_mesh.config.base import Strict
-
-
-def _choice(default: str, known: tuple[str, ...], what: str) -> Discriminator:
-    def name_of(value: Any) -> Any:
-        return value.get("name", default) if isinstance(value, dict) else getattr(value, "name", None)
-
-    return Discriminator(
-        name_of,
-        custom_error_type="unknown_name",
-        custom_error_message=f"write {{name: …}} with the {what}'s name, one of {', '.join(known)}",
-    )
+from opd_mesh.config.base import Strict, choice
 
 
 # --- objectives ------------------------------------------------------------------------------------------------
@@ -93,15 +82,114 @@ class SampledTokenConfig(DivergenceConfig):
     name: Literal["sampled_token"] = "sampled_token"
 
 
-_OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "exopd", "top_k", "sampled_token")
+class LikelihoodConfig(Strict):
+    """What the objectives of stage one share: they weigh the student's own log-probabilities."""
+
+    implementation: Literal["auto", "triton", "torch", "reference"] = "auto"
+
+
+class SftConfig(LikelihoodConfig):
+    """Cross entropy of the answers that the domains hold, a mean over answer tokens. The student writes nothing."""
+
+    name: Literal["sft"] = "sft"
+
+
+class ReferenceKlConfig(Strict):
+    """A penalty for leaving a reference model, which a teacher server holds."""
+
+    # One of `teachers`, usually the model that training began with.
+    reference: str
+    coefficient: float = Field(0.001, gt=0, allow_inf_nan=False)
+    # "unbiased": that of DeepSeek-V3.2 (arXiv 2512.02556), k3 weighted by p_now / p_then; "k3": as in the GRPO paper.
+    estimator: Literal["unbiased", "k3"] = "unbiased"
+
+
+class DynamicSamplingConfig(Strict):
+    """DAPO's: groups whose rewards are all equal are dropped, and more prompts are asked for in their place."""
+
+    # Of further prompts in one step; what is still missing then makes the step smaller.
+    max_rounds: int = Field(3, ge=1)
+
+
+class PolicyGradientConfig(LikelihoodConfig):
+    """The clipped policy gradient with group advantages, and what its variants choose differently.
+
+    The formulas are in ``student_trainer.policy_gradient``.
+    """
+
+    # What advantages R − mean(R) of a group are divided by.
+    advantage_scale: Literal["group_std", "none"] = "group_std"
+    # The ratio p_now / p_then counts within [1 − clip_low, 1 + clip_high].
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0, allow_inf_nan=False)
+    # "sequence_mean": the mean over responses of the mean over their tokens; "token_mean": over all tokens;
+    # "constant_length": the sum over a response's tokens by `length`, the mean over responses.
+    aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
+    # Of constant_length; unset: the longest response that the recipe allows.
+    length: int | None = Field(None, ge=1)
+    kl: ReferenceKlConfig | None = None
+    # DeepSeek-V3.2's sequence mask: a response with a negative advantage whose mean of log p_then − log p_now exceeds
+    # this teaches nothing, for it has become too unlikely to tell about the present policy.
+    mask_above: float | None = Field(None, gt=0, allow_inf_nan=False)
+    dynamic_sampling: DynamicSamplingConfig | None = None
+
+    @model_validator(mode="after")
+    def _length_is_used(self) -> Self:
+        if self.length is not None and self.aggregation != "constant_length":
+            raise ValueError(f"length: {self.aggregation} does not use it; leave it out, or choose constant_length")
+        return self
+
+
+class GrpoConfig(PolicyGradientConfig):
+    """Shao et al., DeepSeekMath, arXiv 2402.03300."""
+
+    name: Literal["grpo"] = "grpo"
+
+
+class DapoConfig(PolicyGradientConfig):
+    """Yu et al., DAPO, arXiv 2503.14476: token mean, a higher upper clip, dynamic sampling, no KL.
+
+    Its soft overlong punishment is a domain's ``length_penalty``.
+    """
+
+    name: Literal["dapo"] = "dapo"
+    clip_high: float = Field(0.28, gt=0, allow_inf_nan=False)
+    aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "token_mean"
+    dynamic_sampling: DynamicSamplingConfig | None = DynamicSamplingConfig()
+
+
+class DrGrpoConfig(PolicyGradientConfig):
+    """Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783: no division by std or by length."""
+
+    name: Literal["dr_grpo"] = "dr_grpo"
+    advantage_scale: Literal["group_std", "none"] = "none"
+    aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "constant_length"
+
+
+_OBJECTIVES = (
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "exopd",
+    "top_k",
+    "sampled_token",
+    "sft",
+    "grpo",
+    "dapo",
+    "dr_grpo",
+)
 ObjectiveConfig: TypeAlias = Annotated[
     Annotated[ReverseKlConfig, Tag("reverse_kl")]
     | Annotated[ForwardKlConfig, Tag("forward_kl")]
     | Annotated[JsdConfig, Tag("jsd")]
     | Annotated[ExOpdConfig, Tag("exopd")]
     | Annotated[TopKConfig, Tag("top_k")]
-    | Annotated[SampledTokenConfig, Tag("sampled_token")],
-    _choice("reverse_kl", _OBJECTIVES, "objective"),
+    | Annotated[SampledTokenConfig, Tag("sampled_token")]
+    | Annotated[SftConfig, Tag("sft")]
+    | Annotated[GrpoConfig, Tag("grpo")]
+    | Annotated[DapoConfig, Tag("dapo")]
+    | Annotated[DrGrpoConfig, Tag("dr_grpo")],
+    choice("reverse_kl", _OBJECTIVES, "objective"),
 ]
 
 
@@ -146,5 +234,5 @@ class MuonConfig(ScheduledOptimizerConfig):
 
 OptimizerConfig: TypeAlias = Annotated[
     Annotated[AdamWConfig, Tag("adamw")] | Annotated[MuonConfig, Tag("muon")],
-    _choice("adamw", ("adamw", "muon"), "optimizer"),
+    choice("adamw", ("adamw", "muon"), "optimizer"),
 ]

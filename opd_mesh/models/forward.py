@@ -28,13 +28,16 @@ LAYOUT_TOLERANCES_DEFAULT = 1e-3
 # its float32 states are 1e-2 from its float64 ones). So the bound rises to a multiple of what rounding the embeddings
 # changes in a lone sequence, but never to where leaks begin.
 ROUNDING_FACTOR = 20.0
+# A row of the layout SHARED is at least so long where there is enough to fill it: below it attention costs next to
+# nothing beside the rest of a layer, and every border may part what is shared.
+SHARED_ROW_TOKENS = 128
 LARGEST_TOLERANCE = 5e-2
 
 
 class BatchLayout(StrEnum):
     """How sequences share a forward pass."""
 
-    SHARED = "shared"  # packed, and what sequences have in common at their beginning stands there once
+    SHARED = "shared"  # packed into a few rows, in which what sequences have in common at their beginning stands once
     PACKED = "packed"  # one row, no padding; position ids start again with every sequence
     PADDED = "padded"  # one row each, padded on the right, with an attention mask
     LONE = "lone"  # one forward pass each
@@ -84,14 +87,7 @@ def sequence_hidden_states(model: Any, sequences: Sequence[Sequence[int]], layou
     if layout is BatchLayout.LONE:
         return [last_hidden_states(model, row[None].to(device))[0] for row in rows]
     if layout is BatchLayout.SHARED:
-        tree = _PrefixTree.of(sequences)
-        hidden_1TD = last_hidden_states(
-            model,
-            tree.input_ids[None].to(device),
-            attention_mask=tree.additive_mask(model.dtype)[None, None].to(device),
-            position_ids=tree.position_ids[None].to(device),
-        )
-        return [hidden_1TD[0, path.to(device)] for path in tree.paths]
+        return _shared_hidden_states(model, sequences)
     if layout is BatchLayout.PACKED:
         # Without an attention mask transformers finds the borders where position ids do not ascend by one, and builds a
         # block-diagonal causal (or windowed) mask for eager and sdpa, or cu_seqlens for flash attention.
@@ -106,6 +102,46 @@ def sequence_hidden_states(model: Any, sequences: Sequence[Sequence[int]], layou
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).to(device=device, dtype=torch.long)
     hidden_BTD = last_hidden_states(model, input_ids, attention_mask=mask)
     return [hidden_BTD[row, :length] for row, length in enumerate(lengths)]
+
+
+def _shared_hidden_states(model: Any, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Attention costs a row's square, so the sequences are dealt out to several rows, neighbours in lexical order to
+    the same one; what is shared across a border is computed once for each side.
+    """
+    device = input_device(model)
+    order = sorted(range(len(sequences)), key=lambda index: list(sequences[index]))
+    limit = max(SHARED_ROW_TOKENS, 2 * max(map(len, sequences)))
+    rows: list[list[int]] = []
+    room = 0
+    for place, index in enumerate(order):
+        own = len(sequences[index]) - (_shared_length(sequences[order[place - 1]], sequences[index]) if rows else 0)
+        if own > room:
+            rows.append([])
+            own, room = len(sequences[index]), limit
+        rows[-1].append(index)
+        room -= own
+    trees = [_PrefixTree.of([sequences[index] for index in row]) for row in rows]
+    longest = max(len(tree.input_ids) for tree in trees)
+
+    def padded(rows: Iterator[Tensor]) -> Tensor:
+        return torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows]).to(device)
+
+    hidden_BTD = last_hidden_states(
+        model,
+        padded(tree.input_ids for tree in trees),
+        attention_mask=torch.stack([tree.additive_mask(model.dtype, longest) for tree in trees])[:, None].to(device),
+        position_ids=padded(tree.position_ids for tree in trees),
+    )
+    found: dict[int, Tensor] = {}
+    for number, (row, tree) in enumerate(zip(rows, trees, strict=True)):
+        for index, path in zip(row, tree.paths, strict=True):
+            found[index] = hidden_BTD[number, path.to(device)]
+    return [found[index] for index in range(len(sequences))]
+
+
+def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two sequences have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +165,7 @@ class _PrefixTree:
         path: list[int] = []
         # In lexical order the longest beginning that a sequence shares with any before it, it shares with the last one.
         for index, tokens in sorted(((i, list(sequence)) for i, sequence in enumerate(sequences)), key=lambda x: x[1]):
-            shared = next(
-                (i for i, (a, b) in enumerate(zip(previous, tokens, strict=False)) if a != b),
-                min(len(previous), len(tokens)),
-            )
+            shared = _shared_length(previous, tokens)
             path = path[:shared] + list(range(len(input_ids), len(input_ids) + len(tokens) - shared))
             input_ids += tokens[shared:]
             position_ids += range(shared, len(tokens))
@@ -143,9 +176,9 @@ class _PrefixTree:
             tuple(torch.tensor(paths[index]) for index in range(len(paths))),
         )
 
-    def additive_mask(self, dtype: torch.dtype) -> Tensor:
-        """[T, T]: 0 where a token (row) sees another, the lowest number elsewhere."""
-        mask_TT = torch.full((len(self.input_ids),) * 2, torch.finfo(dtype).min, dtype=dtype)
+    def additive_mask(self, dtype: torch.dtype, size: int) -> Tensor:
+        """[size, size], T and padding behind it: 0 where a token (row) sees another, the lowest number elsewhere."""
+        mask_TT = torch.full((size, size), torch.finfo(dtype).min, dtype=dtype)
         for path in self.paths:
             sees = torch.ones(len(path), len(path), dtype=torch.bool).tril()
             rows, columns = path[:, None].expand_as(sees), path[None].expand_as(sees)

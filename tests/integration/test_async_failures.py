@@ -169,7 +169,7 @@ async def test_what_had_come_for_later_steps_of_a_killed_run_is_let_go_of(tmp_pa
 
             async def die() -> None:
                 async with asyncio.timeout(30):
-                    while not killed.pipeline.backlog:
+                    while not killed.supply.backlog:
                         await asyncio.sleep(0.01)
                 raise asyncio.CancelledError
 

@@ -19,7 +19,7 @@ from opd_mesh.config.services import RolloutServerConfig
 from opd_mesh.errors import ConfigError, RequestConflictError
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.trajectory import Trajectory
-from student_trainer.data import Prompt
+from student_trainer.tasks import Prompt
 from student_trainer.trainer import Trainer
 from student_trainer.update import compute_gradients
 
@@ -115,7 +115,7 @@ async def test_a_slow_trainer_finds_responses_waiting_and_leaves_the_servers_idl
         (trainer,) = trainers
         deadline = time.monotonic() + 30
         if trainer.progress.step + 1 <= STEPS - 2:
-            while trainer.pipeline.backlog < 8:
+            while trainer.supply.backlog < 8:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             time.sleep(0.2)
@@ -239,10 +239,10 @@ async def test_while_the_run_is_paused_no_further_step_is_begun(tmp_path: Path) 
                 while trainer.state.phase != "paused":
                     await asyncio.sleep(0.02)
                 await trainer.feed.given()
-            written = trainer.pipeline.written
+            written = trainer.supply.written
             assert written == 3  # by the policy of step 1; that of step 2 was given in the pause
             await asyncio.sleep(0.3)
-            assert trainer.pipeline.written == written
+            assert trainer.supply.written == written
             assert (await trainer.request_save())[1] == 2
             trainer.state.resume()
             await running

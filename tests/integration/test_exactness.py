@@ -23,6 +23,7 @@ from opd_mesh.models.tokenizer import tokenizer_fingerprint
 from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
+from student_trainer.distillation import Distillation, build_divergence
 from student_trainer.heads import HeadStore
 from student_trainer.mark_buffer import MarkBuffer
 from student_trainer.objective import build_objective
@@ -134,7 +135,7 @@ class Case:
     def gradients(self, samples: list[Sample]) -> tuple[dict[str, float], Any]:
         """(KL by domain, gradient by parameter) as the trainer computes them."""
         self.student.model.zero_grad(set_to_none=True)
-        objective = build_objective(self.recipe.objective)
+        objective = build_objective(self.recipe)
         plan = plan_batch(samples, tokens_per_pass=40, heads_together=1)
         self.passes = len(plan.passes)
         self.loss, means = compute_gradients(plan, self.student, objective, self.heads)
@@ -144,15 +145,15 @@ class Case:
     def token_kls(self, sample: Sample) -> torch.Tensor:
         """[R] of one sample."""
         recorded: list[torch.Tensor] = []
-        objective = build_objective(self.recipe.objective)
+        measure = build_divergence(self.recipe.objective)
 
         def recording(*args: Any, **kwargs: Any) -> Any:
-            divergence = objective(*args, **kwargs)
+            divergence = measure(*args, **kwargs)
             recorded.append(divergence.kl_T[0])
             return divergence
 
         plan = plan_batch([sample], tokens_per_pass=40, heads_together=1)
-        compute_gradients(plan, self.student, recording, self.heads)
+        compute_gradients(plan, self.student, Distillation(recording), self.heads)
         return torch.cat(recorded)
 
 
@@ -345,7 +346,7 @@ async def test_every_objective_equals_float64(objective: dict[str, Any], heads_r
     wanted = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
     case.student.model.zero_grad(set_to_none=True)
-    calls, computed = [], build_objective(case.recipe.objective)
+    calls, computed = [], build_divergence(case.recipe.objective)
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         calls.append(args[2])
@@ -354,7 +355,7 @@ async def test_every_objective_equals_float64(objective: dict[str, Any], heads_r
     plan = plan_batch(case.samples, tokens_per_pass=40, heads_together=heads_resident)
     passes = len(plan.passes)
     loss, means = compute_gradients(
-        plan, case.student, counting, HeadStore(case.folder / "heads", "cpu", resident=heads_resident + 1)
+        plan, case.student, Distillation(counting), HeadStore(case.folder / "heads", "cpu", resident=heads_resident + 1)
     )
     found = {n: p.grad for n, p in case.student.model.named_parameters() if p.grad is not None}
     assert gradient_error(found, wanted) < GRADIENT_TOLERANCE

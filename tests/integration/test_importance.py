@@ -15,9 +15,9 @@ from opd_mesh.errors import TrajectoryError
 from opd_mesh.models.checkpoint import load_causal_lm
 from opd_mesh.trajectory import SamplingParams, Trajectory
 from student_trainer.batch import plan_batch
+from student_trainer.distillation import Distillation, build_divergence
 from student_trainer.heads import HeadStore
 from student_trainer.importance import check_behaviour
-from student_trainer.objective import build_objective
 from student_trainer.update import compute_gradients
 
 TRUNCATE_AT = 1.5
@@ -40,17 +40,16 @@ async def test_every_tokens_loss_is_weighted_by_its_truncated_ratio(tmp_path: Pa
         samples.append(replace(sample, trajectory=written))
         wanted[trajectory.trajectory_id] = (now - then).exp()
 
-    objective, seen = build_objective(case.recipe.objective), []
+    measure, seen = build_divergence(case.recipe.objective), []
 
     def recording(*args: Any, **kwargs: Any) -> Any:
-        divergence = objective(*args, **kwargs)
+        divergence = measure(*args, **kwargs)
         seen.append((kwargs["token_weights_NR"], divergence.kl_T, divergence.loss.detach()))
         return divergence
 
     plan = plan_batch(samples, tokens_per_pass=40, heads_together=1)
-    loss, means = compute_gradients(
-        plan, case.student, recording, case.heads, ImportanceConfig(truncate_at=TRUNCATE_AT)
-    )
+    objective = Distillation(recording, ImportanceConfig(truncate_at=TRUNCATE_AT))
+    loss, means = compute_gradients(plan, case.student, objective, case.heads)
     tokens = sum(len(ratios) for ratios in wanted.values())
     ordered = torch.cat([wanted[one.trajectory.trajectory_id] for part in plan.passes for one in part])
     weights = torch.cat([weight[0] for weight, _, _ in seen]) * tokens
@@ -98,9 +97,8 @@ async def test_every_teacher_of_a_token_is_weighted_alike_in_every_pass(tmp_path
         plan = plan_batch(samples, tokens_per_pass=40, heads_together=heads)
         assert len(plan.passes) > 1
         head_store = HeadStore(tmp_path / "heads", "cpu", resident=heads)
-        loss, means = compute_gradients(
-            plan, case.student, build_objective(case.recipe.objective), head_store, ImportanceConfig(truncate_at=1.5)
-        )
+        objective = Distillation(build_divergence(case.recipe.objective), ImportanceConfig(truncate_at=TRUNCATE_AT))
+        loss, means = compute_gradients(plan, case.student, objective, head_store)
         assert loss == pytest.approx(float(wanted.detach()), rel=1e-4)
         found = {name: p.grad for name, p in case.student.model.named_parameters() if p.grad is not None}
         exact = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -15,7 +15,7 @@ from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
 from student_trainer.heads import HeadStore
-from student_trainer.update import shares_of
+from student_trainer.shares import shares_of
 
 
 @pytest.fixture

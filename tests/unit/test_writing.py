@@ -27,9 +27,9 @@ from opd_mesh.policy_weights import LoraFactors, PolicyWeights
 from opd_mesh.stream import StreamEntry
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from student_trainer.checkpoint import TrainerState
-from student_trainer.data import Prompt
 from student_trainer.pipeline import Pipeline
 from student_trainer.rollouts import Rollouts
+from student_trainer.tasks import Grader, Prompt
 from student_trainer.writing import Arrival, Writing
 
 PROMPT = Prompt("domain_0", 0, (1, 2))
@@ -123,7 +123,7 @@ async def new_rollouts(tmp_path: Path, **sections: Any) -> tuple[Rollouts, FakeS
         await client.close()
     await rollouts.stream.close()
     stream, clients = FakeStream(), [FakeClient("one:1"), FakeClient("two:1")]
-    rollouts.stream, rollouts._clients = stream, clients  # type: ignore[assignment]
+    rollouts._stream, rollouts._clients = stream, clients  # type: ignore[assignment]
     return rollouts, stream, clients
 
 
@@ -300,7 +300,7 @@ def new_pipeline(
     recipe = tiny_recipe(tmp_path, {"one": tmp_path}, max_staleness=bound, run={"steps": 50})
     rollouts, marks = FakeRollouts(), SimpleNamespace(is_full=False, when_all_admitted=lambda tell: None)
     pipeline = Pipeline(recipe, rollouts, SimpleNamespace(ask=ask), marks)  # type: ignore[arg-type]
-    pipeline.start([FakeDomain()], TrainerState())  # type: ignore[list-item]
+    pipeline.start([FakeDomain()], TrainerState(), Grader([]))  # type: ignore[list-item]
     return pipeline, rollouts
 
 

@@ -1,0 +1,209 @@
+"""Finished models answer prompts, and their answers are graded: one model after the other on the same rollout servers.
+
+    python -m student_trainer.answering --config answers.yaml --out DIR
+
+For each model ``DIR/<model>/<domain>.jsonl`` has a line per answer: ``trajectory_id``, ``domain``, ``prompt_index``,
+``split``, ``token_ids``, ``scored_spans``, ``tokenizer_fingerprint``, ``text`` (of the response), ``score`` (null where
+it could not be graded, or the domain has no verifier), ``parsed`` and ``failure``. They are trajectories that SFT can
+learn from. ``DIR/<model>/scores.json``, written last, has by domain ``accuracy``, ``score``, ``answers``, ``graded``,
+``unparsed``, ``ungraded`` and ``mean_length``; a model that has it is left out when asked again. Progress goes to
+``DIR/progress.json``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from opd_mesh.config.answers import AnswersConfig
+from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
+from opd_mesh.models.runtime import configure_torch
+from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, valid_vocab_size
+from opd_mesh.policy import PolicyId
+from opd_mesh.policy_weights import PolicyWeights
+from opd_mesh.process import ServiceArguments
+from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
+from opd_mesh.trajectory import Trajectory
+from student_trainer.accuracy import CORRECT
+from student_trainer.rollouts import Rollouts
+from student_trainer.tasks import Domain, Grade, Grader, Prompt, open_domains
+
+log = logging.getLogger("student_trainer")
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One response; without a grade where the domain has no verifier."""
+
+    prompt: Prompt
+    trajectory: Trajectory
+    text: str
+    grade: Grade | None
+
+    def to_json(self, fingerprint: str) -> dict[str, Any]:
+        """One line of the file."""
+        return {
+            "trajectory_id": self.trajectory.trajectory_id,
+            "domain": self.prompt.domain,
+            "prompt_index": self.prompt.index,
+            "split": self.prompt.split,
+            "token_ids": list(self.trajectory.token_ids),
+            "scored_spans": [list(span) for span in self.trajectory.scored_spans],
+            "tokenizer_fingerprint": fingerprint,
+            "text": self.text,
+            "score": self.grade.score if self.grade else None,
+            "parsed": self.grade.parsed if self.grade else None,
+            "failure": self.grade.failure if self.grade else None,
+        }
+
+
+def figures(answers: list[Answer]) -> dict[str, float | None]:
+    """Of one domain; accuracy and score are None where nothing could be graded."""
+    grades = [answer.grade for answer in answers if answer.grade is not None]
+    scores = [grade.score for grade in grades if grade.score is not None]
+    return {
+        "accuracy": sum(score >= CORRECT for score in scores) / len(scores) if scores else None,
+        "score": sum(scores) / len(scores) if scores else None,
+        "answers": len(answers),
+        "graded": len(scores),
+        "unparsed": sum(not grade.parsed for grade in grades),
+        "ungraded": len(grades) - len(scores),
+        "mean_length": sum(answer.trajectory.num_scored for answer in answers) / max(1, len(answers)),
+    }
+
+
+class Answering:
+    """All models of one configuration."""
+
+    def __init__(self, config: AnswersConfig, out: Path) -> None:
+        self._config = config
+        self._out = out
+        recipe = config.recipe
+        self._tokenizer = load_tokenizer(recipe.student.path)
+        self._fingerprint = tokenizer_fingerprint(self._tokenizer.get_vocab())
+        self._run_id = f"answers.{recipe.run.name}.{time.time_ns():x}"
+        self._rollouts = Rollouts(
+            recipe,
+            run_id=self._run_id,
+            tokenizer_fingerprint=self._fingerprint,
+            eos_token_id=self._tokenizer.eos_token_id,
+            vocab_size=valid_vocab_size(self._tokenizer),
+        )
+        self._device = configure_torch(recipe.run.device, threads=recipe.run.threads, deterministic=False)
+
+    async def run(self) -> None:
+        """Every model that has no scores yet. Raises :class:`OpdError` naming what is wrong."""
+        missing = [name for name in self._config.models if not (self._out / name / SCORES).exists()]
+        domains = {domain.name: domain for domain in await asyncio.to_thread(self._open_domains)}
+        grader = Grader(list(domains.values()))
+        try:
+            await self._rollouts.connect()
+            await grader.start()
+            for number, name in enumerate(missing):
+                self._tell(name, number, len(missing))
+                await self._serve(self._config.models[name], number)
+                await self._answer(name, number, [domains[key] for key in self._config.domains_of(name)], grader)
+            self._tell("", len(missing), len(missing))
+        finally:
+            await grader.close()
+            await self._rollouts.close()
+
+    def _open_domains(self) -> list[Domain]:
+        return open_domains(self._config.recipe, self._tokenizer)
+
+    async def _serve(self, path: Path, number: int) -> None:
+        """Give a model's weights to the rollout servers."""
+        weights = await asyncio.to_thread(self._weights, path)
+        policy = PolicyId(self._run_id, 1, number, weights.digest)
+        await self._rollouts.push_policy(policy, weights, merged=lambda: weights)
+
+    def _weights(self, path: Path) -> PolicyWeights:
+        student = self._config.recipe.student
+        adapter = path if (path / "adapter_config.json").exists() else None
+        base = student.path if adapter else path
+        model: Any = load_causal_lm(base, dtype=TORCH_DTYPES[student.dtype], device=self._device).model
+        if adapter:
+            import peft
+
+            model = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        return PolicyWeights.of({name: to_numpy(tensor) for name, tensor in served_tensors(model)})
+
+    async def _answer(self, name: str, number: int, domains: list[Domain], grader: Grader) -> None:
+        folder = self._out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = {}
+        for domain in domains:
+            answers = await self._answers(name, number, domain, grader)
+            lines = (json.dumps(answer.to_json(self._fingerprint)) + "\n" for answer in answers)
+            (folder / f"{domain.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            scores[domain.name] = figures(answers)
+            log.info("%s on %s: %s", name, domain.name, scores[domain.name])
+        partial = folder / f"{SCORES}.partial"
+        partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        partial.replace(folder / SCORES)
+
+    def _prompts(self, domain: Domain) -> list[Prompt]:
+        count = self._config.prompts_per_domain
+        if self._config.split == "train":
+            return domain.after(0, count)[0]
+        return domain.held_out(self._config.split, count)
+
+    async def _answers(self, name: str, number: int, domain: Domain, grader: Grader) -> list[Answer]:
+        config = self._config
+        prompts = [prompt for prompt in self._prompts(domain) for _ in range(config.responses_per_prompt)]
+        specs = [
+            self._rollouts.spec(
+                f"e{number:04d}-{name}-{domain.name}-{place}",
+                prompt,
+                replace(
+                    self._rollouts.sampling(domain.name, config.split, prompt.index, place),
+                    temperature=config.temperature,
+                ),
+                publish=False,
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+        written = await self._rollouts.write_unpublished(specs)
+        pairs = [(prompt, one) for prompt, one in zip(prompts, written, strict=True) if one.num_scored]
+        texts = [domain.text(trajectory.scored_token_ids) for _, trajectory in pairs]
+        grades: list[Grade | None] = [None] * len(pairs)
+        if domain.has_verifier:
+            entries = [(prompt, text) for (prompt, _), text in zip(pairs, texts, strict=True)]
+            grades = list(await grader.grade(domain.name, entries))
+        return [
+            Answer(prompt, trajectory, text, grade)
+            for (prompt, trajectory), text, grade in zip(pairs, texts, grades, strict=True)
+        ]
+
+    def _tell(self, model: str, done: int, total: int) -> None:
+        partial = self._out / "progress.partial"
+        partial.write_text(json.dumps({"model": model, "done": done, "total": total}), encoding="utf-8")
+        partial.replace(self._out / "progress.json")
+
+
+async def serve(arguments: ServiceArguments[AnswersConfig]) -> int:
+    """Answer everything, then end."""
+    out: Path = arguments.extra["out"]
+    out.mkdir(parents=True, exist_ok=True)
+    answering = await asyncio.to_thread(Answering, arguments.config, out)
+    arguments.announce("")  # it listens nowhere
+    await answering.run()
+    return 0
+
+
+def main() -> None:
+    """Parse the command line, then answer."""
+    from opd_mesh.process import parse_arguments, run
+
+    extra: dict[str, dict[str, Any]] = {"--out": {"type": Path, "required": True, "help": "folder of the answers"}}
+    run(serve(parse_arguments("answers", AnswersConfig, extra=extra)))
+
+
+if __name__ == "__main__":
+    main()

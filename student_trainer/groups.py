@@ -1,0 +1,79 @@
+"""Groups of responses to one prompt: rewards become advantages, and what teaches nothing is told apart and counted."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from opd_mesh.config.training import PolicyGradientConfig
+from opd_mesh.trajectory import Trajectory
+from student_trainer.batch import Sample
+from student_trainer.policy_gradient import group_advantages
+from student_trainer.rewards import Reward, Rewards
+from student_trainer.tasks import Prompt
+
+
+class Groups:
+    """Of one run. The counts are those of the step in progress."""
+
+    def __init__(self, objective: PolicyGradientConfig, rewards: Rewards) -> None:
+        self.objective = objective
+        self._rewards = rewards
+        self._counts: Counter[str] = Counter()
+        self._sums: defaultdict[str, list[float]] = defaultdict(list)
+        self.last_failure = "no reason given"
+
+    def ask(self, prompt: Prompt, trajectory: Trajectory) -> None:
+        """Have a response graded."""
+        self._rewards.ask(prompt, trajectory)
+
+    async def with_advantages(self, group: Sequence[Sample]) -> tuple[list[Sample], bool]:
+        """The samples that have a reward, with their advantages; and whether the group teaches nothing."""
+        group = sorted(group, key=lambda sample: sample.trajectory.trajectory_id)
+        rewards = await self._rewards.take([sample.trajectory.trajectory_id for sample in group])
+        for sample, reward in zip(group, rewards, strict=True):
+            self._note(sample.trajectory, reward)
+        found = group_advantages([reward.total for reward in rewards], self.objective.advantage_scale)
+        self._counts[f"groups_{found.degenerate or 'taught'}"] += 1
+        samples = []
+        for sample, advantage in zip(group, found.values, strict=True):
+            if advantage is not None:
+                samples.append(replace(sample, advantage=advantage))
+            elif sample.reference is not None:
+                sample.reference.answer.release()
+        return samples, found.degenerate is not None
+
+    @property
+    def taught(self) -> int:
+        """Groups of this step with a gradient."""
+        return self._counts["groups_taught"]
+
+    def drop(self, samples: Sequence[Sample]) -> None:
+        """Dynamic sampling leaves these out."""
+        self._counts["samples_dropped"] += len(samples)
+
+    def _note(self, trajectory: Trajectory, reward: Reward) -> None:
+        domain = trajectory.domain
+        self._counts["graded"] += reward.total is not None
+        if reward.total is None:
+            self._counts["ungraded"] += 1
+            self.last_failure = reward.grade.failure or self.last_failure
+            return
+        self._counts["unparsed"] += not reward.grade.parsed
+        self._sums[f"reward/{domain}"].append(reward.total)
+        self._sums[f"score/{domain}"].append(reward.grade.score or 0.0)
+        self._sums[f"length_penalty/{domain}"].append(reward.penalty)
+
+    def take_counted(self) -> dict[str, float]:
+        """Metrics of the step; the next one begins."""
+        named = ("groups_taught", "groups_equal", "groups_single", "samples_dropped", "ungraded", "unparsed")
+        line: dict[str, float] = {name: self._counts[name] for name in named}
+        line |= {name: sum(values) / len(values) for name, values in self._sums.items()}
+        self._counts.clear()
+        self._sums.clear()
+        return line
+
+    async def close(self) -> None:
+        """Nobody waits any more."""
+        await self._rewards.close()

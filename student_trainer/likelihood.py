@@ -1,0 +1,175 @@
+"""Objectives of stage one: losses over the student's own log-probabilities of tokens that are there.
+
+Letters: R response tokens of a pass, S responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from opd_kernels import LinearHead, TokenLogprobs, token_logprobs
+from torch import Tensor
+
+from opd_mesh.config.training import PolicyGradientConfig
+from opd_mesh.torch_tensors import from_numpy
+from student_trainer.batch import Sample
+from student_trainer.heads import HeadStore
+from student_trainer.passes import OpenPass, TokenMeans, sampled_ids
+from student_trainer.policy_gradient import policy_terms, reference_kl, token_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Sft:
+    """Cross entropy, averaged over all answer tokens of the mini-batch."""
+
+    implementation: str = "auto"
+    deterministic: bool = False
+
+    def of_batch(self, samples: Sequence[Sample], head: LinearHead, heads: HeadStore, means: TokenMeans) -> _SftBatch:
+        """See :class:`student_trainer.objective.Objective`."""
+        return _SftBatch(self, head, means, sum(sample.trajectory.num_scored for sample in samples))
+
+
+@dataclass(frozen=True, slots=True)
+class _SftBatch:
+    objective: Sft
+    head: LinearHead
+    means: TokenMeans
+    total_tokens: int
+
+    def of_pass(self, current: OpenPass) -> _SftPass:
+        return _SftPass(self, current)
+
+
+@dataclass(frozen=True, slots=True)
+class _SftPass:
+    whole: _SftBatch
+    current: OpenPass
+
+    def visit(self, shares: Mapping[tuple[str, ...], Sequence[int]]) -> float:
+        whole = self.whole
+        found = token_logprobs(
+            self.current.leaf_Rd,
+            whole.head,
+            sampled_ids(self.current.batch, self.current.device),
+            implementation=whole.objective.implementation,
+            deterministic=whole.objective.deterministic,
+        )
+        loss = -found.logprobs_T.sum() / whole.total_tokens
+        loss.backward()
+        whole.means.add("entropy/student", found.entropy_T)
+        for domain, logprobs_R in self.current.by_domain(found.logprobs_T.detach()):
+            whole.means.add(f"nll_domain/{domain}", -logprobs_R)
+        return float(loss.detach())
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyGradient:
+    """GRPO and its variants, see :mod:`student_trainer.policy_gradient`.
+
+    Attributes:
+        temperature: that the responses were written at.
+        longest: tokens of the longest response that the recipe allows.
+    """
+
+    config: PolicyGradientConfig
+    temperature: float
+    longest: int
+    deterministic: bool = False
+
+    def of_batch(
+        self, samples: Sequence[Sample], head: LinearHead, heads: HeadStore, means: TokenMeans
+    ) -> _PolicyGradientBatch:
+        """See :class:`student_trainer.objective.Objective`."""
+        weights = token_weights(
+            [sample.trajectory.num_scored for sample in samples],
+            self.config.aggregation,
+            constant=self.config.length or self.longest,
+        )
+        by_id = {sample.trajectory.trajectory_id: weight for sample, weight in zip(samples, weights, strict=True)}
+        return _PolicyGradientBatch(self, head, means, by_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _PolicyGradientBatch:
+    objective: PolicyGradient
+    head: LinearHead
+    means: TokenMeans
+    weights: Mapping[str, float]  # of a response's tokens, by trajectory id
+
+    def of_pass(self, current: OpenPass) -> _PolicyGradientPass:
+        return _PolicyGradientPass(self, current)
+
+
+@dataclass(frozen=True, slots=True)
+class _PolicyGradientPass:
+    whole: _PolicyGradientBatch
+    current: OpenPass
+
+    def visit(self, shares: Mapping[tuple[str, ...], Sequence[int]]) -> float:
+        whole, current = self.whole, self.current
+        objective = whole.objective
+        config = objective.config
+        found = token_logprobs(
+            current.leaf_Rd,
+            whole.head,
+            sampled_ids(current.batch, current.device),
+            temperature=objective.temperature,
+            implementation=config.implementation,
+            deterministic=objective.deterministic,
+        )
+        behaviour_R = self._rows([sample.trajectory.sampling_logprobs for sample in current.batch])
+        terms = policy_terms(
+            found.logprobs_T,
+            behaviour_R,
+            self._of_samples([sample.advantage or 0.0 for sample in current.batch]),
+            current.lengths,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            mask_above=config.mask_above,
+        )
+        loss_R = terms.loss_R
+        if config.kl is not None:
+            kl_R = reference_kl(found.logprobs_T, self._reference_R(), behaviour_R, config.kl.estimator)
+            loss_R = loss_R + config.kl.coefficient * kl_R
+            whole.means.add("kl_reference", kl_R.detach())
+        weights_R = self._of_samples([whole.weights[sample.trajectory.trajectory_id] for sample in current.batch])
+        loss = (weights_R * loss_R).sum()
+        loss.backward()
+        self._tell(found, behaviour_R, terms.clipped_R, terms.masked_R)
+        return float(loss.detach())
+
+    def _tell(self, found: TokenLogprobs, behaviour_R: Tensor, clipped_R: Tensor, masked_R: Tensor) -> None:
+        means = self.whole.means
+        means.add("entropy/student", found.entropy_T)
+        for domain, entropy_R in self.current.by_domain(found.entropy_T):
+            means.add(f"entropy_domain/{domain}", entropy_R)
+        means.add("clip_fraction", clipped_R)
+        means.add("mask_fraction", masked_R)
+        # k1 estimate of KL(μ ‖ π): what the policy has moved since, and how far the two engines are apart.
+        means.add("kl_behaviour", behaviour_R - found.logprobs_T.detach())
+
+    def _rows(self, values: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor([value for row in values for value in row], device=self.current.device)
+
+    def _of_samples(self, values: Sequence[float]) -> Tensor:
+        """[R], a response's value at each of its tokens."""
+        lengths = torch.tensor(self.current.lengths, device=self.current.device)
+        return torch.tensor(values, device=self.current.device).repeat_interleave(lengths)
+
+    def _reference_R(self) -> Tensor:
+        rows = []
+        for sample in self.current.batch:
+            assert sample.reference is not None  # asked for with every response
+            rows.append(from_numpy(sample.reference.answer.tensors()["logprobs"]))
+        return torch.cat(rows).to(self.current.device, torch.float32)
+
+    def close(self) -> None:
+        for sample in self.current.batch:
+            if sample.reference is not None:
+                sample.reference.answer.release()

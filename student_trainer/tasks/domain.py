@@ -1,0 +1,324 @@
+"""A domain: its prompts in three splits, the items behind them, and what SFT is to learn."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from opd_mesh.config.domains import DomainConfig
+from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.tasks import ExactVerifier, NumberVerifier, OthersConfig, SoftOverlongPenalty
+from opd_mesh.errors import ConfigError
+from student_trainer.tasks.items import Item, Messages, Prompt, Split
+from student_trainer.tasks.length_penalty import penalty
+from student_trainer.tasks.rendering import PLAIN, ResponseDecoder, render, render_answer
+from student_trainer.tasks.sources import Source, SourceConfig, open_source
+from student_trainer.tasks.splits import split_of
+from student_trainer.tasks.templates import compiled
+from student_trainer.tasks.verifiers import VerifierSpec
+
+MAX_SKIPPED = 10_000
+REASONING = "reasoning"  # the metadata that holds what stands before the answer of a thinking effort
+
+
+def _source_of(config: DomainConfig | OthersConfig) -> tuple[str, SourceConfig]:
+    """(key, source): the recipe has checked that there is one."""
+    for key in ("reasoning_gym", "jsonl", "dataset", "trajectories"):
+        if (source := getattr(config, key, None)) is not None:
+            return key, source
+    raise ConfigError("names no source")
+
+
+@dataclass
+class _HeldOut:
+    """What was found of one split so far."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+    seen: set[Any] = field(default_factory=set)  # keys and token ids
+    index: int = 0
+    exhausted: bool = False
+
+
+class Domain:
+    """One domain, for any thread. Opening one is slow: files are read, held-out prompts are tokenized.
+
+    Attributes:
+        max_new_tokens: of a response.
+        effort: the form of prompt and response.
+        heldout: the first ``evaluation.prompts_per_domain`` validation prompts.
+
+    Raises:
+        ConfigError: naming the field.
+        TokenizerMismatchError: trajectories of another tokenizer.
+    """
+
+    def __init__(
+        self, name: str, config: DomainConfig, recipe: Recipe, tokenizer: Any, *, max_prompt_tokens: int | None = None
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.effort = PLAIN if config.effort is None else recipe.efforts[config.effort]
+        self.max_new_tokens = config.max_new_tokens or self.effort.max_new_tokens or recipe.rollout.max_new_tokens
+        self._check_length_penalty()
+        room = recipe.rollout.engine.max_context_tokens - self.max_new_tokens
+        self._max_prompt_tokens = room if max_prompt_tokens is None else max_prompt_tokens
+        self._tokenizer = tokenizer
+        self._stop_token_ids = recipe.rollout.stop_token_ids
+        self._decoder = ResponseDecoder(tokenizer, self.effort)
+        self._lock = threading.Lock()  # sources and held-out sets; a tokenizer is safe by itself
+        self._open_templates()
+        count = recipe.evaluation.prompts_per_domain
+        self._open_sources(recipe.run.seed, count)
+        self._held_out: dict[Split, _HeldOut] = {"validation": _HeldOut(), "test": _HeldOut()}
+        self.heldout = self._found("validation", count)
+        self._heldout_ids = {prompt.token_ids for prompt in self.heldout}
+
+    def _key(self, key: str) -> str:
+        return f"domains.{self.name}.{key}"
+
+    def _check_length_penalty(self) -> None:
+        self._length_penalty = self.config.length_penalty or self.effort.length_penalty
+        if isinstance(self._length_penalty, SoftOverlongPenalty):
+            buffer = self._length_penalty.buffer_tokens
+            if buffer > self.max_new_tokens:
+                raise ConfigError(
+                    f"{self._key('length_penalty')}: a buffer of {buffer} tokens is longer than the longest response "
+                    f"({self.max_new_tokens} tokens)",
+                    field=self._key("length_penalty.buffer_tokens"),
+                )
+
+    def _open_templates(self) -> None:
+        config = self.config
+        self._prompt_template = compiled(config.prompt, self._key("prompt"))
+        self._answer_template = compiled(config.answer, self._key("answer"))
+        self._key_template = compiled(config.splits.key if config.splits else None, self._key("splits.key"))
+        self._others_template = compiled(config.others.prompt if config.others else None, self._key("others.prompt"))
+
+    def _open_sources(self, seed: int, count: int) -> None:
+        config, tokenizer = self.config, self._tokenizer
+        compares = isinstance(config.verifier, ExactVerifier | NumberVerifier)
+        key, source = _source_of(config)
+        self._source: Source = open_source(
+            source,
+            seed=seed,
+            field=self._key(key),
+            tokenizer=tokenizer,
+            heldout_count=count,
+            trained=config.share > 0,
+            by_key=config.splits is not None,
+            needs_answers=f"verifier {config.verifier.name}" if config.verifier and compares else "",
+        )
+        self._others: Source | None = None
+        if config.others is not None:
+            key, source = _source_of(config.others)
+            field = self._key(f"others.{key}")
+            self._others = open_source(source, seed=seed, field=field, tokenizer=tokenizer, heldout_count=0)
+
+    # --- items -------------------------------------------------------------------------------------------------
+    def _train_item(self, index: int) -> tuple[bool, Item]:
+        """(is it one of the others, the item). Both streams are drawn from without gaps."""
+        if self._others is None or self.config.others is None:
+            return False, self._source.train(index)
+        share = self.config.others.share
+        others_before = math.floor(index * share)
+        if math.floor((index + 1) * share) > others_before:
+            return True, self._others.train(others_before)
+        return False, self._source.train(index - others_before)
+
+    def item(self, prompt: Prompt) -> Item:
+        """What a prompt was made of."""
+        with self._lock:
+            if prompt.split == "train":
+                return self._train_item(prompt.index)[1]
+            item = self._source.heldout(prompt.index)
+        if item is None:
+            raise ConfigError(f"there is no held-out item {prompt.index}", field=f"domains.{self.name}")
+        return item
+
+    def _messages(self, item: Item, *, other: bool) -> Messages:
+        template = self._others_template if other else self._prompt_template
+        if template is None:
+            return item.messages
+        return [*item.messages[:-1], {**item.messages[-1], "content": template.of(item)}]
+
+    def _split_key(self, item: Item) -> str:
+        """Of an item; without a template the prompt's text, which is the same under every effort and chat template."""
+        if self._key_template is not None:
+            return self._key_template.of(item)
+        if not item.messages:
+            return " ".join(map(str, item.prompt_ids))
+        messages = self._messages(item, other=False)
+        return messages[0]["content"] if len(messages) == 1 else json.dumps(messages)
+
+    def _rendered(self, index: int, item: Item, *, other: bool = False, split: Split = "train") -> Prompt:
+        if item.messages:
+            messages = self._messages(item, other=other)
+            token_ids = render(self._tokenizer, messages, self.config.system_prompt, self.effort)
+        else:
+            token_ids = tuple(item.prompt_ids)
+        if not 1 <= len(token_ids) <= self._max_prompt_tokens:
+            raise ConfigError(
+                f"prompt {index} renders to {len(token_ids)} tokens; between 1 and {self._max_prompt_tokens} fit "
+                "beside the response (rollout.engine.max_context_tokens)",
+                field=f"domains.{self.name}",
+            )
+        return Prompt(self.name, index, token_ids, other, split)
+
+    # --- prompts -----------------------------------------------------------------------------------------------
+    def after(self, cursor: int, count: int) -> tuple[list[Prompt], int]:
+        """The next ``count`` training prompts from ``cursor`` on, and the cursor behind them."""
+        prompts: list[Prompt] = []
+        index, skipped = cursor, 0
+        with self._lock:
+            while len(prompts) < count:
+                prompt = self._train_prompt(index)
+                index += 1
+                if prompt is not None:
+                    prompts.append(prompt)
+                    skipped = 0
+                    continue
+                skipped += 1
+                if skipped == MAX_SKIPPED:
+                    raise ConfigError(
+                        f"{MAX_SKIPPED} prompts in a row are held out for evaluation: the source has too few "
+                        "different ones",
+                        field=f"domains.{self.name}",
+                    )
+        return prompts, index
+
+    def _train_prompt(self, index: int) -> Prompt | None:
+        other, item = self._train_item(index)
+        splits = self.config.splits
+        if splits is not None and not other and split_of(self._split_key(item), splits) != "train":
+            return None
+        prompt = self._rendered(index, item, other=other)
+        return None if prompt.token_ids in self._heldout_ids else prompt
+
+    def held_out(self, split: Literal["validation", "test"], count: int) -> list[Prompt]:
+        """The first ``count`` prompts of a split, fewer where the source has no more.
+
+        Without ``splits`` that is at most ``evaluation.prompts_per_domain`` validation prompts: no others are kept out
+        of the training.
+        """
+        splits = self.config.splits
+        if splits is None:
+            if split == "test":
+                raise ConfigError(
+                    f"domain {self.name} has no test prompts; give it splits, for example "
+                    "splits: {validation: 0.1, test: 0.1}",
+                    field=self._key("splits"),
+                )
+            return self.heldout[:count]
+        if split == "test" and not splits.test:
+            raise ConfigError(
+                f"{self._key('splits.test')} is 0; give it a share to have test prompts", field=self._key("splits.test")
+            )
+        return self._found(split, count)
+
+    def _found(self, split: Split, count: int) -> list[Prompt]:
+        with self._lock:
+            found = self._held_out[split]
+            skipped = 0
+            while len(found.prompts) < count and not found.exhausted:
+                item = self._source.heldout(found.index)
+                if item is None:
+                    found.exhausted = True
+                    break
+                prompt = self._held_out_prompt(split, found, item)
+                found.index += 1
+                skipped = 0 if prompt else skipped + 1
+                if prompt:
+                    found.prompts.append(prompt)
+                # Of a family with few different items all are found by then.
+                found.exhausted = skipped == MAX_SKIPPED
+            return found.prompts[:count]
+
+    def _held_out_prompt(self, split: Split, found: _HeldOut, item: Item) -> Prompt | None:
+        splits = self.config.splits
+        keys: list[Any] = []
+        if splits is not None:
+            key = self._split_key(item)
+            if split_of(key, splits) != split or key in found.seen:
+                return None
+            keys.append(key)
+        prompt = self._rendered(found.index, item, split=split)
+        if prompt.token_ids in found.seen:
+            return None
+        found.seen.update([*keys, prompt.token_ids])
+        return prompt
+
+    # --- answers -----------------------------------------------------------------------------------------------
+    def solution(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids of the gold answer in the effort's form, EOS at the end; of a trajectory, its response as it is.
+
+        Raises:
+            ConfigError: there is no gold answer, or no reasoning where the effort wants it.
+        """
+        item = self.item(prompt)
+        if item.response_ids:
+            return tuple(item.response_ids)
+        if self._answer_template is not None and not prompt.other:
+            text = self._answer_template.of(item)
+        elif item.answer is not None:
+            text = item.answer
+        else:
+            raise ConfigError(
+                f"domain {self.name}: item {prompt.index} has no gold answer to learn; give the source answers, or "
+                "write them with the template `answer`",
+                field=self._key("answer"),
+            )
+        return (*render_answer(self._tokenizer, self._with_reasoning(text, item)), self._end_token_id())
+
+    def _with_reasoning(self, answer: str, item: Item) -> str:
+        closing = self.effort.closing
+        if not closing or closing in answer:
+            return answer
+        reasoning = item.metadata.get(REASONING)
+        if not isinstance(reasoning, str):
+            raise ConfigError(
+                f"domain {self.name}: effort {self.config.effort} writes reasoning before {closing}, but the items "
+                f"hold none; give it as metadata.{REASONING}, or write it, {closing} and the answer with the template "
+                "`answer`",
+                field=self._key("answer"),
+            )
+        return reasoning + closing + answer
+
+    def _end_token_id(self) -> int:
+        end = self._tokenizer.eos_token_id
+        if end is None and self._stop_token_ids:
+            end = self._stop_token_ids[0]
+        if end is None:
+            raise ConfigError(
+                "the student's tokenizer has no EOS, so an answer has no end; name one", field="rollout.stop_token_ids"
+            )
+        return int(end)
+
+    def text(self, response_ids: Any) -> str:
+        """A response as text, without special tokens but with the effort's marks."""
+        return self._decoder.text(response_ids)
+
+    def length_penalty(self, num_tokens: int) -> float:
+        """What a response of so many tokens costs, at most 0."""
+        if self._length_penalty is None:
+            return 0.0
+        return penalty(self._length_penalty, num_tokens, self.max_new_tokens)
+
+    # --- verifying ---------------------------------------------------------------------------------------------
+    @property
+    def has_verifier(self) -> bool:
+        """Whether answers can be graded."""
+        return self.config.verifier is not None
+
+    @property
+    def verifier_spec(self) -> VerifierSpec:
+        """What a process needs to grade answers. Only of a domain that has a verifier."""
+        assert self.config.verifier is not None
+        return VerifierSpec(self.name, self.config.verifier, self.effort.closing, self.config.reasoning_gym)
+
+
+def open_domains(recipe: Recipe, tokenizer: Any) -> list[Domain]:
+    """All domains of a recipe. Slow: prompts are read, and tokenized."""
+    return [Domain(name, config, recipe, tokenizer) for name, config in recipe.domains.items()]

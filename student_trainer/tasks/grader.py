@@ -1,0 +1,242 @@
+"""Grading answers in a child process, because a verifier may hang, crash, or eat the trainer's own time.
+
+The parent pickles every job (domain, item, text) and sends some at a time; the child answers each with a line of JSON
+as soon as it has it, so that the time of every single answer is bounded. A child that is silent for too long is killed,
+one that ends is replaced; whatever it was working on is a counted failure, and the others are graded on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+from opd_mesh.errors import ConfigError, InternalError
+from opd_mesh.process import end_with_parent
+from student_trainer.tasks.domain import Domain
+from student_trainer.tasks.items import Item, Prompt
+from student_trainer.tasks.verifiers import Grade, Verification, VerifierSpec
+
+log = logging.getLogger("student_trainer")
+START_TIMEOUT_S = 120.0  # imports, and the families' word lists
+STOP_TIMEOUT_S = 5.0
+JOBS_AT_ONCE = 512
+
+
+def grade_here(domain: Domain, prompt: Prompt, text: str) -> Grade:
+    """Grade in this process, which the verifier can hang or end."""
+    return Verification(domain.verifier_spec).grade(domain.item(prompt), text)
+
+
+class Grader:
+    """Grades the answers of all domains that have a verifier, in one child process. For one event loop.
+
+    Attributes:
+        graded, unparsed, failures: by domain, how many answers there were, how many of them held none that could be
+            read, and how many have no score because the verifier failed.
+    """
+
+    def __init__(self, domains: Sequence[Domain]) -> None:
+        self._domains = {domain.name: domain for domain in domains if domain.has_verifier}
+        self.graded: Counter[str] = Counter()
+        self.unparsed: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        # The one thread that starts, asks and replaces the child. Linux ends the child when this thread ends.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grader")
+        self._child: _Child | None = None
+        self._closed = False
+
+    async def start(self) -> None:
+        """Start the child, where any domain has a verifier.
+
+        Raises:
+            ConfigError: a verifier cannot be opened; names the field.
+        """
+        if self._domains:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._ready_child)
+
+    async def grade(self, domain: str, entries: Sequence[tuple[Prompt, str]]) -> list[Grade]:
+        """Grades in the order of ``entries`` (prompt, text of the response).
+
+        A prompt of another kind (``Prompt.other``) gets no score and no failure.
+
+        Raises:
+            ConfigError: the domain has no verifier, or the child cannot be started again.
+        """
+        if domain not in self._domains:
+            raise ConfigError(f"domain {domain} has no verifier; give it one", field=f"domains.{domain}.verifier")
+        if self._closed:
+            raise InternalError("the grader is closed")
+        grades = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._grade, self._domains[domain], entries
+        )
+        self._count(domain, grades)
+        return grades
+
+    def _count(self, domain: str, grades: Sequence[Grade]) -> None:
+        failed = [grade.failure for grade in grades if grade.failure is not None]
+        if failed and not self.failures[domain]:
+            log.warning("domain %s: an answer has no score, for %s (told once, then only counted)", domain, failed[0])
+        self.failures[domain] += len(failed)
+        self.unparsed[domain] += sum(grade.score is not None and not grade.parsed for grade in grades)
+        self.graded[domain] += sum(grade.score is not None or grade.failure is not None for grade in grades)
+
+    async def close(self) -> None:
+        """End the child; what is being graded is given up."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._child is not None:
+            self._child.kill()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._end_child)
+        await asyncio.to_thread(self._thread.shutdown)
+
+    # --- in the thread -----------------------------------------------------------------------------------------
+    def _ready_child(self) -> _Child:
+        if self._closed:
+            raise InternalError("the grader is closed")
+        if self._child is None:
+            self._child = _Child([domain.verifier_spec for domain in self._domains.values()])
+        return self._child
+
+    def _end_child(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.join()
+            self._child = None
+
+    def _grade(self, domain: Domain, entries: Sequence[tuple[Prompt, str]]) -> list[Grade]:
+        grades: list[Grade] = [Grade(None, parsed=False)] * len(entries)
+        jobs: deque[tuple[int, bytes]] = deque()
+        for place, (prompt, text) in enumerate(entries):
+            if prompt.other:
+                continue
+            item = domain.item(prompt)
+            try:
+                jobs.append((place, pickle.dumps((domain.name, item, text))))
+            except Exception as error:  # noqa: BLE001 - what a family puts into its metadata
+                grades[place] = Grade(None, parsed=False, failure=f"the item cannot be sent: {error}")
+        verifier = domain.config.verifier
+        assert verifier is not None  # see grade
+        while jobs:
+            child = self._ready_child()
+            sent = [jobs[place] for place in range(min(len(jobs), JOBS_AT_ONCE))]
+            try:
+                child.send([job for _, job in sent])
+                for place, _ in sent:
+                    grades[place] = child.receive(verifier.timeout_s)
+                    jobs.popleft()
+            except _ChildFailedError as error:
+                self._end_child()
+                place, _ = jobs.popleft()
+                grades[place] = Grade(None, parsed=False, failure=str(error))
+        return grades
+
+
+class _ChildFailedError(Exception):
+    """The child hung or ended, over the job in hand."""
+
+
+class _Child:
+    """The process, from the parent's side. Raises :class:`ConfigError` if a verifier cannot be opened there."""
+
+    def __init__(self, specs: list[VerifierSpec]) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy the trainer's threads and locks
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, specs, os.getpid()), daemon=True, name="opd-verifiers"
+        )
+        self._process.start()
+        theirs.close()
+        try:
+            refusal = self._message(START_TIMEOUT_S)
+        except _ChildFailedError as error:
+            self.kill()
+            raise ConfigError(f"the verifiers' process does not start: {error}", field="domains") from error
+        if refusal is not None:
+            self.join()
+            message, field = refusal
+            raise ConfigError(message, field=field)
+
+    def send(self, jobs: list[bytes]) -> None:
+        """Jobs to answer, in this order."""
+        try:
+            self._connection.send(jobs)
+        except OSError as error:
+            raise _ChildFailedError(self._end()) from error
+
+    def receive(self, timeout_s: float) -> Grade:
+        """The answer to the next job."""
+        message = self._message(timeout_s)
+        try:
+            score, parsed, failure = message
+        except (TypeError, ValueError) as error:
+            raise _ChildFailedError("the verifier wrote into the grader's own pipe") from error
+        return Grade(score, parsed, failure)
+
+    def _message(self, timeout_s: float) -> Any:
+        """The pipe carries JSON this way, not pickles: what runs there may have been written by a model."""
+        try:
+            if not self._connection.poll(timeout_s):
+                raise _ChildFailedError(f"the verifier took longer than {timeout_s:g} s")
+            return json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise _ChildFailedError(self._end()) from error
+        except ValueError as error:
+            raise _ChildFailedError("the verifier wrote into the grader's own pipe") from error
+
+    def _end(self) -> str:
+        self._process.join(STOP_TIMEOUT_S)
+        code = self._process.exitcode
+        return f"the verifier ended its process (exit code {code})"
+
+    def kill(self) -> None:
+        """From any thread."""
+        self._process.kill()
+
+    def join(self) -> None:
+        """Wait until it is gone."""
+        self._process.join(STOP_TIMEOUT_S)
+        self._connection.close()
+
+
+# --- in the child ----------------------------------------------------------------------------------------------
+def _serve(connection: Connection, specs: Sequence[VerifierSpec], parent: int) -> None:
+    """Open the verifiers, then answer jobs until the parent is gone."""
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer hears of it, and closes
+    verifications: dict[str, Verification] = {}
+    try:
+        for spec in specs:
+            verifications[spec.domain] = Verification(spec)
+    except ConfigError as error:
+        connection.send_bytes(json.dumps([error.message, error.field]).encode())
+        return
+    connection.send_bytes(b"null")
+    while True:
+        try:
+            jobs: list[bytes] = connection.recv()
+        except EOFError:
+            return
+        for job in jobs:
+            grade = _graded(verifications, job)
+            connection.send_bytes(json.dumps([grade.score, grade.parsed, grade.failure]).encode())
+
+
+def _graded(verifications: dict[str, Verification], job: bytes) -> Grade:
+    try:
+        domain, item, text = pickle.loads(job)  # of our own parent's
+        assert isinstance(item, Item)
+    except Exception as error:  # noqa: BLE001 - what a family puts into its metadata
+        return Grade(None, parsed=False, failure=f"the item cannot be read: {error}")
+    return verifications[domain].grade(item, text)
