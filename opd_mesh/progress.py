@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from opd.v1 import trainer_service_pb2
 from rich.console import Console
@@ -13,6 +14,42 @@ from opd_mesh.errors import OpdError
 if TYPE_CHECKING:
     from opd_mesh.clients.trainer import TrainerClient
     from opd_mesh.supervisor import Child, LocalMesh
+
+
+_GROUPS = {"kl/": "KL", "reward/": "reward", "score/": "score"}
+
+
+def told(metrics: Mapping[str, float]) -> str:
+    """A step's loss, and by teacher or domain its KL, reward and score: ``loss 0.1234  KL math 0.123``."""
+    parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    for prefix, title in _GROUPS.items():
+        values = [
+            f"{name.removeprefix(prefix)} {value:.3f}"
+            for name, value in sorted(metrics.items())
+            if name.startswith(prefix)
+        ]
+        if values:
+            parts.append(f"{title} " + "  ".join(values))
+    return "  ".join(parts)
+
+
+class MeshView(Protocol):
+    """Whom a mesh tells what it does."""
+
+    def activity(self, text: str) -> None:
+        """What is being done now."""
+
+    def started(self, mesh: LocalMesh) -> None:
+        """All processes run."""
+
+    def lost(self, child: Child, *, again: bool) -> None:
+        """A server is gone while the run goes on."""
+
+    def failed(self, message: str) -> None:
+        """The run could not go on."""
+
+    async def follow(self, client: TrainerClient) -> None:
+        """Show events until the run ends."""
 
 
 class ProgressView:
@@ -97,14 +134,8 @@ class ProgressView:
 
     def _show_step(self, step: trainer_service_pb2.StepMetrics) -> None:
         metrics = step.metrics
-        kls = "  ".join(
-            f"{name.removeprefix('kl/')} {value:.3f}"
-            for name, value in sorted(metrics.items())
-            if name.startswith("kl/")
-        )
         self._bar.update(self._task, completed=step.step)
         self._console.print(
-            f"step {step.step:>4}  loss {metrics['loss']:.4f}  KL {kls}  {int(metrics['tokens'])} tokens  "
-            f"{metrics['seconds/step']:.1f} s",
+            f"step {step.step:>4}  {told(metrics)}  {int(metrics['tokens'])} tokens  {metrics['seconds/step']:.1f} s",
             highlight=False,
         )

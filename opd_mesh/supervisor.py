@@ -14,19 +14,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from opd_mesh.config.answers import AnswersConfig
 from opd_mesh.config.base import dump_config
 from opd_mesh.config.domains import DomainConfig
 from opd_mesh.config.recipe import Recipe, TeacherRef
 from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig, TokenLogConfig
 from opd_mesh.config.tasks import OthersConfig
 from opd_mesh.errors import ConfigError, ModelNotFoundError, OpdError, UnavailableError
-from opd_mesh.progress import ProgressView
+from opd_mesh.progress import MeshView
 from opd_mesh.valkey import EmbeddedValkey
 
 log = logging.getLogger("opd_mesh.supervisor")
@@ -41,7 +43,12 @@ RESTARTS_WITHIN_S = 1800.0
 RESTART_DELAY_S = 1.0
 
 
-MODULES = {"teacher": "teacher_server", "rollout": "rollout_server", "trainer": "student_trainer"}
+MODULES = {
+    "teacher": "teacher_server",
+    "rollout": "rollout_server",
+    "trainer": "student_trainer",
+    "answers": "student_trainer.answering",
+}
 
 
 @dataclass(eq=False)
@@ -75,11 +82,16 @@ class Child:
 
 
 class LocalMesh:
-    """The processes of one local run."""
+    """The processes of one local run.
 
-    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+    Args:
+        keep_open: file descriptors that its processes inherit, so that a lock is held until the last one has ended.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, *, keep_open: Sequence[int] = ()) -> None:
         self.recipe = recipe
         self.run_dir = run_dir
+        self._keep_open = tuple(keep_open)
         self.children: list[Child] = []
         self.valkey: EmbeddedValkey | None = None
         self.trainer: Child | None = None
@@ -106,6 +118,20 @@ class LocalMesh:
 
     async def start_trainer(self) -> str:
         """Wait for the servers' addresses, then start the trainer. Returns its address."""
+        resolved = await self._with_addresses()
+        extra = ["--run-dir", str(self.run_dir)] + (["--resume"] if self._resume else [])
+        self.trainer = self._start("trainer", resolved, *extra)
+        return await self._address(self.trainer)
+
+    async def start_answers(self, config: AnswersConfig, out: Path) -> Child:
+        """Wait for the rollout server's address, then start the process in which models answer."""
+        resolved = config.replace(recipe=await self._with_addresses())
+        child = self._start("answers", resolved, "--out", str(out))
+        await self._address(child)
+        return child
+
+    async def _with_addresses(self) -> Recipe:
+        """The recipe with the addresses of our own servers, once they are known."""
         addresses = {child.name: await self._address(child) for child in list(self.children)}
         recipe = self.recipe
         teachers = {
@@ -115,12 +141,9 @@ class LocalMesh:
         peers = recipe.rollout.peers
         if "rollout" in addresses:
             peers = peers.replace(addresses=[addresses["rollout"]])
-        resolved = recipe.replace(
+        return recipe.replace(
             teachers=teachers, rollout=recipe.rollout.replace(peers=peers), redis_url=self._redis_url
         )
-        extra = ["--run-dir", str(self.run_dir)] + (["--resume"] if self._resume else [])
-        self.trainer = self._start("trainer", resolved, *extra)
-        return await self._address(self.trainer)
 
     def _teacher_config(self) -> TeacherServerConfig:
         recipe = self.recipe
@@ -181,6 +204,7 @@ class LocalMesh:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=self._keep_open,
                 env=environment,
             )
         child = Child(name, process, log_path, ready_file, config, log_offset=log_offset)
@@ -254,7 +278,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
             if (value := getattr(teacher, key)) is not None
         }
         teachers[name] = teacher.replace(**changes)
-    domains = {name: _with_absolute_paths(domain) for name, domain in recipe.domains.items()}
+    domains = {name: with_absolute_paths(domain) for name, domain in recipe.domains.items()}
     rollout = recipe.rollout
     if rollout.log is not None:
         if rollout.peers.addresses:
@@ -270,7 +294,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
 SourcesT = TypeVar("SourcesT", DomainConfig, OthersConfig)
 
 
-def _with_absolute_paths(config: SourcesT) -> SourcesT:
+def with_absolute_paths(config: SourcesT) -> SourcesT:
     """A domain's files, and those of its other prompts."""
     changes: dict[str, Any] = {}
     for key in ("jsonl", "dataset", "trajectories"):
@@ -278,65 +302,108 @@ def _with_absolute_paths(config: SourcesT) -> SourcesT:
             paths = {name: value.resolve() for name, value in source if isinstance(value, Path)}
             changes[key] = source.replace(**paths)
     if isinstance(config, DomainConfig) and config.others is not None:
-        changes["others"] = _with_absolute_paths(config.others)
+        changes["others"] = with_absolute_paths(config.others)
     return config.replace(**changes) if changes else config
 
 
-async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: ProgressView) -> int:
+async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: MeshView) -> int:
     """Start everything, show the run until it ends, stop everything. Returns the trainer's exit code."""
-    from opd_mesh.clients.trainer import TrainerClient
-
-    mesh = LocalMesh(recipe, run_dir)
     loop = asyncio.get_running_loop()
     interrupted = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, interrupted.set)
+    try:
+        return await run_training(LocalMesh(recipe, run_dir), resume=resume, view=progress, stop=interrupted)
+    except OpdError as error:
+        progress.failed(str(error))
+        return 2
+
+
+async def run_training(mesh: LocalMesh, *, resume: bool, view: MeshView, stop: asyncio.Event) -> int:
+    """One run of the trainer, from the first process to the end of the last. Installs no signal handlers.
+
+    Returns:
+        The trainer's exit code; 130 where ``stop`` ended it, after the step in progress and with a checkpoint.
+
+    Raises:
+        OpdError: a process does not start.
+    """
+    from opd_mesh.clients.trainer import TrainerClient
+
+    async def begin() -> Child:
+        view.activity("starting Valkey, teacher and rollout servers")
+        mesh.start(resume=resume)
+        await mesh.start_trainer()
+        assert mesh.trainer is not None  # start_trainer has returned
+        return mesh.trainer
+
+    async def follow(trainer: Child) -> None:
+        async with TrainerClient(trainer.address) as client:
+            await view.follow(client)
+
+    return await run_mesh(mesh, begin, follow, view=view, stop=stop)
+
+
+async def run_mesh(
+    mesh: LocalMesh,
+    begin: Callable[[], Awaitable[Child]],
+    follow: Callable[[Child], Coroutine[Any, Any, None]],
+    *,
+    view: MeshView,
+    stop: asyncio.Event,
+) -> int:
+    """Start a mesh, watch over its servers until its main process ends, stop everything.
+
+    Args:
+        begin: starts all processes and returns the main one.
+        follow: shows what that does, until it ends.
+        stop: once set, the main process is asked to end.
+
+    Returns:
+        Its exit code, or 130 where it was stopped.
+    """
+    main: Child | None = None
 
     async def watch() -> int:
-        progress.activity("starting Valkey, teacher and rollout servers")
-        mesh.start(resume=resume)
-        address = await mesh.start_trainer()
-        trainer = mesh.trainer
-        assert trainer is not None  # start_trainer has returned
-        progress.started(mesh)
+        nonlocal main
+        main = await begin()
+        view.started(mesh)
         reported: list[Child] = []
-        async with TrainerClient(address) as client:
-            events = asyncio.create_task(progress.follow(client))
-            try:
-                while trainer.process.poll() is None:
-                    for child in mesh.ended():
-                        if child is trainer or child in reported:
-                            continue
-                        again = mesh.may_restart(child)
-                        progress.lost(child, again=again)
-                        if again:
-                            await asyncio.sleep(RESTART_DELAY_S)
-                            mesh.restart(child)
-                        else:
-                            reported.append(child)
-                    await asyncio.sleep(0.2)
-                await asyncio.wait({events}, timeout=2.0)
-            finally:
-                events.cancel()
-                await asyncio.gather(events, return_exceptions=True)
-        return int(trainer.process.returncode)
+        events = asyncio.create_task(follow(main))
+        try:
+            while main.process.poll() is None:
+                for child in mesh.ended():
+                    if child is main or child in reported:
+                        continue
+                    again = mesh.may_restart(child)
+                    view.lost(child, again=again)
+                    if again:
+                        await asyncio.sleep(RESTART_DELAY_S)
+                        mesh.restart(child)
+                    else:
+                        reported.append(child)
+                await asyncio.sleep(0.2)
+            await asyncio.wait({events}, timeout=2.0)
+        finally:
+            events.cancel()
+            await asyncio.gather(events, return_exceptions=True)
+        return int(main.process.returncode)
 
     watching = asyncio.create_task(watch())
-    waiting = asyncio.create_task(interrupted.wait())
+    waiting = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({watching, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if not watching.done():
-            progress.activity("stopping after the step in progress")
-            if mesh.trainer is not None and mesh.trainer.process.poll() is None:
-                mesh.trainer.process.send_signal(signal.SIGTERM)
+            view.activity("stopping after the step in progress")
+            if main is not None and main.process.poll() is None:
+                main.process.send_signal(signal.SIGTERM)
                 await asyncio.wait({watching}, timeout=STOP_TIMEOUT_S)
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             return 130
         return watching.result()
-    except OpdError as error:
-        progress.failed(str(error))
-        return 2
     finally:
-        waiting.cancel()
+        for task in (waiting, watching):
+            task.cancel()
+        await asyncio.gather(waiting, watching, return_exceptions=True)
         await mesh.stop()

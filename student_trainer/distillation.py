@@ -228,6 +228,8 @@ class _PassDivergence:
         means.add("entropy/student", self._entropy_R)
         for domain, kl_R in self._current.by_domain(self._kl_R):
             means.add(f"kl_domain/{domain}", kl_R)
+        for domain, entropy_R in self._current.by_domain(self._entropy_R):
+            means.add(f"entropy_domain/{domain}", entropy_R)
         for sample in self._current.batch:
             if sample.reference is not None:
                 sample.reference.answer.release()

@@ -120,8 +120,10 @@ def reference_kl(
     π/μ (DeepSeek-V3.2, section 3.1) value and gradient are unbiased for the reverse KL.
     """
     log_quotient_R = reference_R - logprobs_R
-    k3_R = log_quotient_R.exp() - log_quotient_R - 1
-    return k3_R if estimator == "k3" else (logprobs_R - behaviour_R).exp() * k3_R
+    if estimator == "k3":
+        return torch.expm1(log_quotient_R) - log_quotient_R
+    # k3 · π/μ, multiplied out: its gradient −π/μ · log(π_ref/π) then is no difference of terms as large as π_ref/π.
+    return (reference_R - behaviour_R).exp() - (logprobs_R - behaviour_R).exp() * (log_quotient_R + 1)
 
 
 def token_weights(lengths: Sequence[int], aggregation: Aggregation, *, constant: int | None = None) -> list[float]:

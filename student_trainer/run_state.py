@@ -65,6 +65,7 @@ class RunState:
         self.step = 0
         self.policy: PolicyId | None = None
         self.error = ""
+        self.warnings: tuple[str, ...] = ()
         self.started_at = time.time()
         self.not_paused = asyncio.Event()
         self.not_paused.set()

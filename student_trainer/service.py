@@ -131,6 +131,7 @@ class TrainerServicer(trainer_service_pb2_grpc.TrainerServiceServicer):
             total_steps=state.total_steps,
             error=state.error,
             phase=state.activity,
+            warnings=state.warnings,
         )
         if state.policy is not None:
             run.policy.CopyFrom(policy_to_proto(state.policy))

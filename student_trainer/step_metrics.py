@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from opd_mesh.trajectory import FinishReason, Trajectory
 from student_trainer.batch import Sample
 from student_trainer.checkpoint import TrainerState
 from student_trainer.update import UpdateResult
@@ -59,4 +60,11 @@ def metrics_line(
         "heads_needed": result.heads,
         "seconds/step": total_s,
     }
+    by_domain: dict[str, list[Trajectory]] = {}
+    for sample in samples:
+        by_domain.setdefault(sample.trajectory.domain, []).append(sample.trajectory)
+    for domain, trajectories in by_domain.items():
+        line[f"response_length/{domain}"] = sum(one.num_scored for one in trajectories) / len(trajectories)
+        cut = sum(one.finish_reason is FinishReason.LENGTH for one in trajectories)
+        line[f"truncated/{domain}"] = cut / len(trajectories)
     return line | result.metrics | {f"seconds/{name}": seconds for name, seconds in clock.seconds.items()}

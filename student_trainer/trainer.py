@@ -21,6 +21,7 @@ from opd_mesh.policy import PolicyId
 from student_trainer.accuracy import AccuracyEvaluator
 from student_trainer.batch import Sample, marks_in_order, plan_batch
 from student_trainer.checkpoint import LoadedCheckpoint, TrainerState, load_newest, save_checkpoint
+from student_trainer.diagnostics import Diagnostics
 from student_trainer.evaluation import Evaluator
 from student_trainer.external import take_external
 from student_trainer.heads import HeadStore
@@ -104,6 +105,7 @@ class Trainer:
         self.evaluations = MetricsLog(run_dir / "evaluations.jsonl")
         self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
         self.accuracy = AccuracyEvaluator(recipe, self.rollouts)
+        self.diagnostics = Diagnostics(recipe.diagnostics)
         self.warnings: list[str] = []
         self._preparing: asyncio.Task[None] | None = None
         self._giving_up: asyncio.Future[None] | None = None
@@ -149,7 +151,7 @@ class Trainer:
             await self.rollouts.connect()
             self.identity.bind(self.run_dir, self.models())
         with self.doing("checking tokenizers, lengths and heads"):
-            self.warnings += await check_tokenizers(self.recipe, self.student, self.teachers)
+            self.warn(await check_tokenizers(self.recipe, self.student, self.teachers))
             check_vocabularies(self.student, self.teachers)
             check_lengths(self.recipe, self.teachers)
             await check_replicas(self.recipe, self.teachers)
@@ -169,6 +171,7 @@ class Trainer:
                     log.warning("the run ended before its first checkpoint: it begins again at step 0")
                 self.metrics.resume(self.progress.step)
                 self.evaluations.resume(self.progress.step)
+                self.warn(self.diagnostics.take_all(self.metrics.lines))
         self.progress.lineage = self.identity.lineage
         self.supply.start(self.domains, self.progress, self.grader)
         with self.doing("updating the rollout policy"):
@@ -282,10 +285,18 @@ class Trainer:
                 line = metrics_line(self.progress, samples, result, clock)
                 self.state.step = number
                 self.metrics.write(line | counted)
+                self.warn(self.diagnostics.take(self.metrics.lines[-1]))
                 self.state.notify()
         every = self.recipe.evaluation.every_steps
         if every and number % every == 0:
             await self.evaluate()
+
+    def warn(self, texts: Sequence[str]) -> None:
+        """Tell people now, and in the summary."""
+        for text in texts:
+            log.warning("%s", text)
+        self.warnings += texts
+        self.state.warnings = tuple(self.warnings)
 
     async def gather_samples(self, number: int, clock: Clock) -> Gathered:
         """What the step trains on; every response that the student writes is marked as soon as it arrives."""

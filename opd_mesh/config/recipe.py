@@ -149,6 +149,20 @@ class EvaluationConfig(Strict):
     teacher_responses: bool = True
 
 
+class DiagnosticsConfig(Strict):
+    """When the known signs of failure are told, with what helps: see ``student_trainer.diagnostics``."""
+
+    # Steps that a mean is taken over; nothing is told before two of them.
+    window_steps: int = Field(10, ge=1)
+    # Overlap of the likeliest tokens below this, that rose by less than `flat_overlap` from one window to the next.
+    low_overlap: float = Field(0.6, ge=0, le=1)
+    flat_overlap: float = Field(0.01, ge=0, le=1)
+    # The student's entropy below this share of what it was at first.
+    collapsed_entropy: float = Field(0.1, ge=0, lt=1)
+    # Responses longer than at first by this factor.
+    exploded_length: float = Field(2.0, gt=1, allow_inf_nan=False)
+
+
 class CheckpointConfig(Strict):
     """Durable states of the run."""
 
@@ -180,6 +194,7 @@ class Recipe(Strict):
     batch: BatchConfig = BatchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     trainer: TrainerServiceConfig = TrainerServiceConfig()
     teacher_channel: PeerConfig = PeerConfig()
     # Same token map but other BOS, EOS, pad or template on a teacher: an error, or the student's roles are used.
@@ -323,9 +338,9 @@ class Recipe(Strict):
         used = {teacher for domain in self.domains.values() for teacher in domain.teachers}
         if self.reference_id is not None:
             if self.reference_id not in self.teachers:
+                key = "objective.reference" if self.distils else "objective.kl.reference"
                 raise ValueError(
-                    f"objective names the reference {self.reference_id!r}, but the teachers are "
-                    f"{', '.join(self.teachers) or 'none'}"
+                    f"{key} names {self.reference_id!r}, but the teachers are {', '.join(self.teachers) or 'none'}"
                 )
             used.add(self.reference_id)
         idle = sorted(set(self.teachers) - used)

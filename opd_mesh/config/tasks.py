@@ -23,7 +23,7 @@ class ReasoningGymSource(Strict):
 class JsonlSource(Strict):
     """Prompts of one's own: a JSONL file with ``prompt`` (text) or ``messages`` (chat turns) on every line.
 
-    A line may also hold ``answer`` (text; or the last turn is the assistant's) and ``metadata`` (a mapping).
+    A line may also hold ``answer`` (text or a number; or the last turn is the assistant's) and ``metadata``, a mapping.
     """
 
     path: Path

@@ -8,22 +8,22 @@ one that ends is replaced; whatever it was working on is a counted failure, and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import pickle
-import signal
+import subprocess
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from typing import Any
 
 from opd_mesh.errors import ConfigError, InternalError
-from opd_mesh.process import end_with_parent
 from student_trainer.tasks.domain import Domain
-from student_trainer.tasks.items import Item, Prompt
+from student_trainer.tasks.items import Prompt
 from student_trainer.tasks.verifiers import Grade, Verification, VerifierSpec
 
 log = logging.getLogger("student_trainer")
@@ -151,27 +151,33 @@ class _Child:
     """The process, from the parent's side. Raises :class:`ConfigError` if a verifier cannot be opened there."""
 
     def __init__(self, specs: list[VerifierSpec]) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy the trainer's threads and locks
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, specs, os.getpid()), daemon=True, name="opd-verifiers"
+        # Not by fork, which copies the trainer's threads and locks, nor as multiprocessing spawns, which imports the
+        # trainer's main module, torch and all.
+        self._connection, theirs = multiprocessing.Pipe()
+        serve = f"from student_trainer.tasks.grading import serve; serve({theirs.fileno()}, {os.getpid()})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", serve],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
-        self._process.start()
         theirs.close()
         try:
+            self.send(specs)
             refusal = self._message(START_TIMEOUT_S)
         except _ChildFailedError as error:
             self.kill()
+            self.join()
             raise ConfigError(f"the verifiers' process does not start: {error}", field="domains") from error
         if refusal is not None:
             self.join()
             message, field = refusal
             raise ConfigError(message, field=field)
 
-    def send(self, jobs: list[bytes]) -> None:
+    def send(self, what: list[VerifierSpec] | list[bytes]) -> None:
         """Jobs to answer, in this order."""
         try:
-            self._connection.send(jobs)
+            self._connection.send(what)
         except OSError as error:
             raise _ChildFailedError(self._end()) from error
 
@@ -196,9 +202,12 @@ class _Child:
             raise _ChildFailedError("the verifier wrote into the grader's own pipe") from error
 
     def _end(self) -> str:
-        self._process.join(STOP_TIMEOUT_S)
-        code = self._process.exitcode
-        return f"the verifier ended its process (exit code {code})"
+        self._wait()
+        return f"the verifier ended its process (exit code {self._process.returncode})"
+
+    def _wait(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_TIMEOUT_S)
 
     def kill(self) -> None:
         """From any thread."""
@@ -206,37 +215,5 @@ class _Child:
 
     def join(self) -> None:
         """Wait until it is gone."""
-        self._process.join(STOP_TIMEOUT_S)
+        self._wait()
         self._connection.close()
-
-
-# --- in the child ----------------------------------------------------------------------------------------------
-def _serve(connection: Connection, specs: Sequence[VerifierSpec], parent: int) -> None:
-    """Open the verifiers, then answer jobs until the parent is gone."""
-    end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer hears of it, and closes
-    verifications: dict[str, Verification] = {}
-    try:
-        for spec in specs:
-            verifications[spec.domain] = Verification(spec)
-    except ConfigError as error:
-        connection.send_bytes(json.dumps([error.message, error.field]).encode())
-        return
-    connection.send_bytes(b"null")
-    while True:
-        try:
-            jobs: list[bytes] = connection.recv()
-        except EOFError:
-            return
-        for job in jobs:
-            grade = _graded(verifications, job)
-            connection.send_bytes(json.dumps([grade.score, grade.parsed, grade.failure]).encode())
-
-
-def _graded(verifications: dict[str, Verification], job: bytes) -> Grade:
-    try:
-        domain, item, text = pickle.loads(job)  # of our own parent's
-        assert isinstance(item, Item)
-    except Exception as error:  # noqa: BLE001 - what a family puts into its metadata
-        return Grade(None, parsed=False, failure=f"the item cannot be read: {error}")
-    return verifications[domain].grade(item, text)

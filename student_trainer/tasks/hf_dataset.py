@@ -9,7 +9,7 @@ from typing import Any
 from opd_mesh.config.tasks import DatasetSource
 from opd_mesh.errors import ConfigError
 from student_trainer.tasks.items import Item
-from student_trainer.tasks.jsonl import BadItemError, item_from_text, item_from_turns
+from student_trainer.tasks.jsonl import BadItemError, answer_text, item_from_text, item_from_turns
 
 
 class Rows(Sequence[Item]):
@@ -44,11 +44,7 @@ class Rows(Sequence[Item]):
         source = self._source
         used = {source.prompt_field, source.messages_field, source.answer_field}
         metadata = {key: value for key, value in row.items() if key not in used}
-        answer = None if source.answer_field is None else row[source.answer_field]
-        if answer is not None and not isinstance(answer, str):
-            if isinstance(answer, bool) or not isinstance(answer, int | float):
-                raise BadItemError(f"{source.answer_field!r} must be text or a number, found {type(answer).__name__}")
-            answer = str(answer)
+        answer = None if source.answer_field is None else answer_text(row[source.answer_field])
         if self._needs_answers and answer is None:
             raise BadItemError(f"holds no answer, which {self._needs_answers} compares with; name answer_field")
         if source.prompt_field is not None:

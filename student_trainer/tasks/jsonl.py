@@ -56,15 +56,22 @@ def read_items(path: Path, field: str, needs_answers: str = "") -> list[Item]:
 def _item(value: Any) -> Item:
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise BadItemError('needs exactly one of "prompt" (text) and "messages" (chat turns)')
-    answer = value.get("answer")
-    if answer is not None and not isinstance(answer, str):
-        raise BadItemError('"answer" must be text')
+    answer = answer_text(value.get("answer"))
     metadata = value.get("metadata")
     if not isinstance(metadata, dict | None):
         raise BadItemError('"metadata" must be a mapping')
     if "prompt" in value:
         return item_from_text(value["prompt"], answer, metadata or {})
     return item_from_turns(value["messages"], answer, metadata or {})
+
+
+def answer_text(value: Any) -> str | None:
+    """A gold answer, which may stand there as a number. Raises :class:`BadItemError`."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadItemError(f"the answer must be text or a number, found {type(value).__name__}")
+    return str(value)
 
 
 def item_from_text(text: Any, answer: str | None, metadata: Mapping[str, Any]) -> Item:

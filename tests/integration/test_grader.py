@@ -214,3 +214,10 @@ def test_a_killed_parent_leaves_no_process(tmp_path: Path) -> None:
     while is_alive(child) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(child)
+
+
+def test_the_process_imports_no_torch() -> None:
+    code = "import sys, student_trainer.tasks.grading; print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -117,7 +117,7 @@ def test_a_domain_has_exactly_one_source(sources: tuple[str, ...]) -> None:
     known = {"reasoning_gym": {"task": "chain_sum"}, "jsonl": {"path": "p.jsonl"}}
     value = plain()
     value["domains"]["sums"] = {"teachers": {"arithmetic": 1.0}, **{name: known[name] for name in sources}}
-    assert "domains.sums: name exactly one source: reasoning_gym or jsonl" in str(refusal(value))
+    assert "domains.sums: name exactly one source: reasoning_gym, jsonl, dataset or trajectories" in str(refusal(value))
 
 
 def test_a_teacher_needs_a_path_or_addresses() -> None:
@@ -301,7 +301,7 @@ def test_without_a_name_it_is_reverse_kl_by_adamw() -> None:
         ({"objective": {"beta": 0.1}}, "objective.beta", "unknown key 'beta'"),
         ({"objective": {"temperature": float("inf")}}, "objective.temperature", "finite"),
         ({"objective": {"name": "exopd"}}, "objective.reference", "required"),
-        ({"objective": {"name": "exopd", "reference": "base"}}, "(top level)", r"objective\.reference names 'base'"),
+        ({"objective": {"name": "exopd", "reference": "base"}}, "(top level)", r"objective\.reference names 'base', but the teachers are arithmetic, words"),
         ({"optimizer": {"betas": [0.9, 1.5]}}, "optimizer.betas.1", "less than 1"),
         ({"optimizer": {"name": "muon", "lr": float("inf")}}, "optimizer.lr", "finite"),
         ({"batch": {"heads_resident": 0}}, "batch.heads_resident", "greater than or equal to 1"),

@@ -99,7 +99,8 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ('{"prompt": "x", "messages": []}', "exactly one of"),
         ('{"prompt": " "}', "text that is not empty"),
         ('{"prompt": 3}', "text that is not empty"),
-        ('{"prompt": "x", "answer": 3}', '"answer" must be text'),
+        ('{"prompt": "x", "answer": [3]}', "the answer must be text or a number, found list"),
+        ('{"prompt": "x", "answer": true}', "the answer must be text or a number, found bool"),
         ('{"prompt": "x", "metadata": [3]}', '"metadata" must be a mapping'),
         ('{"messages": []}', "must be a list of turns"),
         ('{"messages": "hi"}', "must be a list of turns"),
@@ -146,11 +147,13 @@ def test_a_line_has_turns_an_answer_and_metadata(tmp_path: Path) -> None:
         {"messages": [system, user], "source": "x"},
         {"messages": [system, user, {"role": "assistant", "content": "gold"}], "metadata": {"level": 3}},
         {"prompt": "p", "answer": "gold"},
+        {"prompt": "p", "answer": 42},
     ]
-    bare, turns, text = read_items(jsonl(tmp_path / "p.jsonl", lines), "f")
+    bare, turns, text, number = read_items(jsonl(tmp_path / "p.jsonl", lines), "f")
     assert (bare.messages, bare.answer, bare.metadata) == (kept, None, {})
     assert (turns.messages, turns.answer, turns.metadata) == (kept, "gold", {"level": 3})
     assert text.entry == {"question": "p", "answer": "gold", "metadata": {}}
+    assert number.answer == "42"
 
 
 # --- reasoning-gym --------------------------------------------------------------------------------------------

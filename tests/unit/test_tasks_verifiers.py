@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,15 +135,11 @@ def test_every_number_is_read(number: Decimal) -> None:
         "--1",
         ".",
         "1e",
-        "4.",
         "1\n",
     ],
 )
 def test_what_is_no_number(text: str) -> None:
-    if text == "4.":
-        assert parse_number(text) == 4
-    else:
-        assert parse_number(text) is None
+    assert parse_number(text) is None
 
 
 @pytest.mark.parametrize(
@@ -309,7 +304,3 @@ def test_no_answer_makes_a_family_fail(family: str) -> None:
         assert 0 <= grade.score <= 1
 
     fuzz()
-
-
-def test_the_prompts_others_have_no_verifier(tmp_path: Path) -> None:
-    assert not make_domain({"reasoning_gym": {"task": "chain_sum"}}).has_verifier

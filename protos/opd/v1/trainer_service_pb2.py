@@ -28,7 +28,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from opd.v1 import common_pb2 as opd_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/trainer_service.proto\x12\x06opd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x13opd/v1/common.proto\"\xa2\x02\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1f\n\x05state\x18\x02 \x01(\x0e\x32\x10.opd.v1.RunState\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x04\x12\x1e\n\x06policy\x18\x05 \x01(\x0b\x32\x0e.opd.v1.Policy\x12)\n\x07metrics\x18\x06 \x03(\x0b\x32\x18.opd.v1.Run.MetricsEntry\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\r\n\x05phase\x18\t \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x0f\n\rGetRunRequest\"*\n\x0eGetRunResponse\x12\x18\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.Run\"$\n\x0fWatchRunRequest\x12\x11\n\tfrom_step\x18\x01 \x01(\x04\"\\\n\x10WatchRunResponse\x12\x1a\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.RunH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.opd.v1.StepMetricsH\x00\x42\x07\n\x05\x65vent\"~\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x31\n\x07metrics\x18\x02 \x03(\x0b\x32 .opd.v1.StepMetrics.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"C\n\x19SubmitTrajectoriesRequest\x12&\n\ntrajectory\x18\x01 \x01(\x0b\x32\x12.opd.v1.Trajectory\"n\n\x1aSubmitTrajectoriesResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\x12\x12\n\nduplicates\x18\x02 \x01(\r\x12*\n\x07refused\x18\x03 \x03(\x0b\x32\x19.opd.v1.RefusedTrajectory\"]\n\x11RefusedTrajectory\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\rtrajectory_id\x18\x02 \x01(\t\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"!\n\x0fPauseRunRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x10PauseRunResponse\x12\x18\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.Run\"\x12\n\x10ResumeRunRequest\"-\n\x11ResumeRunResponse\x12\x18\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.Run\"C\n\x15SaveCheckpointRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x16SaveCheckpointResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04*\x98\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12RUN_STATE_STARTING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_FINISHED\x10\x04\x12\x14\n\x10RUN_STATE_FAILED\x10\x05\x32\xbb\x03\n\x0eTrainerService\x12\x37\n\x06GetRun\x12\x15.opd.v1.GetRunRequest\x1a\x16.opd.v1.GetRunResponse\x12?\n\x08WatchRun\x12\x17.opd.v1.WatchRunRequest\x1a\x18.opd.v1.WatchRunResponse0\x01\x12]\n\x12SubmitTrajectories\x12!.opd.v1.SubmitTrajectoriesRequest\x1a\".opd.v1.SubmitTrajectoriesResponse(\x01\x12=\n\x08PauseRun\x12\x17.opd.v1.PauseRunRequest\x1a\x18.opd.v1.PauseRunResponse\x12@\n\tResumeRun\x12\x18.opd.v1.ResumeRunRequest\x1a\x19.opd.v1.ResumeRunResponse\x12O\n\x0eSaveCheckpoint\x12\x1d.opd.v1.SaveCheckpointRequest\x1a\x1e.opd.v1.SaveCheckpointResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/trainer_service.proto\x12\x06opd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x13opd/v1/common.proto\"\xb4\x02\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1f\n\x05state\x18\x02 \x01(\x0e\x32\x10.opd.v1.RunState\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x13\n\x0btotal_steps\x18\x04 \x01(\x04\x12\x1e\n\x06policy\x18\x05 \x01(\x0b\x32\x0e.opd.v1.Policy\x12)\n\x07metrics\x18\x06 \x03(\x0b\x32\x18.opd.v1.Run.MetricsEntry\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\r\n\x05phase\x18\t \x01(\t\x12\x10\n\x08warnings\x18\n \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x0f\n\rGetRunRequest\"*\n\x0eGetRunResponse\x12\x18\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.Run\"$\n\x0fWatchRunRequest\x12\x11\n\tfrom_step\x18\x01 \x01(\x04\"\\\n\x10WatchRunResponse\x12\x1a\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.RunH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.opd.v1.StepMetricsH\x00\x42\x07\n\x05\x65vent\"~\n\x0bStepMetrics\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x31\n\x07metrics\x18\x02 \x03(\x0b\x32 .opd.v1.StepMetrics.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"C\n\x19SubmitTrajectoriesRequest\x12&\n\ntrajectory\x18\x01 \x01(\x0b\x32\x12.opd.v1.Trajectory\"n\n\x1aSubmitTrajectoriesResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\x12\x12\n\nduplicates\x18\x02 \x01(\r\x12*\n\x07refused\x18\x03 \x03(\x0b\x32\x19.opd.v1.RefusedTrajectory\"]\n\x11RefusedTrajectory\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\rtrajectory_id\x18\x02 \x01(\t\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"!\n\x0fPauseRunRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x10PauseRunResponse\x12\x18\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.Run\"\x12\n\x10ResumeRunRequest\"-\n\x11ResumeRunResponse\x12\x18\n\x03run\x18\x01 \x01(\x0b\x32\x0b.opd.v1.Run\"C\n\x15SaveCheckpointRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"4\n\x16SaveCheckpointResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x04*\x98\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12RUN_STATE_STARTING\x10\x01\x12\x15\n\x11RUN_STATE_RUNNING\x10\x02\x12\x14\n\x10RUN_STATE_PAUSED\x10\x03\x12\x16\n\x12RUN_STATE_FINISHED\x10\x04\x12\x14\n\x10RUN_STATE_FAILED\x10\x05\x32\xbb\x03\n\x0eTrainerService\x12\x37\n\x06GetRun\x12\x15.opd.v1.GetRunRequest\x1a\x16.opd.v1.GetRunResponse\x12?\n\x08WatchRun\x12\x17.opd.v1.WatchRunRequest\x1a\x18.opd.v1.WatchRunResponse0\x01\x12]\n\x12SubmitTrajectories\x12!.opd.v1.SubmitTrajectoriesRequest\x1a\".opd.v1.SubmitTrajectoriesResponse(\x01\x12=\n\x08PauseRun\x12\x17.opd.v1.PauseRunRequest\x1a\x18.opd.v1.PauseRunResponse\x12@\n\tResumeRun\x12\x18.opd.v1.ResumeRunRequest\x1a\x19.opd.v1.ResumeRunResponse\x12O\n\x0eSaveCheckpoint\x12\x1d.opd.v1.SaveCheckpointRequest\x1a\x1e.opd.v1.SaveCheckpointResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,42 +39,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUN_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_STEPMETRICS_METRICSENTRY']._loaded_options = None
   _globals['_STEPMETRICS_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_RUNSTATE']._serialized_start=1313
-  _globals['_RUNSTATE']._serialized_end=1465
+  _globals['_RUNSTATE']._serialized_start=1331
+  _globals['_RUNSTATE']._serialized_end=1483
   _globals['_RUN']._serialized_start=152
-  _globals['_RUN']._serialized_end=442
-  _globals['_RUN_METRICSENTRY']._serialized_start=396
-  _globals['_RUN_METRICSENTRY']._serialized_end=442
-  _globals['_GETRUNREQUEST']._serialized_start=444
-  _globals['_GETRUNREQUEST']._serialized_end=459
-  _globals['_GETRUNRESPONSE']._serialized_start=461
-  _globals['_GETRUNRESPONSE']._serialized_end=503
-  _globals['_WATCHRUNREQUEST']._serialized_start=505
-  _globals['_WATCHRUNREQUEST']._serialized_end=541
-  _globals['_WATCHRUNRESPONSE']._serialized_start=543
-  _globals['_WATCHRUNRESPONSE']._serialized_end=635
-  _globals['_STEPMETRICS']._serialized_start=637
-  _globals['_STEPMETRICS']._serialized_end=763
-  _globals['_STEPMETRICS_METRICSENTRY']._serialized_start=396
-  _globals['_STEPMETRICS_METRICSENTRY']._serialized_end=442
-  _globals['_SUBMITTRAJECTORIESREQUEST']._serialized_start=765
-  _globals['_SUBMITTRAJECTORIESREQUEST']._serialized_end=832
-  _globals['_SUBMITTRAJECTORIESRESPONSE']._serialized_start=834
-  _globals['_SUBMITTRAJECTORIESRESPONSE']._serialized_end=944
-  _globals['_REFUSEDTRAJECTORY']._serialized_start=946
-  _globals['_REFUSEDTRAJECTORY']._serialized_end=1039
-  _globals['_PAUSERUNREQUEST']._serialized_start=1041
-  _globals['_PAUSERUNREQUEST']._serialized_end=1074
-  _globals['_PAUSERUNRESPONSE']._serialized_start=1076
-  _globals['_PAUSERUNRESPONSE']._serialized_end=1120
-  _globals['_RESUMERUNREQUEST']._serialized_start=1122
-  _globals['_RESUMERUNREQUEST']._serialized_end=1140
-  _globals['_RESUMERUNRESPONSE']._serialized_start=1142
-  _globals['_RESUMERUNRESPONSE']._serialized_end=1187
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=1189
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=1256
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=1258
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=1310
-  _globals['_TRAINERSERVICE']._serialized_start=1468
-  _globals['_TRAINERSERVICE']._serialized_end=1911
+  _globals['_RUN']._serialized_end=460
+  _globals['_RUN_METRICSENTRY']._serialized_start=414
+  _globals['_RUN_METRICSENTRY']._serialized_end=460
+  _globals['_GETRUNREQUEST']._serialized_start=462
+  _globals['_GETRUNREQUEST']._serialized_end=477
+  _globals['_GETRUNRESPONSE']._serialized_start=479
+  _globals['_GETRUNRESPONSE']._serialized_end=521
+  _globals['_WATCHRUNREQUEST']._serialized_start=523
+  _globals['_WATCHRUNREQUEST']._serialized_end=559
+  _globals['_WATCHRUNRESPONSE']._serialized_start=561
+  _globals['_WATCHRUNRESPONSE']._serialized_end=653
+  _globals['_STEPMETRICS']._serialized_start=655
+  _globals['_STEPMETRICS']._serialized_end=781
+  _globals['_STEPMETRICS_METRICSENTRY']._serialized_start=414
+  _globals['_STEPMETRICS_METRICSENTRY']._serialized_end=460
+  _globals['_SUBMITTRAJECTORIESREQUEST']._serialized_start=783
+  _globals['_SUBMITTRAJECTORIESREQUEST']._serialized_end=850
+  _globals['_SUBMITTRAJECTORIESRESPONSE']._serialized_start=852
+  _globals['_SUBMITTRAJECTORIESRESPONSE']._serialized_end=962
+  _globals['_REFUSEDTRAJECTORY']._serialized_start=964
+  _globals['_REFUSEDTRAJECTORY']._serialized_end=1057
+  _globals['_PAUSERUNREQUEST']._serialized_start=1059
+  _globals['_PAUSERUNREQUEST']._serialized_end=1092
+  _globals['_PAUSERUNRESPONSE']._serialized_start=1094
+  _globals['_PAUSERUNRESPONSE']._serialized_end=1138
+  _globals['_RESUMERUNREQUEST']._serialized_start=1140
+  _globals['_RESUMERUNREQUEST']._serialized_end=1158
+  _globals['_RESUMERUNRESPONSE']._serialized_start=1160
+  _globals['_RESUMERUNRESPONSE']._serialized_end=1205
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=1207
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=1274
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=1276
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=1328
+  _globals['_TRAINERSERVICE']._serialized_start=1486
+  _globals['_TRAINERSERVICE']._serialized_end=1929
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,51 @@
+"""The grader's child process: opens the verifiers, then answers jobs until its parent is gone.
+
+It imports no torch, and nothing of the parent's main module.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import signal
+from multiprocessing.connection import Connection
+
+from opd_mesh.errors import ConfigError
+from opd_mesh.process import end_with_parent
+from student_trainer.tasks.items import Item
+from student_trainer.tasks.verifiers import Grade, Verification, VerifierSpec
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Answer on one end of a pipe.
+
+    In come the list of :class:`VerifierSpec`, then lists of jobs, each a pickle of (domain, item, text), from our own
+    parent. Out goes JSON: null or a refusal [message, field], then [score, parsed, failure] job by job.
+    """
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it, and closes
+    connection: Connection = Connection(descriptor)
+    specs: list[VerifierSpec] = connection.recv()
+    try:
+        verifications = {spec.domain: Verification(spec) for spec in specs}
+    except ConfigError as error:
+        connection.send_bytes(json.dumps([error.message, error.field]).encode())
+        return
+    connection.send_bytes(b"null")
+    while True:
+        try:
+            jobs: list[bytes] = connection.recv()
+        except EOFError:
+            return
+        for job in jobs:
+            grade = _graded(verifications, job)
+            connection.send_bytes(json.dumps([grade.score, grade.parsed, grade.failure]).encode())
+
+
+def _graded(verifications: dict[str, Verification], job: bytes) -> Grade:
+    try:
+        domain, item, text = pickle.loads(job)
+        assert isinstance(item, Item)
+    except Exception as error:  # noqa: BLE001 - what a family puts into its metadata
+        return Grade(None, parsed=False, failure=f"the item cannot be read: {error}")
+    return verifications[domain].grade(item, text)
