@@ -45,6 +45,16 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
     return sampling
 
 
+def finish_reason_to_proto(reason: FinishReason | None) -> common_pb2.FinishReason:
+    """Enum → enum; of a response that has none, unspecified."""
+    return common_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH[reason]
+
+
+def finish_reason_from_proto(code: common_pb2.FinishReason) -> FinishReason:
+    """Enum → enum; what is unknown here ended somehow."""
+    return _FINISH_BACK.get(code, FinishReason.STOP)
+
+
 def trajectory_to_proto(trajectory: Trajectory) -> common_pb2.Trajectory:
     """Dataclass → message."""
     return common_pb2.Trajectory(
@@ -74,7 +84,7 @@ def trajectory_from_proto(message: common_pb2.Trajectory) -> Trajectory:
         policy_logprobs=tuple(message.policy_logprobs),
         policy_versions=tuple(message.policy_versions),
         sampling=sampling_from_proto(sampling) if sampling.max_new_tokens else SamplingParams(),
-        finish_reason=_FINISH_BACK.get(message.finish_reason, FinishReason.STOP),
+        finish_reason=finish_reason_from_proto(message.finish_reason),
         run_id=message.run_id,
         lineage=message.lineage,
     )

@@ -9,7 +9,8 @@ of the protocol, so known-answer tests pin it for ever.
 
 The work runs in numpy, row by row: a row of 49k fp32 logits stays in the second-level cache, numpy's loops are
 vectorised, and one thread on one row cannot depend on its neighbours. Torch's kernels would wait for their thread
-team at every one of a dozen small operations.
+team at every one of a dozen small operations. Rows of a small vocabulary that nothing truncates are drawn together, by
+the same operations on the same numbers in the same order, so to the same bits.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ _PHILOX_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _PHILOX_ROUNDS = 10
 # The CDF is walked in two levels: sums over blocks of this many ids, then the ids of one block.
 _CDF_BLOCK = 256
+# Up to this many ids a row costs more in numpy calls than in arithmetic, and rows are drawn together, so many at a time
+# that they stay in the cache.
+_SMALL_VOCAB = 4096
+_CELLS_TOGETHER = 1 << 18
 
 
 def philox4x32(counter: Sequence[UInt64Array], key: Sequence[UInt64Array]) -> tuple[UInt64Array, ...]:
@@ -124,7 +129,24 @@ def sample_tokens(
     errors: list[OpdError | None] = [None] * rows
     # exp underflows to 0 for hopeless tokens, and a tiny temperature overflows to −inf before it: both are meant.
     with np.errstate(over="ignore", under="ignore"):
-        for row in range(rows):
+        alone = list(range(rows))
+        if rows > 1 and valid_vocab_size <= _SMALL_VOCAB:
+            largest_B = logits.max(axis=1)
+            finite_B = np.isfinite(largest_B)
+            truncates = [row.temperature != 0 and (0 < row.top_k < valid_vocab_size or row.top_p < 1) for row in params]
+            together = [row for row in range(rows) if finite_B[row] and not truncates[row]]
+            alone = [row for row in range(rows) if not finite_B[row] or truncates[row]]
+            step = max(1, _CELLS_TOGETHER // valid_vocab_size)
+            for start in range(0, len(together), step):
+                some = together[start : start + step]
+                whole = len(some) == rows
+                token_ids[some], sampling[some], policy[some] = _draw_together(
+                    logits if whole else logits[some],
+                    largest_B[some],
+                    np.array([params[row].temperature for row in some], dtype=np.float64),
+                    draws_B[some],
+                )
+        for row in alone:
             # NaN and +inf reach the maximum, so one pass over the row finds every bad one.
             largest = logits[row].max()
             if not np.isfinite(largest):
@@ -163,6 +185,51 @@ def _draw(logits_V: Float32Array, largest: np.float32, params: SamplingParams, d
         cdf = _BlockedCdf(mass_V)
     token = cdf.invert(draw)
     return token, float(scaled_V[token]) - float(np.log(cdf.total)), float(shifted_V[token]) - log_normalizer
+
+
+def _draw_together(
+    logits_BV: Float32Array, largest_B: Float32Array, temperatures_B: Float64Array, draws_B: Float64Array
+) -> tuple[npt.NDArray[np.int64], Float64Array, Float64Array]:
+    """:func:`_draw` for rows that nothing truncates: [B] token ids, sampling and policy log-probabilities."""
+    rows = np.arange(len(draws_B))
+    shifted_BV = logits_BV - largest_B[:, None]
+    mass_BV = np.exp(shifted_BV)
+    cumulative_BK = _block_sums(mass_BV)
+    log_normalizer_B = np.log(cumulative_BK[:, -1])
+    scaled_BV = shifted_BV
+    if (temperatures_B != 1).any():
+        # 0 draws nothing: any other number will do.
+        divisor_B = np.where(temperatures_B == 0, 1.0, temperatures_B)
+        scaled_BV = (shifted_BV / divisor_B[:, None]).astype(np.float32)
+        mass_BV = np.exp(scaled_BV)
+        cumulative_BK = _block_sums(mass_BV)
+    totals_B = cumulative_BK[:, -1]
+    targets_B = draws_B * totals_B
+    blocks_B = (cumulative_BK <= targets_B[:, None]).sum(axis=1)
+    before_B = np.where(blocks_B > 0, cumulative_BK[rows, blocks_B - 1], 0.0)
+    # Beyond the last id there is no mass, which changes no sum before it.
+    columns_BI = blocks_B[:, None] * _CDF_BLOCK + np.arange(min(_CDF_BLOCK, mass_BV.shape[1]))
+    inside_BI = np.where(
+        columns_BI < mass_BV.shape[1], mass_BV[rows[:, None], np.minimum(columns_BI, mass_BV.shape[1] - 1)], 0
+    ).astype(np.float64)
+    offsets_B = (np.cumsum(inside_BI, axis=1) <= (targets_B - before_B)[:, None]).sum(axis=1)
+    for row in np.flatnonzero(offsets_B == inside_BI.shape[1]):  # as in _BlockedCdf.invert
+        offsets_B[row] = np.flatnonzero(inside_BI[row])[-1]
+    greedy_B = temperatures_B == 0
+    tokens_B = np.where(greedy_B, logits_BV.argmax(axis=1), blocks_B * _CDF_BLOCK + offsets_B)
+    sampling_B = np.where(greedy_B, 0.0, scaled_BV[rows, tokens_B].astype(np.float64) - np.log(totals_B))
+    return tokens_B, sampling_B, shifted_BV[rows, tokens_B].astype(np.float64) - log_normalizer_B
+
+
+def _block_sums(mass_BV: Float32Array) -> Float64Array:
+    """[B, K] mass up to the end of each block, in float64."""
+    wide_BV = mass_BV.astype(np.float64)
+    whole = wide_BV.shape[1] // _CDF_BLOCK * _CDF_BLOCK
+    sums_BK = wide_BV[:, :whole].reshape(len(wide_BV), -1, _CDF_BLOCK).sum(axis=2)
+    if whole < wide_BV.shape[1]:
+        sums_BK = np.concatenate([sums_BK, wide_BV[:, whole:].sum(axis=1)[:, None]], axis=1)
+    cumulative_BK: Float64Array = np.cumsum(sums_BK, axis=1)
+    return cumulative_BK
 
 
 def _kept(shifted_V: Float32Array, params: SamplingParams) -> npt.NDArray[np.bool_]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,18 +120,29 @@ class TrajectoryStream:
             RequestConflictError: the id waits in the stream with another payload.
             InvalidInputError, TooLongError: an empty id, or more than ``MAX_PAYLOAD_BYTES``.
         """
-        if not trajectory_id:
-            raise InvalidInputError("must not be empty", field="trajectory_id")
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise TooLongError(f"{len(payload)} bytes, but at most {MAX_PAYLOAD_BYTES} are accepted", field="payload")
+        (outcome,) = await self.publish_many([(trajectory_id, payload)])
+        if isinstance(outcome, OpdError):
+            raise outcome
+        return outcome
+
+    async def publish_many(self, entries: Sequence[tuple[str, bytes]]) -> list[str | OpdError]:
+        """:meth:`publish` for many (trajectory id, payload), a round trip for up to ``PAGE`` of them; in this order.
+
+        Returns:
+            For each its entry id, or the error that it alone has: InvalidInputError, TooLongError or
+            RequestConflictError.
+
+        Raises:
+            OverloadedError, StreamUnavailableError: some may have been added; repeating all of them is safe.
+        """
+        outcomes: list[str | OpdError | None] = [_refusal(name, payload) for name, payload in entries]
         keys = [self.stream_key, self._ids_key]
-        entry_id, same = await self._link.script("publish", keys, [trajectory_id, payload])
-        if not same:
-            raise RequestConflictError(
-                f"trajectory {trajectory_id!r} is already in the stream with other contents (entry {_text(entry_id)})",
-                field="trajectory_id",
-            )
-        return _text(entry_id)
+        for page in _publish_pages(entries, [index for index, refused in enumerate(outcomes) if refused is None]):
+            args = [part for index in page for part in entries[index]]
+            answer = await self._link.script("publish", keys, args)
+            for index, entry_id, same in zip(page, answer[::2], answer[1::2], strict=True):
+                outcomes[index] = _text(entry_id) if same else _conflict(entries[index][0], _text(entry_id))
+        return [outcome for outcome in outcomes if outcome is not None]
 
     # --- the trainer's side ------------------------------------------------------------------------------------
     async def read(self, max_count: int, block_s: float) -> list[StreamEntry]:
@@ -368,6 +379,36 @@ class TrajectoryStream:
 
 def _text(value: bytes | str) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
+
+
+def _refusal(trajectory_id: str, payload: bytes) -> OpdError | None:
+    if not trajectory_id:
+        return InvalidInputError("must not be empty", field="trajectory_id")
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        return TooLongError(f"{len(payload)} bytes, but at most {MAX_PAYLOAD_BYTES} are accepted", field="payload")
+    return None
+
+
+def _conflict(trajectory_id: str, entry_id: str) -> RequestConflictError:
+    return RequestConflictError(
+        f"trajectory {trajectory_id!r} is already in the stream with other contents (entry {entry_id})",
+        field="trajectory_id",
+    )
+
+
+def _publish_pages(entries: Sequence[tuple[str, bytes]], indices: Sequence[int]) -> Iterator[list[int]]:
+    """Indices by script call: no more than ``PAGE``, and no more bytes than the largest single one may have."""
+    page: list[int] = []
+    num_bytes = 0
+    for index in indices:
+        size = len(entries[index][1])
+        if page and (len(page) == PAGE or num_bytes + size > MAX_PAYLOAD_BYTES):
+            yield page
+            page, num_bytes = [], 0
+        page.append(index)
+        num_bytes += size
+    if page:
+        yield page
 
 
 def _pages(ids: list[str]) -> list[list[str]]:

@@ -35,16 +35,21 @@ if made.err and not string.find(made.err, 'BUSYGROUP') then return made end
     "lease": """#!lua flags=allow-oom
 redis.call('SET', KEYS[1], 'alive', 'PX', ARGV[1])
 """,
-    # stream, ids | trajectory_id, payload → {entry id, 1 when the contents are the same}
+    # stream, ids | (trajectory_id, payload)... → {entry id, 1 when the contents are the same, ...}
     "publish": """#!lua
-local known = redis.call('HGET', KEYS[2], ARGV[1])
-if known then
-  local entry = redis.call('XRANGE', KEYS[1], known, known)[1]
-  if entry then return {known, (entry[2][4] == ARGV[2]) and 1 or 0} end
+local answer = {}
+for i = 1, #ARGV, 2 do
+  local known = redis.call('HGET', KEYS[2], ARGV[i])
+  local entry = known and redis.call('XRANGE', KEYS[1], known, known)[1]
+  if entry then
+    answer[i], answer[i + 1] = known, (entry[2][4] == ARGV[i + 1]) and 1 or 0
+  else
+    local added = redis.call('XADD', KEYS[1], '*', 'id', ARGV[i], 'payload', ARGV[i + 1])
+    redis.call('HSET', KEYS[2], ARGV[i], added)
+    answer[i], answer[i + 1] = added, 1
+  end
 end
-local added = redis.call('XADD', KEYS[1], '*', 'id', ARGV[1], 'payload', ARGV[2])
-redis.call('HSET', KEYS[2], ARGV[1], added)
-return {added, 1}
+return answer
 """,
     # stream | group, new owner, old owner, entry ids... → {{entry id, deliveries, {field, value, ...}}, ...}
     # An entry that somebody deleted while it was pending comes back with 0 deliveries and no fields, once.

@@ -141,9 +141,7 @@ class LocalMesh:
         peers = recipe.rollout.peers
         if "rollout" in addresses:
             peers = peers.replace(addresses=[addresses["rollout"]])
-        return recipe.replace(
-            teachers=teachers, rollout=recipe.rollout.replace(peers=peers), redis_url=self._redis_url
-        )
+        return recipe.replace(teachers=teachers, rollout=recipe.rollout.replace(peers=peers), redis_url=self._redis_url)
 
     def _teacher_config(self) -> TeacherServerConfig:
         recipe = self.recipe

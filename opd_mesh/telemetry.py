@@ -10,6 +10,7 @@ import atexit
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, propagate, trace
@@ -87,8 +88,9 @@ def configure_telemetry(service: str) -> None:
         atexit.register(meter_provider.shutdown)
 
 
+@cache
 def tracer() -> trace.Tracer:
-    """The mesh's tracer."""
+    """The mesh's tracer. Asked for before there is a provider, it finds the one that is installed later."""
     return trace.get_tracer("opd_mesh")
 
 

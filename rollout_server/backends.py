@@ -92,16 +92,16 @@ class Backend(ABC, Generic[ContextT]):
 
     # --- the rows --------------------------------------------------------------------------------------------
     @abstractmethod
-    def join(self, key: str, context: ContextT) -> None:
-        """A sequence that was read becomes a row. The context is used up."""
+    def join(self, contexts: Mapping[str, ContextT]) -> None:
+        """Sequences that were read, by key, become rows. The contexts are used up."""
 
     @abstractmethod
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
         """Append one token to every row → (the keys, in the order of the rows; fp32 logits [n, V])."""
 
     @abstractmethod
-    def drop(self, key: str) -> None:
-        """Forget a row."""
+    def drop(self, keys: Sequence[str]) -> None:
+        """Forget rows."""
 
     @abstractmethod
     def drop_all(self) -> None:
@@ -161,16 +161,17 @@ class UncachedBackend(Backend[TokenIds]):
         contexts = [TokenIds(list(reading.token_ids)) for reading in readings]
         return contexts, self._run(contexts)
 
-    def join(self, key: str, context: TokenIds) -> None:
-        self._rows[key] = context
+    def join(self, contexts: Mapping[str, TokenIds]) -> None:
+        self._rows.update(contexts)
 
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
         for key, token in tokens.items():
             self._rows[key].ids.append(token)
         return list(tokens), self._run([self._rows[key] for key in tokens])
 
-    def drop(self, key: str) -> None:
-        del self._rows[key]
+    def drop(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            del self._rows[key]
 
     def drop_all(self) -> None:
         self._rows.clear()
@@ -226,8 +227,8 @@ class PerRequestBackend(Backend[OwnCache]):
             rows.append(logits)
         return contexts, torch.cat(rows)
 
-    def join(self, key: str, context: OwnCache) -> None:
-        self._rows[key] = context
+    def join(self, contexts: Mapping[str, OwnCache]) -> None:
+        self._rows.update(contexts)
 
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
         rows = []
@@ -238,8 +239,9 @@ class PerRequestBackend(Backend[OwnCache]):
             rows.append(logits)
         return list(tokens), torch.cat(rows)
 
-    def drop(self, key: str) -> None:
-        del self._rows[key]
+    def drop(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            del self._rows[key]
 
     def drop_all(self) -> None:
         self._rows.clear()
@@ -312,22 +314,22 @@ class BatchedBackend(Backend[KeyValues]):
     def own_storage(self, context: KeyValues) -> None:
         context.own_storage()
 
-    def join(self, key: str, context: KeyValues) -> None:
-        self._cache.append_row(context)
-        self._rows.append(key)
+    def join(self, contexts: Mapping[str, KeyValues]) -> None:
+        keys = list(contexts)
+        self._rows += [keys[index] for index in self._cache.append_rows(list(contexts.values()))]
 
     def decode(self, tokens: Mapping[str, int]) -> tuple[list[str], Tensor]:
         logits_BV = self._advance(self._cache, torch.tensor([[tokens[key]] for key in self._rows]))
         return list(self._rows), logits_BV
 
-    def drop(self, key: str) -> None:
-        if len(self._rows) == 1:
+    def drop(self, keys: Sequence[str]) -> None:
+        if len(keys) == len(self._rows):
             self.drop_all()
             return
-        row = self._rows.index(key)
-        self._cache.remove_row(row)
-        self._rows[row] = self._rows[-1]
-        self._rows.pop()
+        gone = set(keys)
+        for source, target in self._cache.remove_rows([row for row, key in enumerate(self._rows) if key in gone]):
+            self._rows[target] = self._rows[source]
+        del self._rows[len(self._rows) - len(keys) :]
 
     def drop_all(self) -> None:
         max_cells = self._cache.max_cells

@@ -12,7 +12,7 @@ positions. That is why the model's own masks, sliding windows included, hold wit
     request b   . . . . . b b b     start 5, admitted later
                       ^view     ^end
 
-Rows join and leave by copying one row, never the batch. Columns left of a row's start are finite (zero), because a
+Rows join and leave by copying themselves, never the batch. Columns left of a row's start are finite (zero), because a
 masked key has attention weight 0 and 0 × NaN is NaN: what one request left behind must not poison the next.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -123,14 +124,15 @@ class RightAlignedLayer(DynamicLayer):
         self.values[:rows, :, end : end + queries] = value_states
         return self.keys[:rows, :, view : end + queries], self.values[:rows, :, view : end + queries]
 
-    def write_row(self, row: int, end: int, pair: tuple[Tensor, Tensor]) -> None:
-        """Put (keys, values) [H, T, D] into columns [end − T, end) of a row, and zero before them."""
+    def write_rows(self, row: int, end: int, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Put (keys, values), all [H, T, D] of one T, into columns [end − T, end) of the rows from ``row`` on, and zero
+        before them."""
         if not self.is_initialized:
-            self.lazy_initialization(*pair)
-        for buffer, states in zip((self.keys, self.values), pair, strict=True):
-            start = end - states.shape[1]
-            buffer[row, :, :start].zero_()
-            buffer[row, :, start:end] = states
+            self.lazy_initialization(*pairs[0])
+        for buffer, states in zip((self.keys, self.values), zip(*pairs, strict=True), strict=True):
+            start = end - states[0].shape[1]
+            buffer[row : row + len(states), :, :start].zero_()
+            buffer[row : row + len(states), :, start:end] = states[0] if len(states) == 1 else torch.stack(states)
 
     def move(self, rows: int, old: slice, new: slice) -> None:
         """Move columns ``old`` of the first rows to ``new``, into buffers of the capacity there is by now. The columns
@@ -204,7 +206,8 @@ class RightAlignedCache(Cache):
             for row, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
                 pair = context.take(index) if context.layers else None
                 if pair is not None and length > queries:
-                    layer.write_row(row, columns.end, (pair[0][:, : length - queries], pair[1][:, : length - queries]))
+                    before = slice(length - queries)
+                    layer.write_rows(row, columns.end, [(pair[0][:, before], pair[1][:, before])])
         return cache
 
     def inputs(self, queries: int) -> tuple[Tensor | None, Tensor]:
@@ -232,31 +235,52 @@ class RightAlignedCache(Cache):
         ]
         return KeyValues(layers, columns.stop - columns.start)
 
-    def append_row(self, context: KeyValues) -> None:
-        """Copy a sequence behind the rows here, aligned to the same end. ``context`` is used up."""
+    def append_rows(self, contexts: Sequence[KeyValues]) -> list[int]:
+        """Copy sequences behind the rows here, aligned to the same end → which of them each new row is. They are used
+        up. Those of one length are copied together."""
         if not self._starts:
             self._columns.view = self._columns.end = 0
-        self._make_room(self.num_rows + 1, max(self._columns.length, context.length), 0)
+        order = sorted(range(len(contexts)), key=lambda index: contexts[index].length)
+        longest = contexts[order[-1]].length
+        first = self.num_rows
+        self._make_room(first + len(order), max(self._columns.length, longest), 0)
+        end = self._columns.end
         for index, layer in enumerate(self._layers):
-            pair = context.take(index)
-            if pair is not None:
-                layer.write_row(self.num_rows, self._columns.end, pair)
-        self._starts.append(self._columns.end - context.length)
+            row = first
+            for _, group in groupby(order, key=lambda number: contexts[number].length):
+                pairs = [contexts[number].take(index) for number in group]
+                states = [pair for pair in pairs if pair is not None]
+                if states:
+                    layer.write_rows(row, end, states)
+                row += len(pairs)
+        self._starts += [end - contexts[number].length for number in order]
         self._columns.view = min(self._starts)
+        return order
 
-    def remove_row(self, row: int) -> None:
-        """The last row takes the place of ``row``; the order of the others stays."""
-        last = self.num_rows - 1
-        if row != last:
+    def remove_rows(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """The last rows that stay take the places of those that go → (from, to) of each; the others keep theirs."""
+        kept = self.num_rows - len(rows)
+        gone = set(rows)
+        moves = list(
+            zip(
+                [row for row in range(kept, self.num_rows) if row not in gone],
+                sorted(row for row in gone if row < kept),
+                strict=True,
+            )
+        )
+        if moves:
+            sources, targets = ([move[side] for move in moves] for side in (0, 1))
             columns = slice(self._columns.view, self._columns.end)
             for layer in self._layers:
                 if layer.is_initialized:
-                    layer.keys[row, :, columns] = layer.keys[last, :, columns]
-                    layer.values[row, :, columns] = layer.values[last, :, columns]
-        self._starts[row] = self._starts[last]
-        self._starts.pop()
+                    for buffer in (layer.keys, layer.values):
+                        buffer[targets, :, columns] = buffer[sources, :, columns]
+            for source, target in moves:
+                self._starts[target] = self._starts[source]
+        del self._starts[kept:]
         if self._starts:
             self._columns.view = min(self._starts)
+        return moves
 
     def shrink(self) -> None:
         """Give back what the buffers hold beyond ``max_cells``, as far as the rows do without."""

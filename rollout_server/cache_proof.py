@@ -203,8 +203,7 @@ def _play(backend: Backend[Any], probes: Mapping[str, list[int]], reference: Map
         readings = [Reading(backend.empty(), probes[key][:length]) for key, length in lengths.items()]
         contexts, logits_BV = backend.read(readings)
         compare(list(lengths), logits_BV)
-        for key, context in zip(lengths, contexts, strict=True):
-            backend.join(key, context)
+        backend.join(dict(zip(lengths, contexts, strict=True)))
 
     def decode(steps: int) -> None:
         for _ in range(steps):
@@ -213,9 +212,10 @@ def _play(backend: Backend[Any], probes: Mapping[str, list[int]], reference: Map
                 done[key] += 1
             compare(*backend.decode(tokens))
 
-    def drop(key: str) -> None:
-        backend.drop(key)
-        del done[key]
+    def drop(*keys: str) -> None:
+        backend.drop(keys)
+        for key in keys:
+            del done[key]
 
     short, middle, long, late = (len(probes[key]) for key in ("short", "middle", "long", "late"))
     read(short=short - 6, middle=middle - 6)
@@ -253,9 +253,7 @@ def _play_in_pieces(backend: Backend[Any], probes: Mapping[str, list[int]], refe
     (first,) = read(long=(backend.copy(prefix), longest // 2 + 1))
     first, other = read(long=(first, longest - 3), middle=(backend.empty(), middle - 4))
     (second,) = read(long=(prefix, longest - 2))  # the prefix is as it was
-    backend.join("first", first)
-    backend.join("second", second)
-    backend.join("other", other)
+    backend.join({"first": first, "second": second, "other": other})
     ends = {"first": longest - 3, "second": longest - 2, "other": middle - 4}
     texts = {"first": "long", "second": "long", "other": "middle"}
     for _ in range(2):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from rollout_server.generation import EngineCounters, SequenceState
 from rollout_server.prompts import PromptStore, ReadPrompt
 
 logger = logging.getLogger(__name__)
+# Requests by their prompt.
+Siblings: TypeAlias = dict[tuple[int, ...], list[SequenceState]]
 
 # What is decoded again is a pass for each token. A step does no more of them, so that running requests, updates and the
 # end of the process wait for a moment only, whatever the budget of tokens.
@@ -89,13 +91,16 @@ class ContextReader:
         """
         failures: list[tuple[SequenceState, Exception]] = []
         budget, replays = self._tokens_per_step, REPLAYED_PER_STEP
+        siblings: Siblings = {}
+        for sequence in sequences:
+            siblings.setdefault(sequence.request.prompt_ids, []).append(sequence)
         while pieces := self._plan(sequences, [sequence for sequence, _ in failures], budget, replays, policy_version):
             tokens = sum(piece.size for piece in pieces)
             budget -= tokens
             replays -= sum(piece.replayed for piece in pieces)
             prompt_bytes = make_room(tokens)
             for group in self._groups(pieces):
-                failures += self._read_group(group, sequences, prompt_bytes)
+                failures += self._read_group(group, siblings, prompt_bytes)
         for sequence in dropwhile(lambda sequence: sequence.is_read, sequences):
             if sequence.context is not None:
                 self._backend.own_storage(sequence.context)  # it stays until the next step
@@ -179,7 +184,7 @@ class ContextReader:
         return Reading(context, sequence.token_ids[: piece.end])
 
     def _read_group(
-        self, group: list[_Piece], sequences: Sequence[SequenceState], prompt_bytes: int
+        self, group: list[_Piece], siblings: Siblings, prompt_bytes: int
     ) -> list[tuple[SequenceState, Exception]]:
         readings = [self._reading(piece) for piece in group]
         for piece in group:
@@ -200,12 +205,10 @@ class ContextReader:
                 self._counters.prefill_tokens += piece.size
             piece.sequence.context, piece.sequence.logits_V, piece.sequence.alone = context, logits_V, False
             if self._shares_prompts and piece.end == len(piece.sequence.request.prompt_ids):
-                self._share(piece.sequence, logits_V, sequences, prompt_bytes)
+                self._share(piece.sequence, logits_V, siblings, prompt_bytes)
         return []
 
-    def _share(
-        self, reader: SequenceState, logits_V: Tensor, sequences: Sequence[SequenceState], prompt_bytes: int
-    ) -> None:
+    def _share(self, reader: SequenceState, logits_V: Tensor, siblings: Siblings, prompt_bytes: int) -> None:
         """Others that wait for this prompt go on from here; those that are yet to come find it in the store."""
         prompt_ids = reader.request.prompt_ids
         num_bytes = len(prompt_ids) * self._backend.token_bytes + logits_V.nbytes
@@ -213,9 +216,8 @@ class ContextReader:
             self._backend.own_storage(reader.context)
             prompt = ReadPrompt(self._backend.copy(reader.context), logits_V.clone(), num_bytes)
             self._prompts.put(prompt_ids, prompt, max_bytes=prompt_bytes)
-        for sequence in sequences:
-            waits = sequence.context is None and sequence.request.prompt_ids == prompt_ids
-            if waits and (self._in_pieces or not sequence.tokens):
+        for sequence in siblings.get(prompt_ids, ()):
+            if sequence.context is None and (self._in_pieces or not sequence.tokens):
                 self._start_from(sequence, reader.context, logits_V)
 
     def _start_from(self, sequence: SequenceState, context: Any, logits_V: Tensor) -> None:

@@ -212,7 +212,7 @@ class DecodeEngine(RolloutEngine):
     @torch.inference_mode()
     def cancel(self, request_id: str) -> bool:
         if self._running.pop(request_id, None):
-            self._backend.drop(request_id)
+            self._backend.drop([request_id])
             return True
         return self._waiting.pop(request_id, None) is not None
 
@@ -291,45 +291,58 @@ class DecodeEngine(RolloutEngine):
             self._backend.limit(self._cache_bytes - self._prompts.num_bytes - being_read)
             return self._cache_bytes - max(self._backend.held_bytes + being_read, reserved)
 
-        events = []
+        events: list[TokenEvent] = []
         for sequence, failure in self._reader.read(accepted, self._policy_version, make_room):
             self._raise_if_broken(failure)
             del self._waiting[sequence.request.request_id]
             events.append(self._failure(sequence, failure))
-        joined = []
+        ready: list[SequenceState] = []
         for sequence in accepted:
             if sequence.request.request_id not in self._waiting:
                 continue  # it failed
             if not sequence.is_read:
                 break  # nobody overtakes it, or the memory it waits for might go to others
-            failure_event = self._join(sequence)
-            if failure_event is None:
-                joined.append(sequence)
-            else:
-                events.append(failure_event)
-        # One that failed to join has sent those before it back.
-        fresh = [seq for seq in joined if seq.logits_V is not None and seq.request.request_id in self._running]
+            if sequence.joins_alone and ready:
+                break
+            ready.append(sequence)
+            if sequence.joins_alone:
+                break
+        joined = self._join(ready, events)
+        fresh = [sequence for sequence in joined if sequence.logits_V is not None]
         logits = [sequence.logits_V for sequence in fresh if sequence.logits_V is not None]
         for sequence in joined:
             sequence.logits_V = None
         self.counters.prefill_seconds += time.perf_counter() - started
         return events + (self._emit(fresh, torch.stack(logits)) if fresh else [])
 
-    def _join(self, sequence: SequenceState) -> TokenEvent | None:
-        request_id = sequence.request.request_id
-        del self._waiting[request_id]
-        context, sequence.context, sequence.restored = sequence.context, None, False
+    def _join(self, sequences: list[SequenceState], events: list[TokenEvent]) -> list[SequenceState]:
+        """Those that were read become rows; returns those that did. Who could not, even alone, has an event."""
+        if not sequences:
+            return []
+        contexts = {}
+        for sequence in sequences:
+            request_id = sequence.request.request_id
+            del self._waiting[request_id]
+            contexts[request_id], sequence.context, sequence.restored = sequence.context, None, False
         try:
             self._backend.limit(self._cache_bytes - self._prompts.num_bytes - self._bytes_being_read())
-            self._backend.join(request_id, context)
+            self._backend.join(contexts)
         except Exception as failure:
             # Out of memory, for one, may have left the shared cache half moved.
-            logger.exception("%s could not join", request_id)
+            logger.exception("%d requests could not join", len(sequences))
             self._raise_if_broken(failure)
+            if len(sequences) == 1:
+                events.append(self._failure(sequences[0], failure))
+            for sequence in sequences if len(sequences) > 1 else ():
+                sequence.forget_context()
+                sequence.joins_alone = True
+                self._waiting[sequence.request.request_id] = sequence
             self._requeue_running()
-            return self._failure(sequence, failure)
-        self._running[request_id] = sequence
-        return None
+            return []
+        for sequence in sequences:
+            sequence.joins_alone = False
+            self._running[sequence.request.request_id] = sequence
+        return sequences
 
     def _emit(self, sequences: Sequence[SequenceState], logits_BV: Tensor) -> list[TokenEvent]:
         """Sample one token per row, retire what is finished or failed."""
@@ -348,7 +361,8 @@ class DecodeEngine(RolloutEngine):
             sampled.errors,
             strict=True,
         )
-        events = []
+        events: list[TokenEvent] = []
+        ended = []
         for sequence, token, sampling_logprob, policy_logprob, error in rows:
             if error is not None:
                 event = self._failure(sequence, error)
@@ -367,8 +381,10 @@ class DecodeEngine(RolloutEngine):
                 )
             if event.finish_reason or event.error:
                 self._running.pop(event.request_id)
-                self._backend.drop(event.request_id)
+                ended.append(event.request_id)
             events.append(event)
+        if ended:
+            self._backend.drop(ended)
         self.counters.sample_seconds += time.perf_counter() - started
         return events
 
@@ -416,10 +432,16 @@ class DecodeEngine(RolloutEngine):
 
     def _accept(self) -> list[SequenceState]:
         """The oldest waiting requests for which there will be slots and memory."""
+        oldest = list(islice(self._waiting.values(), max(0, self._max_slots - len(self._running))))
+        lengths = self._lengths_soon(self._running.values())
+        soon = self._lengths_soon(oldest)
+        everything = self._backend.needed_bytes([*lengths, *soon])
+        if everything + self._prompts.num_bytes + self._bytes_being_read(len(oldest)) <= self._cache_bytes:
+            return oldest  # as the loop below would find, one by one
         accepted: list[SequenceState] = []
-        for sequence in self._waiting.values():
-            everyone = [*self._running.values(), *accepted, sequence]
-            if len(everyone) > self._max_slots or not self._reserve(self._lengths_soon(everyone), len(accepted) + 1):
+        for sequence, length in zip(oldest, soon, strict=True):
+            lengths.append(length)
+            if not self._reserve(lengths, len(accepted) + 1):
                 break
             accepted.append(sequence)
         return accepted
@@ -449,7 +471,7 @@ class DecodeEngine(RolloutEngine):
             request_id = newest.request.request_id
             logger.debug("%s waits again: %d requests outgrew the memory", request_id, len(self._running))
             del self._running[request_id]
-            self._backend.drop(request_id)
+            self._backend.drop([request_id])
             self._waiting = _by_arrival([newest, *self._waiting.values()])
             self.counters.preempted += 1
         self._backend.limit(self._cache_bytes - self._prompts.num_bytes - self._bytes_being_read())

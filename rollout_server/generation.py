@@ -87,6 +87,7 @@ class SequenceState:
         logits_V: fp32 [V] behind the last token read.
         restored: ``context`` came from another process: it lacks the newest token, which decoding feeds.
         alone: a pass with it has failed; it is read again in a pass of its own.
+        joins_alone: it could not join the running ones together with others.
     """
 
     def __init__(self, request: GenerationRequest, arrival: int) -> None:
@@ -98,6 +99,7 @@ class SequenceState:
         self.logits_V: Tensor | None = None
         self.restored = False
         self.alone = False
+        self.joins_alone = False
 
     @property
     def token_ids(self) -> list[int]:
@@ -151,6 +153,8 @@ def validate_request(request: GenerationRequest, *, valid_vocab_size: int, max_c
         raise InvalidInputError("must hold at least one token", field="prompt_ids")
     written_ids = [token.token_id for token in request.written]
     for name, ids in (("prompt_ids", request.prompt_ids), ("written", written_ids)):
+        if not ids or 0 <= min(ids) <= max(ids) < valid_vocab_size:
+            continue
         for index, token in enumerate(ids):
             if not 0 <= token < valid_vocab_size:
                 raise InvalidInputError(

@@ -78,6 +78,7 @@ class Generations:
     # --- before the first policy -------------------------------------------------------------------------------
     def recover(self, states: Iterable[RequestState]) -> None:
         """Take over what a log holds. What is finished can be read at once, the rest goes on with the next policy."""
+        finished = []
         for state in states:
             earlier = self.table.lookup(state.params.key)
             if earlier is not None:  # forgotten, but that could not be logged, and then asked for anew
@@ -87,11 +88,12 @@ class Generations:
             if state.ended:
                 self.table.mark_ended(state)
             elif state.finish_reason is not None:
-                self._end(state)
+                finished.append(state)
             elif state.params.tokenizer_fingerprint != self._fingerprint:
                 self._fail(state, TokenizerMismatchError("the log was written with another tokenizer"))
             else:
                 self._recovered.append(state)
+        self._end(finished)
         if self._recovered:
             tokens = sum(len(state.tokens) for state in self._recovered)
             log.info("%d unfinished requests with %d tokens recovered", len(self._recovered), tokens)
@@ -141,7 +143,7 @@ class Generations:
             return
         for state in outdated:
             self._fail(state, PreconditionError(f"its run was superseded by policy {policy}"))
-            state.again.set()
+            state.hurry()
         keys = [state.params.key for state in outdated]
         with suppress(UnavailableError):  # the loop has ended, and with it the requests
             await self.driver.call(lambda: [self.engine.cancel(key) for key in keys])
@@ -194,40 +196,93 @@ class Generations:
     async def _begin(self, params: RequestParams, policy: PolicyId) -> RequestState:
         state = RequestState(params, lineage=policy.lineage)
         self.table.add(state)  # before the engine sees it: its first token may come at once
-        request = GenerationRequest(params.key, params.prompt_ids, params.sampling)
+        # A client that goes away now must leave the whole request behind, or nothing of it.
+        refusal = (await self.to_the_end(self._submit([state])))[0]
+        if refusal is not None:
+            raise refusal
+        return state
 
-        def admit() -> None:  # in the engine's thread, where the count cannot change meanwhile
-            if self.engine.waiting >= self._max_waiting:
-                raise OverloadedError(f"{self.engine.waiting} requests wait already", retry_delay_s=RETRY_DELAY_S)
-            self.engine.check_request(request)
-            if self.log.full:
+    async def begin_many(
+        self, items: Sequence[tuple[RequestParams, Callable[[RequestState | OpdError], None]]], policy: PolicyId | None
+    ) -> None:
+        """Attach to each request, or begin it: all new ones together, between two steps of the engine.
+
+        Args:
+            items: each with what is called, soon or later, with the request once it has ended, or with the reason why
+                it has no request: RequestConflictError or NoPolicyError.
+        """
+        new: list[RequestState] = []
+        for params, tell in items:
+            try:
+                state = self.table.find(params)
+                if state is None and policy is None:
+                    raise NoPolicyError("no policy has been given to this server yet", retry_delay_s=1.0)
+            except OpdError as error:
+                tell(error)
+                continue
+            if state is None:
+                assert policy is not None  # refused above
+                state = RequestState(params, lineage=policy.lineage)
+                self.table.add(state)
+                new.append(state)
+            elif state.error is not None:
+                self._try_again(state)
+            state.when_ended(tell)
+        if new:
+            await self.to_the_end(self._submit(new))
+
+    async def _submit(self, states: Sequence[RequestState]) -> list[BaseException | None]:
+        """Log them and give them to the engine; those that are refused, and why, are forgotten."""
+        try:
+            refusals = await self.driver.call(lambda: self._admit(states))
+        except BaseException as error:  # noqa: BLE001 - handed to each
+            refusals = [error] * len(states)
+        for state, refusal in zip(states, refusals, strict=True):
+            if refusal is not None:
+                self.table.forget(state.params.key)
+                # For whoever has attached meanwhile.
+                known = isinstance(refusal, OpdError)
+                state.error = refusal if known else InternalError(f"not admitted: {refusal!r}")  # type: ignore[assignment]
+                state.notify()
+        return refusals
+
+    def _admit(self, states: Sequence[RequestState]) -> list[BaseException | None]:
+        """In the engine's thread, where the count cannot change meanwhile."""
+        refusals: list[BaseException | None] = [None] * len(states)
+        requests: dict[int, GenerationRequest] = {}
+        room = self._max_waiting - self.engine.waiting
+        for index, state in enumerate(states):
+            if len(requests) >= room:
+                waiting = self.engine.waiting + len(requests)
+                refusals[index] = OverloadedError(f"{waiting} requests wait already", retry_delay_s=RETRY_DELAY_S)
+                continue
+            request = GenerationRequest(state.params.key, state.params.prompt_ids, state.params.sampling)
+            try:
+                self.engine.check_request(request)
+            except OpdError as error:
+                refusals[index] = error
+            else:
+                requests[index] = request
+        begun = [states[index] for index in requests]
+        try:
+            if begun and self.log.full:
                 raise LogFullError("the token log's disk is full; make room for it", retry_delay_s=RETRY_DELAY_S)
-            self.log.begin(state)
+            self.log.begin(begun)
+        except OpdError as error:
+            return [refusal or error for refusal in refusals]
+        for index, request in requests.items():
             try:
                 self.engine.submit(request)
-            except BaseException:
-                self.log.forgotten(state)
-                raise
-
-        async def submit() -> None:
-            try:
-                await self.driver.call(admit)
-            except BaseException as error:
-                self.table.forget(params.key)
-                # For whoever has attached meanwhile.
-                state.error = error if isinstance(error, OpdError) else InternalError(f"not admitted: {error!r}")
-                state.notify()
-                raise
-
-        # A client that goes away now must leave the whole request behind, or nothing of it.
-        await self.to_the_end(submit())
-        return state
+            except BaseException as error:  # noqa: BLE001 - handed to who asked
+                self.log.forgotten([states[index]])
+                refusals[index] = error
+        return refusals
 
     def _try_again(self, state: RequestState) -> None:
         """A finished response that could not be published is published now; what failed otherwise stays failed."""
         if state.finish_reason is not None and not state.failed:
             state.error = None
-            state.again.set()
+            state.hurry()
 
     async def cancel(self, state: RequestState) -> bool:
         """Free the slot; False where it has ended already."""
@@ -243,7 +298,7 @@ class Generations:
         state.finish_reason = FinishReason.CANCELLED
         self.log.cancelled(state)
         log.info("request %s cancelled after %d tokens", state.params.request_id, len(state.tokens))
-        self._end(state)
+        self._end([state])
         return True
 
     async def to_the_end(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
@@ -258,6 +313,7 @@ class Generations:
 
     # --- what the engine says ----------------------------------------------------------------------------------
     def _on_events(self, events: Sequence[TokenEvent]) -> None:
+        finished = []
         for event in events:
             state = self.table.lookup(event.request_id)
             if state is None or state.finish_reason is not None or state.error is not None:
@@ -269,7 +325,8 @@ class Generations:
             if event.finish_reason is None:
                 state.notify()
             else:
-                self._end(state)
+                finished.append(state)
+        self._end(finished)
 
     def _on_engine_failure(self, error: BaseException) -> None:
         why = error if isinstance(error, OpdError) else InternalError(f"the decode loop failed: {error!r}")
@@ -283,41 +340,78 @@ class Generations:
         self.table.mark_ended(state)
         state.notify()
 
-    def _end(self, state: RequestState) -> None:
+    def _end(self, states: Sequence[RequestState]) -> None:
         """Deliver, then tell the listeners."""
-        self._keep(self._deliver(state))
+        published = [state for state in states if state.params.publish and state.tokens]
+        if len(published) < len(states):
+            self._delivered([state for state in states if not (state.params.publish and state.tokens)])
+        for run_id in dict.fromkeys(state.params.run_id for state in published):
+            self._keep(self._deliver([state for state in published if state.params.run_id == run_id]))
 
-    async def _deliver(self, state: RequestState) -> None:
-        """Publish, and tell the listeners. What Redis does not take now is kept and tried again until it does."""
-        params = state.params
+    async def _deliver(self, states: Sequence[RequestState]) -> None:
+        """Publish what finished together, and tell the listeners."""
+        outcomes = await self._published(states)
+        taken = []
+        for state, outcome in zip(states, outcomes, strict=True):
+            if isinstance(outcome, str):
+                state.stream_entry_id = outcome
+                taken.append(state)
+            elif isinstance(outcome, UnavailableError | OverloadedError):
+                self._keep(self._deliver_later(state, outcome))
+            else:
+                self._fail(state, outcome)
+        self._delivered(taken)
+
+    async def _published(self, states: Sequence[RequestState]) -> Sequence[str | OpdError]:
+        """For each its stream entry, or why it has none. All of one run."""
+        try:
+            entries = [
+                (state.params.request_id, trajectory_to_proto(state.trajectory()).SerializeToString())
+                for state in states
+            ]
+            return await self._stream_of(states[0].params.run_id).publish_many(entries)
+        except OpdError as error:
+            return [error] * len(states)
+        except Exception as error:
+            log.exception("publishing %s failed", states[0].params.request_id)
+            return [InternalError(f"publishing failed: {error}")] * len(states)
+
+    async def _deliver_later(self, state: RequestState, error: OpdError) -> None:
+        """What Redis does not take now is kept and tried again until it does."""
         delay_s = FIRST_DELIVERY_DELAY_S
         while True:
-            try:
-                if params.publish and state.tokens:
-                    payload = trajectory_to_proto(state.trajectory()).SerializeToString()
-                    state.stream_entry_id = await self._stream_of(params.run_id).publish(params.request_id, payload)
-                break
-            except (UnavailableError, OverloadedError) as error:
-                log.error("trajectory %s could not be published, it is kept: %s", params.request_id, error)  # noqa: TRY400
-                state.error = error
-                state.notify()
-            except OpdError as error:
-                return self._fail(state, error)
-            except Exception as error:
-                log.exception("publishing %s failed", params.request_id)
-                return self._fail(state, InternalError(f"publishing failed: {error}"))
+            if state.failed:  # nobody reads it any more
+                return
+            log.error("trajectory %s could not be published, it is kept: %s", state.params.request_id, error)
+            state.again = state.again or asyncio.Event()
+            state.error = error
+            state.notify()
             if not self._stopping:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(state.again.wait(), delay_s)
                 state.again.clear()
                 delay_s = min(2 * delay_s, LAST_DELIVERY_DELAY_S)
-            if self._stopping or state.failed:  # the log has it; or nobody reads it any more
-                return None
-        state.error = None
-        state.delivered = True
-        self.log.delivered(state)
-        self.table.mark_ended(state)
-        return state.notify()
+            if self._stopping or state.failed:  # the log has it
+                return
+            (outcome,) = await self._published([state])
+            if isinstance(outcome, str):
+                state.stream_entry_id = outcome
+                self._delivered([state])
+                return
+            if not isinstance(outcome, UnavailableError | OverloadedError):
+                self._fail(state, outcome)
+                return
+            error = outcome
+
+    def _delivered(self, states: Sequence[RequestState]) -> None:
+        """They are where they belong."""
+        for state in states:
+            state.error = None
+            state.delivered = True
+        self.log.delivered(states)
+        self.table.mark_ended(*states)
+        for state in states:
+            state.notify()
 
     # --- the end -----------------------------------------------------------------------------------------------
     def _let_go(self, error: OpdError) -> list[RequestState]:
@@ -335,7 +429,7 @@ class Generations:
         unfinished = self._let_go(UnavailableError("the rollout server is stopping"))
         self._stopping = True
         for state in self.table.undelivered():
-            state.again.set()
+            state.hurry()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.log.close)
         return unfinished

@@ -123,22 +123,27 @@ class SegmentWriter:
         raise AssertionError("a failed log is not usable")
 
     def put(self, kind: Kind, payload: bytes, *, must: bool = False) -> int:
-        """Write one record; returns how many there are now.
+        """:meth:`put_many` of one."""
+        return self.put_many(kind, [payload], must=must)
 
-        The fence is asked before and after: an owner that was suspended between the two may have written what its
-        successor does not count, and must not say that it is logged.
+    def put_many(self, kind: Kind, payloads: Sequence[bytes], *, must: bool = False) -> int:
+        """Write records of one kind, all or none of them in the eyes of this process; returns how many there are now.
+
+        After a crash the first of them alone may be there. The fence is asked before and after: an owner that was
+        suspended between the two may have written what its successor does not count, and must not say that it is
+        logged.
 
         Args:
-            must: it makes room or ends something, so it may use the reserve, and never waits for a new segment.
+            must: they make room or end something, so they may use the reserve, and never wait for a new segment.
         """
         self.require_usable()
         if not must:
             if self.reserve.spent and not self.reserve.restore():
                 self._refuse(OSError(errno.ENOSPC, "there is room for the end of requests only"))
-            n_bytes = RECORD_HEADER_BYTES + len(payload)
+            n_bytes = sum(RECORD_HEADER_BYTES + len(payload) for payload in payloads)
             if self.size + n_bytes > self._segment_bytes and self.size > self._empty_size:
                 self.rotate(self.number + 1)
-        self._sure(lambda: self._write(kind, payload), must)
+        self._sure(lambda: self._write(kind, payloads), must)
         self.met_full_disk = False
         self.require_owned()
         return self.records
@@ -243,15 +248,18 @@ class SegmentWriter:
         if self.on_full is not None:
             self.on_full()
 
-    def _write(self, kind: Kind, payload: bytes) -> None:
-        record = encode_record(self._seed, self.size, kind, payload)
+    def _write(self, kind: Kind, payloads: Sequence[bytes]) -> None:
+        records, size = [], self.size
+        for payload in payloads:
+            records.append(encode_record(self._seed, size, kind, payload))
+            size += len(records[-1])
         try:
-            write_whole(self._fd, record)
+            write_whole(self._fd, b"".join(records))
         except OSError:
             os.ftruncate(self._fd, self.size)
             raise
-        self.size += len(record)
-        self.records += 1
+        self.size = size
+        self.records += len(records)
 
     def _start(self, number: int, segments: Sequence[Segment], *, sure: bool) -> None:
         """Make the active segment; on an error all stays as it is."""

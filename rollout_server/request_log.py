@@ -115,10 +115,12 @@ class RequestLog:
         """The disk is full."""
         return self._log is not None and self._log.full
 
-    def begin(self, state: RequestState) -> None:
-        """Before the engine hears of it. Raises :class:`opd_mesh.errors.LogFullError`."""
-        if self._log is not None:
-            state.handle = self._log.begin(params_to_bytes(state.params), state.lineage)
+    def begin(self, states: Sequence[RequestState]) -> None:
+        """Before the engine hears of them; all or none. Raises :class:`opd_mesh.errors.LogFullError`."""
+        if self._log is not None and states:
+            handles = self._log.begin_many([(params_to_bytes(state.params), state.lineage) for state in states])
+            for state, handle in zip(states, handles, strict=True):
+                state.handle = handle
 
     def record(
         self, events: Sequence[TokenEvent], lookup: Callable[[str], RequestState | None]
@@ -160,13 +162,17 @@ class RequestLog:
         """It cannot be written to its end."""
         self._note(lambda token_log: token_log.end_failed(state.handle, error.reason, str(error)))
 
-    def delivered(self, state: RequestState) -> None:
-        """It is where it belongs."""
-        self._note(lambda token_log: token_log.delivered(state.handle, state.stream_entry_id))
+    def delivered(self, states: Sequence[RequestState]) -> None:
+        """They are where they belong."""
+        entries = [(state.handle, state.stream_entry_id) for state in states]
+        if entries:
+            self._note(lambda token_log: token_log.delivered_many(entries))
 
-    def forgotten(self, state: RequestState) -> None:
-        """Nobody will ask for it again, or nobody may."""
-        self._note(lambda token_log: token_log.forget(state.handle))
+    def forgotten(self, states: Sequence[RequestState]) -> None:
+        """Nobody will ask for them again, or nobody may."""
+        handles = [state.handle for state in states]
+        if handles:
+            self._note(lambda token_log: token_log.forget_many(handles))
 
     def _note(self, write: Callable[[TokenLog], None]) -> None:
         """What is lost of these is done again by the next owner: the log may be full, or another's."""

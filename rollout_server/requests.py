@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from opd_mesh.errors import InvalidInputError, OpdError, RequestConflictError, RequestNotFoundError
@@ -51,9 +51,11 @@ class RequestState:
     # True once the trajectory is where it belongs (on the Redis stream, if it was to be published).
     delivered: bool = False
     stream_entry_id: str = ""
-    # Set to deliver at once what could not be delivered before.
-    again: asyncio.Event = field(default_factory=asyncio.Event)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    # Set to deliver at once what could not be delivered before; None until that has happened.
+    again: asyncio.Event | None = None
+    # Called once, when it has ended; then forgotten.
+    on_end: list[Callable[[RequestState], None]] = field(default_factory=list)
+    _changed: asyncio.Event | None = None  # made when somebody waits
 
     @property
     def ended(self) -> bool:
@@ -68,13 +70,32 @@ class RequestState:
         self.policy_versions.append(event.policy_version)
         self.finish_reason = event.finish_reason
 
+    def when_ended(self, tell: Callable[[RequestState], None]) -> None:
+        """Call ``tell`` once, as soon as it has ended: at once, where it has."""
+        if self.ended:
+            tell(self)
+        else:
+            self.on_end.append(tell)
+
+    def hurry(self) -> None:
+        """Deliver at once what could not be delivered before."""
+        if self.again is not None:
+            self.again.set()
+
     def notify(self) -> None:
         """Wake every listener."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = None
+        if self.on_end and self.ended:
+            listeners, self.on_end = self.on_end, []
+            for tell in listeners:
+                tell(self)
 
     async def wait_change(self) -> None:
         """Until the next :meth:`notify`."""
+        if self._changed is None:
+            self._changed = asyncio.Event()
         await self._changed.wait()
 
     def trajectory(self) -> Trajectory:
@@ -100,11 +121,11 @@ class RequestTable:
     """All requests by key; of those that ended, the newest ``finished_kept``.
 
     Args:
-        on_forgotten: called with each that is let go of.
+        on_forgotten: called with those that are let go of.
     """
 
     def __init__(
-        self, *, finished_kept: int, on_forgotten: Callable[[RequestState], None] = lambda state: None
+        self, *, finished_kept: int, on_forgotten: Callable[[Sequence[RequestState]], None] = lambda states: None
     ) -> None:
         self._finished_kept = finished_kept
         self._on_forgotten = on_forgotten
@@ -157,19 +178,19 @@ class RequestTable:
         """As if it had never been asked. Not one that has ended."""
         self._states.pop(key, None)
 
-    def mark_ended(self, state: RequestState) -> None:
-        """It may be forgotten when newer ones have ended."""
-        if self._states.get(state.params.key) is not state:
-            return  # dropped meanwhile
-        self._ended[state.params.key] = None
-        while len(self._ended) > self._finished_kept:
-            oldest, _ = self._ended.popitem(last=False)
-            self._on_forgotten(self._states.pop(oldest))
+    def mark_ended(self, *states: RequestState) -> None:
+        """They may be forgotten when newer ones have ended."""
+        for state in states:
+            if self._states.get(state.params.key) is state:  # else dropped meanwhile
+                self._ended[state.params.key] = None
+        if (surplus := len(self._ended) - self._finished_kept) > 0:
+            oldest = [self._ended.popitem(last=False)[0] for _ in range(surplus)]
+            self._on_forgotten([self._states.pop(key) for key in oldest])
 
     def drop(self, state: RequestState) -> None:
         """Let go of it for good, ended or not."""
         self._ended.pop(state.params.key, None)
-        self._on_forgotten(self._states.pop(state.params.key))
+        self._on_forgotten([self._states.pop(state.params.key)])
 
     def undelivered(self) -> list[RequestState]:
         """Those that are being written, or wait, or could not be delivered yet."""

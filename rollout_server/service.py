@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 import grpc
@@ -30,6 +31,7 @@ from opd_mesh.policy_weights import host_id, read_shared
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.tensors import TensorAssembler
+from rollout_server.batch_call import BatchCall
 from rollout_server.engines import LoadedEngine
 from rollout_server.generations import Generations, check_seen
 from rollout_server.policy_transfer import ServedWeights
@@ -65,6 +67,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         self._streams: dict[str, TrajectoryStream] = {}
         self._installed: Generations | None = None
         self._update_lock = asyncio.Lock()
+        self._batch_calls: set[BatchCall] = set()
 
     def install(
         self,
@@ -244,6 +247,27 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         )
         yield rollout_service_pb2.GenerateResponse(finished=finished)
 
+    async def GenerateBatch(
+        self,
+        request_iterator: AsyncIterator[rollout_service_pb2.GenerateBatchRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[rollout_service_pb2.GenerateBatchResponse]:
+        """Attach to each request, or begin it, and answer each when it has ended."""
+        call = BatchCall(
+            self._generations,
+            check=self._checked_params,
+            policy=lambda: self._policy,
+            credits=self._config.engine.max_waiting,
+            idle_timeout_s=self._config.server.stream_idle_timeout_s,
+        )
+        self._batch_calls.add(call)
+        try:
+            async with aclosing(call.answers(request_iterator)) as answers:
+                async for response in answers:
+                    yield response
+        finally:
+            self._batch_calls.discard(call)
+
     async def CancelGeneration(
         self, request: rollout_service_pb2.CancelGenerationRequest, context: grpc.aio.ServicerContext
     ) -> rollout_service_pb2.CancelGenerationResponse:
@@ -323,6 +347,8 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         generations = self._installed
         if generations is not None:
             unfinished = await generations.stop()
+            for call in self._batch_calls:
+                call.stop()
             wanted = save_kv and self._config.log is not None and self._config.log.save_kv
             if self._saved_kv is not None and wanted and self._policy is not None:
                 await asyncio.to_thread(self._saved_kv.save, generations.engine, unfinished, self._policy.digest)

@@ -183,16 +183,24 @@ class TokenLog:
     # --- what the server calls -----------------------------------------------------------------------------------
     def begin(self, payload: bytes, lineage: int) -> int:
         """Log a request; returns its handle, which no other request of this log has."""
+        return self.begin_many([(payload, lineage)])[0]
+
+    def begin_many(self, requests: Sequence[tuple[bytes, int]]) -> list[int]:
+        """:meth:`begin` for many (payload, lineage) in one write, all or none; returns their handles."""
         with self._lock:
-            handle = self._next_handle
-            if handle > MAX_HANDLE:
+            first = self._next_handle
+            if first + len(requests) - 1 > MAX_HANDLE:
                 raise InternalError("the log has used up its handles: begin a new one")
-            records = self._writer.put(Kind.REQUEST, encode_request(handle, lineage, payload))
-            self._next_handle += 1
-            self._known[handle] = _Known(SNAPSHOT_BYTES + len(payload))
-            self._live_bytes += SNAPSHOT_BYTES + len(payload)
+            records = self._writer.put_many(
+                Kind.REQUEST,
+                [encode_request(first + index, lineage, payload) for index, (payload, lineage) in enumerate(requests)],
+            )
+            self._next_handle += len(requests)
+            for handle, (payload, _) in enumerate(requests, first):
+                self._known[handle] = _Known(SNAPSHOT_BYTES + len(payload))
+                self._live_bytes += SNAPSHOT_BYTES + len(payload)
         self._settle(records)
-        return handle
+        return list(range(first, first + len(requests)))
 
     def append(self, tokens: Sequence[LoggedToken]) -> None:
         """Log the tokens of a step: all or none. Those of forgotten requests are passed over.
@@ -253,22 +261,32 @@ class TokenLog:
 
     def delivered(self, handle: int, stream_entry_id: str) -> None:
         """The stream has the trajectory. Not waited for: delivering again after a crash finds the same entry."""
+        self.delivered_many([(handle, stream_entry_id)])
+
+    def delivered_many(self, entries: Sequence[tuple[int, str]]) -> None:
+        """:meth:`delivered` for many (handle, stream entry id) in one write."""
         with self._lock:
-            request = self._find(handle)
-            if request is not None:
-                payload = encode_delivered(handle, stream_entry_id)
-                self._writer.put(Kind.DELIVERED, payload, must=True)
+            found = [(request, handle, entry) for handle, entry in entries if (request := self._find(handle))]
+            payloads = [encode_delivered(handle, entry) for _, handle, entry in found]
+            if not payloads:
+                return
+            self._writer.put_many(Kind.DELIVERED, payloads, must=True)
+            for (request, _, _), payload in zip(found, payloads, strict=True):
                 self._grow(request, len(payload))
 
     def forget(self, handle: int) -> None:
         """Nobody needs the request any more: compaction may leave it out. Not waited for."""
+        self.forget_many([handle])
+
+    def forget_many(self, handles: Sequence[int]) -> None:
+        """:meth:`forget` for many in one write."""
         with self._lock:
-            request = self._find(handle)
-            if request is None:
+            found = [handle for handle in dict.fromkeys(handles) if self._find(handle) is not None]
+            if not found:
                 return
-            self._writer.put(Kind.FORGOTTEN, encode_forgotten(handle), must=True)
-            del self._known[handle]
-            self._live_bytes -= request.n_bytes
+            self._writer.put_many(Kind.FORGOTTEN, [encode_forgotten(handle) for handle in found], must=True)
+            for handle in found:
+                self._live_bytes -= self._known.pop(handle).n_bytes
             self._compact_if_due()
 
     def sync(self) -> None:

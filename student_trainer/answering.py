@@ -94,6 +94,7 @@ class Answering:
             tokenizer_fingerprint=self._fingerprint,
             eos_token_id=self._tokenizer.eos_token_id,
             vocab_size=valid_vocab_size(self._tokenizer),
+            for_training=False,
         )
         self._device = configure_torch(recipe.run.device, threads=recipe.run.threads, deterministic=False)
 
@@ -191,7 +192,7 @@ async def serve(arguments: ServiceArguments[AnswersConfig]) -> int:
     """Answer everything, then end."""
     out: Path = arguments.extra["out"]
     out.mkdir(parents=True, exist_ok=True)
-    answering = await asyncio.to_thread(Answering, arguments.config, out)
+    answering = Answering(arguments.config, out)  # on the loop, where its channels belong; nobody else waits yet
     arguments.announce("")  # it listens nowhere
     await answering.run()
     return 0

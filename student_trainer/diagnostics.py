@@ -7,6 +7,7 @@ teacher-aligned prompts with a share of others); Yu et al., DAPO, arXiv 2503.144
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from opd_mesh.config.recipe import DiagnosticsConfig
 
@@ -25,16 +26,9 @@ class Diagnostics:
         """Warnings that the newest step gives rise to."""
         self._lines.append(line)
         found: list[str] = []
-        if len(self._lines) < 2 * self._config.window_steps:
-            return found
-        for prefix, sign in _SIGNS:
-            for key in [key for key in line if key.startswith(prefix)]:
-                if key in self._told:
-                    continue
-                values = [one[key] for one in self._lines if key in one]
-                if len(values) < 2 * self._config.window_steps:
-                    continue
-                if text := sign(key.removeprefix(prefix), values, self._config):
+        for prefix, sign in _SIGNS.items():
+            for key in [key for key in line if key.startswith(prefix) and key not in self._told]:
+                if text := sign(key.removeprefix(prefix), self._windows, self._config):
                     self._told.add(key)
                     found.append(f"step {int(line['step'])}: {text}")
         return found
@@ -43,49 +37,70 @@ class Diagnostics:
         """Of a run that is resumed."""
         return [text for line in lines for text in self.take(line)]
 
+    def _windows(self, key: str) -> Windows | None:
+        """None before there are two of them that do not overlap."""
+        size = self._config.window_steps
+        values = [line[key] for line in self._lines if key in line]
+        if len(values) < 2 * size:
+            return None
+        return Windows(*(sum(part) / size for part in (values[:size], values[-2 * size : -size], values[-size:])))
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Means of a metric: over its first steps, over the newest, and over as many before these."""
+
+    first: float
+    before: float
+    now: float
 
 
-def _low_and_flat_overlap(teacher: str, values: list[float], config: DiagnosticsConfig) -> str | None:
-    window = config.window_steps
-    before, now = _mean(values[-2 * window : -window]), _mean(values[-window:])
-    if now >= config.low_overlap or now - before >= config.flat_overlap:
+Read = Callable[[str], Windows | None]
+
+
+def _low_and_flat_overlap(teacher: str, read: Read, config: DiagnosticsConfig) -> str | None:
+    """A low overlap alone is no sign: where two models agree on what is likely, their order of what is not is noise."""
+    overlap, kl = read(f"overlap/{teacher}"), read(f"kl/{teacher}")
+    if overlap is None or kl is None:
+        return None
+    rise = overlap.now - overlap.before
+    is_flat = rise < config.flat_overlap and kl.now > (1 - config.flat_kl) * kl.before
+    if overlap.now >= config.low_overlap or kl.now < config.high_kl or not is_flat:
         return None
     return (
-        f"teacher {teacher}: only {now:.0%} of the likeliest 16 tokens are those of the student (overlap), and over the "
-        f"last {2 * window} steps that rose by {now - before:+.3f}: it writes in another way than the student, which OPD "
-        "does not bridge. Begin with a cold start (SFT on the teacher's own responses: a cold_start stage), take a "
-        "teacher trained from the student's base, or take prompts that the teacher was trained on"
+        f"teacher {teacher}: only {overlap.now:.0%} of the 16 likeliest tokens are those of the student (overlap), that "
+        f"rose by {rise:+.3f} over the last {2 * config.window_steps} steps, and the KL stays at {kl.now:.2f} nats a "
+        "token: it writes in another way than the student, which OPD does not bridge. Begin with a cold start (SFT on "
+        "the teacher's own responses: a cold_start stage), take a teacher trained from the student's base, or take "
+        "prompts that the teacher was trained on"
     )
 
 
-def _collapsed_entropy(domain: str, values: list[float], config: DiagnosticsConfig) -> str | None:
-    first, now = _mean(values[: config.window_steps]), _mean(values[-config.window_steps :])
-    if now >= config.collapsed_entropy * first:
+def _collapsed_entropy(domain: str, read: Read, config: DiagnosticsConfig) -> str | None:
+    entropy = read(f"entropy_domain/{domain}")
+    if entropy is None or entropy.now >= config.collapsed_entropy * entropy.first:
         return None
     return (
-        f"domain {domain}: the student's entropy fell from {first:.3f} to {now:.3f} nats a token: it has all but stopped trying "
-        "other answers. Mix in prompts of another kind (domains.….others), raise clip_high or add objective.kl under a "
-        "policy gradient, or lower optimizer.lr"
+        f"domain {domain}: the student's entropy fell from {entropy.first:.3f} to {entropy.now:.3f} nats a token: it has "
+        f"all but stopped trying other answers. Mix in prompts of another kind (domains.{domain}.others); under a policy "
+        "gradient raise clip_high or add objective.kl; or lower optimizer.lr"
     )
 
 
-def _exploding_length(domain: str, values: list[float], config: DiagnosticsConfig) -> str | None:
-    first, now = _mean(values[: config.window_steps]), _mean(values[-config.window_steps :])
-    if now <= config.exploded_length * first:
+def _exploding_length(domain: str, read: Read, config: DiagnosticsConfig) -> str | None:
+    length = read(f"response_length/{domain}")
+    if length is None or length.now <= config.exploded_length * length.first:
         return None
     return (
-        f"domain {domain}: responses grew from {first:.1f} to {now:.1f} tokens. See whether student and teacher end an "
-        "answer with the same token (tokenizer_roles, rollout.stop_token_ids), set a length_penalty, or lower "
-        "max_new_tokens"
+        f"domain {domain}: responses grew from {length.first:.1f} to {length.now:.1f} tokens. See whether student and "
+        "teacher end an answer with the same token (tokenizer_roles, rollout.stop_token_ids), set a length_penalty, or "
+        "lower max_new_tokens"
     )
 
 
-# Prefix of the metric → the sign that is looked for in it.
-_SIGNS: tuple[tuple[str, Callable[[str, list[float], DiagnosticsConfig], str | None]], ...] = (
-    ("overlap/", _low_and_flat_overlap),
-    ("entropy_domain/", _collapsed_entropy),
-    ("response_length/", _exploding_length),
-)
+# Prefix of a metric → the sign that is looked for in it.
+_SIGNS: dict[str, Callable[[str, Read, DiagnosticsConfig], str | None]] = {
+    "overlap/": _low_and_flat_overlap,
+    "entropy_domain/": _collapsed_entropy,
+    "response_length/": _exploding_length,
+}

@@ -25,10 +25,10 @@ def check_behaviour(trajectory: Trajectory) -> None:
     """Raises :class:`TrajectoryError` where the ratio of probabilities is not known exactly."""
     sampling = trajectory.sampling
     if not trajectory.sampling_logprobs:
-        raise TrajectoryError("required: the recipe has objective.importance", field="sampling_logprobs")
+        raise TrajectoryError("required: the objective has ratios of policies in it", field="sampling_logprobs")
     if sampling.temperature <= 0 or sampling.top_p < 1 or sampling.top_k:
         raise TrajectoryError(
-            "objective.importance needs a temperature above 0, top_p 1 and top_k 0: what was cut off has no ratio",
+            "ratios of policies need a temperature above 0, top_p 1 and top_k 0: what was cut off has none",
             field="sampling",
         )
     for index, logprob in enumerate(trajectory.sampling_logprobs):

@@ -71,7 +71,8 @@ class RolloutWatch:
     async def start_over(self) -> None:
         """What the servers were idle up to now is of no account."""
         self.look()
-        await asyncio.wait(self._looks.values())
+        if self._looks:  # a run whose student does not write has no servers
+            await asyncio.wait(self._looks.values())
         self._idle_s = 0.0
 
     def take_idle_s(self) -> float:

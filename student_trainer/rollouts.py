@@ -7,13 +7,13 @@ import contextlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from google.protobuf.message import DecodeError
 from opd.v1 import common_pb2, rollout_service_pb2
 
-from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
+from opd_mesh.clients.rollout import GenerateSpec, RolloutClient, Written
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.convert import policy_to_proto, trajectory_from_proto, trajectory_to_proto
 from opd_mesh.errors import (
@@ -38,7 +38,7 @@ from student_trainer.writing import Arrival, Writing, is_own_id
 
 log = logging.getLogger("student_trainer")
 READ_BLOCK_S = 0.5
-READ_COUNT = 64
+READ_COUNT = 512
 CANCEL_TIMEOUT_S = 3.0
 
 
@@ -56,7 +56,11 @@ async def _policy_once_loaded(client: RolloutClient) -> rollout_service_pb2.GetP
 
 
 class Rollouts:
-    """All rollout servers of a run, and its stream."""
+    """All rollout servers of a run, and its stream.
+
+    Args:
+        for_training: False: nothing is published, whatever the recipe trains, but everything needs a server.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class Rollouts:
         tokenizer_fingerprint: str,
         eos_token_id: int | None,
         vocab_size: int,
+        for_training: bool = True,
     ) -> None:
         self._recipe = recipe
         self._vocab_size = vocab_size
@@ -78,13 +83,14 @@ class Rollouts:
         self._clients = [
             RolloutClient(address, recipe.rollout.peers.channel) for address in recipe.rollout.peers.addresses
         ]
-        if not self._clients and recipe.needs_rollouts:
+        if not self._clients and (recipe.needs_rollouts or not for_training):
             raise ConfigError("names no rollout server", field="rollout.peers.addresses")
         url = recipe.redis_url or os.environ.get("OPD_REDIS_URL")
-        if not url and recipe.writes:
+        publishes = recipe.writes and for_training
+        if not url and publishes:
             raise ConfigError("no Redis: set OPD_REDIS_URL, or redis_url in the recipe", field="redis_url")
         self._stream: TrajectoryStream | None = None
-        if url and recipe.writes:
+        if url and publishes:
             self._stream = TrajectoryStream(url, run_id, consumer="trainer-0", timeout_s=recipe.redis_timeout_s)
         self.watch = RolloutWatch(self._clients)
         # A request may queue behind those of max_staleness earlier steps.
@@ -208,12 +214,21 @@ class Rollouts:
         return answer.pause_s
 
     # --- writing -----------------------------------------------------------------------------------------------
-    async def _generate(self, server: RolloutClient, spec: GenerateSpec) -> Trajectory:
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
         self._outstanding += 1
         try:
-            return await server.generate(spec, timeout_s=self._generate_timeout_s)
+            yield
         finally:
             self._outstanding -= 1
+
+    async def _generate(self, server: RolloutClient, spec: GenerateSpec) -> Trajectory:
+        with self._counted():
+            return await server.generate(spec, timeout_s=self._generate_timeout_s)
+
+    async def _write(self, server: RolloutClient, spec: GenerateSpec) -> Written:
+        with self._counted():
+            return await server.write(spec, timeout_s=self._generate_timeout_s)
 
     @property
     def outstanding(self) -> int:
@@ -231,7 +246,7 @@ class Rollouts:
         writing = Writing(on_arrival)
         for index, spec in enumerate(specs):
             server = self._owner(index)
-            writing.ask(spec.request_id, server, self._generate(server, spec))
+            writing.ask(spec.request_id, server, self._write(server, spec))
         self._writings.append(writing)
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read_while_wanted())
@@ -299,7 +314,7 @@ class Rollouts:
                 trajectory.validate()
                 if not is_own_id(trajectory.trajectory_id):
                     self._check_external(trajectory)
-                elif self._recipe.importance is not None and self._wanted_by(trajectory.trajectory_id):
+                elif self._needs_ratios and self._wanted_by(trajectory.trajectory_id):
                     check_behaviour(trajectory)
             except (DecodeError, OpdError) as error:
                 await self.stream.dead_letter(entry.entry_id, f"unusable: {error}")
@@ -310,6 +325,11 @@ class Rollouts:
                 continue
             arrivals.append(Arrival(trajectory, entry.entry_id))
         return arrivals
+
+    @property
+    def _needs_ratios(self) -> bool:
+        """Whether the log-probabilities of those who wrote have a part in the loss."""
+        return self._recipe.importance is not None or self._recipe.policy_gradient is not None
 
     def _sort_other(self, arrival: Arrival) -> None:
         """From outside: waits for its turn. Our own of an earlier lineage: written again in this one, so let go."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from opd_mesh.clients.rollout import RolloutClient
+from opd_mesh.clients.rollout import RolloutClient, Written
 from opd_mesh.errors import OpdError, RequestConflictError
 from opd_mesh.trajectory import Trajectory
 
@@ -35,7 +35,7 @@ class Request:
     """One response that is being written, and by whom."""
 
     server: RolloutClient
-    task: asyncio.Task[Trajectory]
+    task: asyncio.Task[Written]
 
 
 class Writing:
@@ -62,14 +62,14 @@ class Writing:
         self._ended = asyncio.Event()
         self._error: BaseException | None = None
 
-    def ask(self, request_id: str, server: RolloutClient, work: Coroutine[Any, Any, Trajectory]) -> None:
+    def ask(self, request_id: str, server: RolloutClient, work: Coroutine[Any, Any, Written]) -> None:
         """Ask for one more response. All are asked for before the loop goes on."""
         self.wanted.add(request_id)
         task = asyncio.create_task(work)
         self._requests[request_id] = Request(server, task)
         task.add_done_callback(lambda done: self._answered(request_id, done))
 
-    def _answered(self, request_id: str, task: asyncio.Task[Trajectory]) -> None:
+    def _answered(self, request_id: str, task: asyncio.Task[Written]) -> None:
         if task.cancelled():
             return
         error = task.exception()

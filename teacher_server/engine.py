@@ -78,6 +78,7 @@ class EngineFacts:
     tokenizer_fingerprint: str
     tokenizer_roles: TokenizerRoles
     vocabulary: Mapping[str, int]
+    most_batch_tokens: int | None = None  # more in one pass would be slower
 
 
 class WeightSet(Protocol):

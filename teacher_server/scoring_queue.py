@@ -133,7 +133,9 @@ class ScoringQueue:
             waiting = len(self._entries)
             if (
                 self._max_batch_items == 1
-                or sum(entry.job.num_tokens for entry in self._entries) >= self._config.batch_tokens
+                or not self._entries
+                or sum(entry.job.num_tokens for entry in self._entries)
+                >= max(self._batch_tokens(entry.teacher_id) for entry in self._entries)
             ):
                 return
             await asyncio.sleep(BURST_WAIT_S)
@@ -166,7 +168,7 @@ class ScoringQueue:
         chosen = choose_batch(
             self._waiting(),
             teacher_id,
-            token_budget=self._config.batch_tokens,
+            token_budget=self._batch_tokens(teacher_id),
             max_items=self._max_batch_items,
             in_order=self._config.pool.order == "arrival",
         )
@@ -174,6 +176,10 @@ class ScoringQueue:
         for entry in batch:
             self._entries.remove(entry)
         return batch
+
+    def _batch_tokens(self, teacher_id: str) -> int:
+        most = self._engines[teacher_id].facts.most_batch_tokens
+        return min(self._config.batch_tokens, most or self._config.batch_tokens)
 
     def _look_ahead(self) -> None:
         """While a teacher computes, bring the weights of the next one that lacks them."""

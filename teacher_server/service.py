@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TypeAlias
 
 import grpc
 from opd.v1 import teacher_service_pb2, teacher_service_pb2_grpc
@@ -25,14 +24,13 @@ from opd_mesh.errors import (
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.rpc.status import status_of
 from opd_mesh.signals import SIGNAL_CODES
-from opd_mesh.tensors import CHUNK_BYTES, byte_view, header_of
+from opd_mesh.tensors import CHUNK_BYTES, byte_view, chunks_of, header_of
 from teacher_server.byte_budget import ByteBudget
 from teacher_server.catalogue import Catalogue, bytes_of
+from teacher_server.outbox import Answer, Outbox, Outgoing, Response
 
-Response = teacher_service_pb2.ScoreTrajectoriesResponse
-Outgoing: TypeAlias = Response | bytes  # chunks are serialized already
-# Of messages (about 1 MiB each) computed but not yet taken by gRPC, per stream.
-OUTBOX_MESSAGES = 8
+# Answers to items that came several at once leave together up to this; larger ones are sent in chunks.
+SMALL_ANSWER_BYTES = 64 << 10
 # Candidates that are checked in a thread: a million of them take a tenth of a second.
 MANY_IDS = 10_000
 
@@ -103,8 +101,8 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
     ) -> AsyncIterator[Outgoing]:
         """Items in, answers out, each with its own status."""
         credits = self._config.max_items_in_flight
-        yield Response(credits=credits)
-        outbox: asyncio.Queue[Outgoing | None] = asyncio.Queue(maxsize=OUTBOX_MESSAGES)
+        yield Response(credits=credits, takes_many=True)
+        outbox = Outbox()
         running: dict[str, asyncio.Task[None]] = {}
         given_up: dict[str, OpdError] = {}
         closing = asyncio.Event()
@@ -122,17 +120,23 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                 if request.WhichOneof("payload") == "cancel_item_id":
                     give_up(request.cancel_item_id, CancelledByCallerError("given up by the client"))
                     continue
-                item = request.item
-                if item.item_id in running:
-                    # An answer could not be told from the first one's, so one status ends both; others go on.
-                    why = f"{item.item_id!r} is in flight already; both items of that id are given up"
-                    give_up(item.item_id, InvalidInputError(why, field="item_id"))
-                    continue
-                given_up.pop(item.item_id, None)
-                crowded = len(running) >= credits
-                task = asyncio.create_task(self._answer_item(item, outbox, unsent, closing, given_up, crowded=crowded))
-                running[item.item_id] = task
-                task.add_done_callback(partial(_forget, running, item.item_id))
+                many = request.WhichOneof("payload") == "items"
+                for item in request.items.items if many else (request.item,):
+                    if item.item_id in running:
+                        await asyncio.sleep(0)  # a task that has not begun could not answer for what is given up
+                    begin(item, together=many)
+
+        def begin(item: teacher_service_pb2.ScoreItem, *, together: bool) -> None:
+            if item.item_id in running:
+                # An answer could not be told from the first one's, so one status ends both; others go on.
+                why = f"{item.item_id!r} is in flight already; both items of that id are given up"
+                give_up(item.item_id, InvalidInputError(why, field="item_id"))
+                return
+            given_up.pop(item.item_id, None)
+            crowded = len(running) >= credits
+            answering = self._answer_item(item, outbox, unsent, closing, given_up, crowded=crowded, together=together)
+            running[item.item_id] = task = asyncio.create_task(answering)
+            task.add_done_callback(partial(_forget, running, item.item_id))
 
         async def receive_then_end() -> None:
             receiving = asyncio.create_task(receive())
@@ -148,8 +152,7 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
             finally:
                 receiving.cancel()
                 draining.cancel()
-                if not closing.is_set():  # otherwise nobody takes from the outbox any more
-                    await outbox.put(None)
+                outbox.end()
 
         receiver = asyncio.create_task(receive_then_end())
         try:
@@ -166,17 +169,19 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
     async def _answer_item(
         self,
         item: teacher_service_pb2.ScoreItem,
-        outbox: asyncio.Queue[Outgoing | None],
+        outbox: Outbox,
         unsent: ByteBudget,
         closing: asyncio.Event,
         given_up: Mapping[str, OpdError],
         *,
         crowded: bool,
+        together: bool,
     ) -> None:
         """From arrival to the item's last message; never raises for what is wrong with the item.
 
         Args:
             given_up: why an item's task was cancelled, by item id.
+            together: the client takes whole answers.
         """
         timeout_s = item.timeout.ToNanoseconds() / 1e9 or self._config.default_item_timeout_s
         try:
@@ -202,19 +207,23 @@ class TeacherServicer(teacher_service_pb2_grpc.TeacherServiceServicer):
                         rows=len(job.predicting_positions),
                         tensors=[header_of(name, array) for name, array in tensors.items()],
                     )
-                    await outbox.put(Response(item_id=item.item_id, header=header))
-                    for message in encoded_chunks(item.item_id, tensors.values()):
-                        await outbox.put(message)
+                    if together and sum(array.nbytes for array in tensors.values()) <= SMALL_ANSWER_BYTES:
+                        whole = chunks_of(list(tensors.values()))
+                        end: Response | Answer = Answer(item_id=item.item_id, header=header, chunks=whole)
+                    else:
+                        end = Response(item_id=item.item_id)
+                        await outbox.put(Response(item_id=item.item_id, header=header))
+                        for message in encoded_chunks(item.item_id, tensors.values()):
+                            await outbox.put(message)
             except TimeoutError:
                 raise DeadlineError(f"not computed within {timeout_s:g} s") from None
-            end = Response(item_id=item.item_id)
             end.status.SetInParent()
         except OpdError as error:
-            end = Response(item_id=item.item_id, status=status_of(error))
+            end = (Answer if together else Response)(item_id=item.item_id, status=status_of(error))
         except asyncio.CancelledError:
             if closing.is_set():  # the stream is gone: nobody takes from the outbox any more
                 raise
-            end = Response(item_id=item.item_id, status=status_of(given_up[item.item_id]))
+            end = (Answer if together else Response)(item_id=item.item_id, status=status_of(given_up[item.item_id]))
         while True:
             try:
                 await outbox.put(end)

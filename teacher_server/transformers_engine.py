@@ -27,6 +27,14 @@ from teacher_server.signals import FROM_LOGITS, answer_of
 
 log = logging.getLogger("teacher_server")
 
+_IN_ONE_ROW = (BatchLayout.SHARED, BatchLayout.PACKED)
+
+
+def _most_row_tokens(hidden_size: int) -> int:
+    """Sequences in one row cost attention to what they do not see of each other, too: in a narrow model, where little
+    else costs anything, a long row takes longer than several short ones."""
+    return max(256, 4 * hidden_size)
+
 
 class TransformersEngine:
     """A checkpoint, or an adapter above one; proves head and batching on probes, and scores.
@@ -81,6 +89,7 @@ class TransformersEngine:
             tokenizer_fingerprint=fingerprint,
             tokenizer_roles=tokenizer_roles(tokenizer),
             vocabulary=bases.vocabulary(fingerprint, vocabulary),
+            most_batch_tokens=_most_row_tokens(hidden_size) if self._layout in _IN_ONE_ROW else None,
         )
 
     @property

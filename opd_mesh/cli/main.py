@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -44,41 +43,21 @@ def run(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; not needed with --resume")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="default: runs/NAME-TIME")] = None,
     resume: Annotated[Path | None, typer.Option(help="continue the run in this folder")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="of a pipeline: say what would run and what is kept")] = False,
 ) -> None:
-    """Run a recipe: a local mesh as child processes, or the servers that the recipe names."""
-    from rich.console import Console
+    """Run a recipe: a local mesh as child processes, or the servers that the recipe names.
 
-    from opd_mesh.config.base import dump_config, load_config
-    from opd_mesh.config.recipe import Recipe
-    from opd_mesh.progress import ProgressView
-    from opd_mesh.supervisor import resolve_paths, run_local
+    A recipe with `stages` is a pipeline: what its folder holds already is used again.
+    """
+    from opd_mesh.cli.run import resume_run, start_run
 
     if resume is not None:
         if recipe is not None or run_dir is not None:
             raise ConfigError("--resume takes recipe and folder from the run itself; give nothing else")
-        folder = resume
-        loaded = load_config(Recipe, folder / "recipe.yaml")
-    elif recipe is not None:
-        loaded = resolve_paths(load_config(Recipe, recipe))
-        folder = run_dir or Path("runs") / f"{loaded.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if (folder / "recipe.yaml").exists():
-            raise ConfigError(f"{folder} holds a run already: continue it with --resume {folder}", field="run_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        dump_config(loaded, folder / "recipe.yaml")
-    else:
+        sys.exit(resume_run(resume, plan=plan))
+    if recipe is None:
         raise ConfigError("give a recipe, or --resume RUN_DIR")
-    console = Console()
-    console.print(f"[bold]{loaded.run.name}[/]: {loaded.student.path.name} learns from {', '.join(loaded.teachers)}")
-    console.print(f"run directory: {folder}", highlight=False)
-    with ProgressView(console, loaded.run.steps) as progress:
-        code = asyncio.run(run_local(loaded, folder.resolve(), resume=resume is not None, progress=progress))
-    if (folder / "summary.json").exists():
-        from opd_mesh.cli.summary import print_summary
-
-        print_summary(console, folder)
-    if code not in (0, 130):
-        console.print(f"the run did not finish; continue it with: opd run --resume {folder}", highlight=False)
-    sys.exit(code)
+    sys.exit(start_run(recipe, run_dir, plan=plan))
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -12,10 +12,10 @@ import numpy as np
 from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
 
 from opd_mesh.clients.base import ServiceClient
+from opd_mesh.clients.generation_stream import GenerationStream
 from opd_mesh.config.services import ChannelConfig
-from opd_mesh.convert import sampling_to_proto, trajectory_from_proto
+from opd_mesh.convert import finish_reason_from_proto, sampling_to_proto, trajectory_from_proto
 from opd_mesh.errors import (
-    BeyondLogError,
     OpdError,
     OverloadedError,
     PolicyBaseMismatchError,
@@ -27,7 +27,7 @@ from opd_mesh.errors import (
 from opd_mesh.policy_weights import LoraFactors, SharedTensors, host_id
 from opd_mesh.rpc.channel import open_channel, responses_of, rpc_errors, wait_until_serving
 from opd_mesh.tensors import chunks_of, header_of
-from opd_mesh.trajectory import SamplingParams, Trajectory
+from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 
 SERVICE = "opd.v1.RolloutService"
 REATTACH_DELAY_S = 0.5
@@ -46,6 +46,20 @@ class GenerateSpec:
     sampling: SamplingParams
     tokenizer_fingerprint: str
     publish: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What is told of a finished response beside its trajectory.
+
+    Attributes:
+        num_scored: its tokens; 0 where it was cancelled before the first, and then it is not published.
+        stream_entry_id: Redis stream entry it went to, or empty.
+    """
+
+    num_scored: int
+    finish_reason: FinishReason
+    stream_entry_id: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class RolloutClient(ServiceClient):
         self._stub = rollout_service_pb2_grpc.RolloutServiceStub(self._channel)
         self.wire_bytes = 0  # over the socket; what goes through shared memory is not counted
         self._given: _Given | None = None
+        self._generating: GenerationStream | None = None
 
     async def wait_ready(self, timeout_s: float | None = None, *, with_policy: bool = False) -> None:
         """Wait until the server answers; with ``with_policy``, until it holds a policy.
@@ -102,45 +117,44 @@ class RolloutClient(ServiceClient):
                 ``metadata["written"]`` at most.
             OpdError: as the server says.
         """
-        request = rollout_service_pb2.GenerateRequest(
-            request_id=spec.request_id,
-            run_id=spec.run_id,
-            domain=spec.domain,
-            prompt_token_ids=spec.prompt_token_ids,
-            sampling=sampling_to_proto(spec.sampling),
-            from_index=from_index,
-            publish=spec.publish,
-            tokenizer_fingerprint=spec.tokenizer_fingerprint,
-            last_seen=last_seen,
-        )
+        request = _request_of(spec)
+        request.from_index = from_index
+        if last_seen is not None:
+            request.last_seen.CopyFrom(last_seen)
         async for response in responses_of(self._stub.Generate(request), self.address):
             self.wire_bytes += response.ByteSize()
             yield response
 
     async def generate(self, spec: GenerateSpec, *, timeout_s: float = 600.0) -> Trajectory:
-        """Write one response to its end, attaching again where the stream breaks or the server is full.
+        """Write one response to its end, asking again where the stream breaks or the server is full.
+
+        What is asked for at one moment, here and by :meth:`write`, goes over one ``GenerateBatch`` stream.
 
         Raises:
             RolloutUnavailableError: not finished within ``timeout_s`` seconds, or the server was not to be reached
                 for the channel's ``connect_timeout_s`` on end.
             OpdError: as the server says.
         """
-        seen = 0
+        return trajectory_from_proto((await self._finished(spec, timeout_s, return_trajectory=True)).trajectory)
+
+    async def write(self, spec: GenerateSpec, *, timeout_s: float = 600.0) -> Written:
+        """As :meth:`generate`, without the trajectory: for one that is published, which comes through Redis."""
+        result = await self._finished(spec, timeout_s, return_trajectory=False)
+        return Written(result.num_tokens, finish_reason_from_proto(result.finish_reason), result.stream_entry_id)
+
+    async def _finished(
+        self, spec: GenerateSpec, timeout_s: float, *, return_trajectory: bool
+    ) -> rollout_service_pb2.GenerateBatchResult:
+        request = _request_of(spec)
         last: OpdError | None = None
         loop = asyncio.get_running_loop()
         failing_since: float | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
+                    stream = self._generation_stream()
                     try:
-                        async for response in self.stream(spec, from_index=seen):
-                            failing_since = None
-                            kind = response.WhichOneof("payload")
-                            if kind == "tokens":
-                                seen = response.tokens.first_index + len(response.tokens.token_ids)
-                            elif kind == "finished":
-                                return trajectory_from_proto(response.finished.trajectory)
-                        last = UnavailableError("the stream ended before the response did")
+                        return await stream.ask(request, return_trajectory=return_trajectory)
                     except StreamUnavailableError:
                         raise  # Redis, not the server: it has waited for that already
                     except OverloadedError as error:  # a large step waits its turn, and so does one whose Redis is full
@@ -148,9 +162,8 @@ class RolloutClient(ServiceClient):
                         continue
                     except UnavailableError as error:
                         last = error
-                    except BeyondLogError:
-                        seen = 0  # a server that has lost its log writes again; the trajectory comes whole in the end
-                        continue
+                        if stream.broken is not None and stream.reached:
+                            failing_since = None
                     failing_since = failing_since or loop.time()
                     if loop.time() - failing_since > self.config.connect_timeout_s:
                         raise RolloutUnavailableError(
@@ -165,6 +178,21 @@ class RolloutClient(ServiceClient):
                 + (f" (last: {last})" if last else ""),
                 metadata={"target": self.address},
             ) from last
+
+    def _generation_stream(self) -> GenerationStream:
+        """The standing one, or another where it broke."""
+        if self._generating is None or self._generating.broken is not None:
+            self._generating = GenerationStream(self._stub.GenerateBatch(), self.address, self._count_wire_bytes)
+        return self._generating
+
+    def _count_wire_bytes(self, size: int) -> None:
+        self.wire_bytes += size
+
+    async def close(self) -> None:
+        """Ends the stream and the channel."""
+        if self._generating is not None:
+            await self._generating.close()
+        await super().close()
 
     async def cancel(self, request_id: str, *, run_id: str = "") -> rollout_service_pb2.CancelGenerationResponse:
         """Free the slot of a request; without ``run_id`` the id must be known of one run only."""
@@ -275,6 +303,18 @@ class RolloutClient(ServiceClient):
         async with rpc_errors(self.address):
             request = rollout_service_pb2.ResumeGenerationRequest()
             return await self._stub.ResumeGeneration(request, timeout=self.config.timeout_s)
+
+
+def _request_of(spec: GenerateSpec) -> rollout_service_pb2.GenerateRequest:
+    return rollout_service_pb2.GenerateRequest(
+        request_id=spec.request_id,
+        run_id=spec.run_id,
+        domain=spec.domain,
+        prompt_token_ids=spec.prompt_token_ids,
+        sampling=sampling_to_proto(spec.sampling),
+        publish=spec.publish,
+        tokenizer_fingerprint=spec.tokenizer_fingerprint,
+    )
 
 
 async def _parts(

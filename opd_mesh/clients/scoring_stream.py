@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,18 @@ from typing import Any
 import grpc
 import numpy as np
 from google.protobuf import duration_pb2
+from google.rpc import status_pb2
 from opd.v1 import common_pb2, teacher_service_pb2
 
 from opd_mesh.chunk_codec import RawChunk, decode_response
 from opd_mesh.errors import DeadlineError, InternalError, OpdError, TensorDecodeError, UnavailableError
 from opd_mesh.rpc.status import error_of, error_of_rpc
 from opd_mesh.tensors import Chunk, TensorAssembler, dtype_code
+
+# Items are sent together up to this; a single one may be larger.
+MESSAGE_BYTES = 1 << 20
+# For which a writer that failed waits for the reader to learn why.
+BREAK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ class ScoreResult:
 
 @dataclass(slots=True)
 class _Pending:
+    item: teacher_service_pb2.ScoreItem
     future: asyncio.Future[ScoreResult]
     header: teacher_service_pb2.ScoreHeader | None = None
     assembler: TensorAssembler | None = None
@@ -80,14 +88,16 @@ class ScoringStream:
         self._call = call
         self._target = target
         self._wire = wire
-        self._pending: dict[str, _Pending] = {}
+        self._waiting: deque[_Pending] = deque()  # for a credit, or for the writer
+        self._pending: dict[str, _Pending] = {}  # sent
+        self._cancelled: deque[str] = deque()  # item ids that the server has yet to be told
         self._ids = itertools.count(1)
-        self._credits: asyncio.Semaphore | None = None
         self._granted_credits: int | None = None
-        self._granted = asyncio.Event()
-        self._write_lock = asyncio.Lock()
+        self._takes_many = False
+        self._wake = asyncio.Event()  # of the writer
         self._broken: OpdError | None = None
         self._reader = asyncio.create_task(self._read())
+        self._writer = asyncio.create_task(self._write())
 
     @property
     def broken(self) -> OpdError | None:
@@ -102,9 +112,8 @@ class ScoringStream:
     def abandon(self, error: OpdError) -> None:
         """Fail every item in flight with ``error`` without a word to the server, which may not listen."""
         if self._broken is None:
-            self._broken = error
             self._call.cancel()
-            self._fail_all(error)
+            self._break(error)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Send one item and wait for its answer.
@@ -130,55 +139,54 @@ class ScoringStream:
             top_k=request.top_k,
             candidate_token_ids=request.candidate_token_ids,
         )
+        if self._broken is not None:
+            raise self._broken
+        pending = _Pending(item, asyncio.get_running_loop().create_future())
+        self._waiting.append(pending)
+        self._wake.set()
         try:
             async with asyncio.timeout(request.timeout_s):
-                await self._granted.wait()
-                if self._credits is None:
-                    raise self._broken or UnavailableError(f"{self._target}: the stream ended before it began")
-                async with self._credits:
-                    return await self._exchange(item)
+                return await pending.future
         except TimeoutError:
             raise DeadlineError(
                 f"teacher {request.teacher_id!r} at {self._target} did not answer within {request.timeout_s:g} s",
                 metadata={"teacher_id": request.teacher_id, "target": self._target},
             ) from None
-
-    async def _exchange(self, item: teacher_service_pb2.ScoreItem) -> ScoreResult:
-        if self._broken is not None:
-            raise self._broken
-        pending = _Pending(asyncio.get_running_loop().create_future())
-        self._pending[item.item_id] = pending
-        try:
-            await self._write(teacher_service_pb2.ScoreTrajectoriesRequest(item=item))
-            return await pending.future
         finally:
-            if not pending.future.done() or pending.future.cancelled():
-                self._give_up(item.item_id)
-            else:
-                pending.future.exception()  # seen, also where the writing failed first
-            self._pending.pop(item.item_id, None)
+            if self._pending.pop(item_id, None) is not None and self._broken is None:  # sent, and not answered
+                self._cancelled.append(item_id)
+                self._wake.set()
 
-    async def _write(self, message: teacher_service_pb2.ScoreTrajectoriesRequest) -> None:
-        self._wire.sent += message.ByteSize()
-        async with self._write_lock:  # grpc.aio allows one write at a time
-            if self._broken is not None:
-                raise self._broken
-            try:
-                await self._call.write(message)
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if self._broken is None or task is None or task.cancelling():
-                    raise
-                raise self._broken from None  # the call was cancelled, not we
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-                raise self._broken or UnavailableError(f"{self._target}: the stream is broken: {error}") from error
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while (message := self._next_message()) is not None:
+                    self._wire.sent += message.ByteSize()
+                    await self._call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            # The reader may have more to say of it, in a moment.
+            await asyncio.wait({self._reader}, timeout=BREAK_S)
+            self._break(UnavailableError(f"{self._target}: the stream is broken: {error}"))
 
-    def _give_up(self, item_id: str) -> None:
-        if self._broken is None:
-            task = asyncio.create_task(
-                self._write(teacher_service_pb2.ScoreTrajectoriesRequest(cancel_item_id=item_id))
-            )
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    def _next_message(self) -> teacher_service_pb2.ScoreTrajectoriesRequest | None:
+        """Items given up first, for their credits are used again; then as many as there are credits for."""
+        if self._cancelled:
+            return teacher_service_pb2.ScoreTrajectoriesRequest(cancel_item_id=self._cancelled.popleft())
+        items: list[teacher_service_pb2.ScoreItem] = []
+        size, most = 0, MESSAGE_BYTES if self._takes_many else 1
+        while self._waiting and len(self._pending) < (self._granted_credits or 0) and size < most:
+            pending = self._waiting.popleft()
+            if not pending.future.done():  # else given up before it was sent
+                self._pending[pending.item.item_id] = pending
+                items.append(pending.item)
+                size += pending.item.ByteSize()
+        if not items:
+            return None
+        if len(items) == 1 and not self._takes_many:
+            return teacher_service_pb2.ScoreTrajectoriesRequest(item=items[0])
+        return teacher_service_pb2.ScoreTrajectoriesRequest(items=teacher_service_pb2.ScoreItems(items=items))
 
     async def _read(self) -> None:
         failure: OpdError = UnavailableError(f"{self._target} ended the stream")
@@ -200,14 +208,16 @@ class ScoringStream:
             failure.__cause__ = error
             self._call.cancel()
         finally:
-            self._broken = self._broken or failure
-            self._fail_all(self._broken)
+            self._break(failure)
 
-    def _fail_all(self, error: OpdError) -> None:
-        self._granted.set()
-        for pending in self._pending.values():
+    def _break(self, error: OpdError) -> None:
+        self._broken = self._broken or error
+        self._writer.cancel()
+        for pending in [*self._pending.values(), *self._waiting]:
             if not pending.future.done():
-                pending.future.set_exception(error)
+                pending.future.set_exception(self._broken)
+        self._pending.clear()
+        self._waiting.clear()
 
     def _take_chunk(self, chunk: RawChunk) -> None:
         pending = self._pending.get(chunk.item_id)
@@ -227,9 +237,12 @@ class ScoringStream:
     def _take(self, response: teacher_service_pb2.ScoreTrajectoriesResponse) -> None:
         kind = response.WhichOneof("payload")
         if kind == "credits":
-            self._credits = asyncio.Semaphore(response.credits)
-            self._granted_credits = response.credits
-            self._granted.set()
+            self._granted_credits, self._takes_many = response.credits, response.takes_many
+            self._wake.set()
+            return
+        if kind == "answers":
+            for answer in response.answers.answers:
+                self._take_answer(answer)
             return
         pending = self._pending.get(response.item_id)
         if pending is None or pending.future.done():
@@ -242,13 +255,30 @@ class ScoringStream:
             elif kind == "chunk":
                 self._add_chunk(pending, response.chunk)
             elif kind == "status":
-                self._end(response, pending)
+                self._end(response.item_id, response.status, pending)
         except TensorDecodeError as error:
             pending.future.set_exception(error)
 
-    def _end(self, response: teacher_service_pb2.ScoreTrajectoriesResponse, pending: _Pending) -> None:
-        if response.status.code != 0:
-            pending.future.set_exception(error_of(response.status))
+    def _take_answer(self, answer: teacher_service_pb2.ScoreAnswer) -> None:
+        pending = self._pending.get(answer.item_id)
+        if pending is None or pending.future.done():
+            return  # given up meanwhile
+        pending.wire_bytes += answer.ByteSize()
+        try:
+            if answer.HasField("header"):
+                pending.header = answer.header
+                pending.assembler = TensorAssembler(answer.header.tensors)
+                for chunk in answer.chunks:
+                    pending.assembler.add(chunk)
+            self._end(answer.item_id, answer.status, pending)
+        except TensorDecodeError as error:
+            pending.future.set_exception(error)
+
+    def _end(self, item_id: str, status: status_pb2.Status, pending: _Pending) -> None:
+        del self._pending[item_id]
+        self._wake.set()
+        if status.code != 0:
+            pending.future.set_exception(error_of(status))
             return
         if pending.header is None or pending.assembler is None:
             raise TensorDecodeError("answer without a header", field="header")
@@ -268,4 +298,6 @@ class ScoringStream:
             self._broken = UnavailableError("the stream was closed here")
             self._call.cancel()
         self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        self._writer.cancel()
+        await asyncio.gather(self._reader, self._writer, return_exceptions=True)
+        self._break(self._broken)

@@ -38,7 +38,7 @@ class InitConfig(Strict):
     @classmethod
     def _names_its_type(cls, config: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(config.get("model_type"), str):
-            raise ValueError("name the architecture, for example model_type: llama")
+            raise ValueError("name the architecture, for example model_type: llama")  # noqa: TRY004 - pydantic's
         if "vocab_size" in config:
             raise ValueError("vocab_size: it comes from the tokenizer; a larger one stands beside config, not in it")
         return config
@@ -88,7 +88,7 @@ class StageConfig(Strict):
     def _refuse_unknown_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if isinstance(value, dict) and "from" in value and "from_" in cls.model_fields:
             value = {("from_" if key == "from" else key): part for key, part in value.items()}
-        return super()._refuse_unknown_keys(value, handler)
+        return super()._refuse_unknown_keys(value, handler)  # type: ignore[operator, no-any-return]
 
 
 class StageDomain(Strict):
@@ -183,7 +183,9 @@ class OpdStage(TrainingStage):
     def _one_teacher(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {domain: {teachers: 1.0} if isinstance(teachers, str) else teachers for domain, teachers in value.items()}
+        return {
+            domain: {teachers: 1.0} if isinstance(teachers, str) else teachers for domain, teachers in value.items()
+        }
 
 
 class SoupStage(StageConfig):
@@ -275,5 +277,7 @@ class PipelineRecipe(Strict):
             if name == MODEL:
                 raise ValueError(f"{name}: that is what the pipeline begins with; choose another name")
             if not all(character.isalnum() or character in "._-" for character in name) or not name[:1].isalnum():
-                raise ValueError(f"{name!r}: a name has letters, digits, '.', '_' and '-', and begins with one of the first")
+                raise ValueError(
+                    f"{name!r}: a name has letters, digits, '.', '_' and '-', and begins with one of the first"
+                )
         return stages

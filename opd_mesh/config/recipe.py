@@ -154,9 +154,12 @@ class DiagnosticsConfig(Strict):
 
     # Steps that a mean is taken over; nothing is told before two of them.
     window_steps: int = Field(10, ge=1)
-    # Overlap of the likeliest tokens below this, that rose by less than `flat_overlap` from one window to the next.
-    low_overlap: float = Field(0.6, ge=0, le=1)
-    flat_overlap: float = Field(0.01, ge=0, le=1)
+    # Overlap of the likeliest tokens below this, that rose by less than `flat_overlap` from one window to the next, while
+    # the KL to that teacher stays above `high_kl` (nats a token) and falls by less than the share `flat_kl`.
+    low_overlap: float = Field(0.7, ge=0, le=1)
+    flat_overlap: float = Field(0.02, ge=0, le=1)
+    high_kl: float = Field(0.5, ge=0, allow_inf_nan=False)
+    flat_kl: float = Field(0.1, ge=0, le=1)
     # The student's entropy below this share of what it was at first.
     collapsed_entropy: float = Field(0.1, ge=0, lt=1)
     # Responses longer than at first by this factor.
@@ -308,6 +311,11 @@ class Recipe(Strict):
         for domain_name, domain in self.trained_domains.items():
             if domain.verifier is None:
                 raise ValueError(f"domains.{domain_name}.verifier: {name} needs rewards; name a verifier")
+            if domain.others is not None:
+                raise ValueError(
+                    f"domains.{domain_name}.others: {name} needs rewards, and other prompts are never verified; leave "
+                    "them out"
+                )
         if objective.kl is not None and self.rollout.temperature != 1:
             raise ValueError(
                 "rollout.temperature: the reference's log-probabilities are of temperature 1, so objective.kl needs "

@@ -283,6 +283,11 @@ def prove_layouts(model: Any, *, seed: int = 0, max_probe_tokens: int = 512) -> 
                 lines.append(f"{layout}: refused, neighbours leak into each other by {leak:.1e}")
             else:
                 lines.append(f"{layout}: refused, differs from a lone sequence by {difference:.1e}")
+    if BatchLayout.SHARED in allowed and BatchLayout.PADDED not in allowed:
+        # The probe fills one row of it, but more tokens fill several, padded to the same length.
+        allowed.remove(BatchLayout.SHARED)
+        errors[BatchLayout.SHARED] = errors[BatchLayout.PADDED]
+        lines[0] = f"{BatchLayout.SHARED}: refused, its rows stand beside each other as {BatchLayout.PADDED} ones do"
     allowed.append(BatchLayout.LONE)
     errors[BatchLayout.LONE] = 0.0
     lines.append(

@@ -95,7 +95,9 @@ def resolve(plan: Plan, choice_of: Callable[[str], int | None], files: FileDiges
     def input_of(source: str | Path) -> str | Path | None:
         if isinstance(source, Path):
             if not source.is_dir():
-                raise ModelNotFoundError(f"{source} does not exist; give the folder of a checkpoint", field="model.path")
+                raise ModelNotFoundError(
+                    f"{source} does not exist; give the folder of a checkpoint", field="model.path"
+                )
             return source
         job_id, _, part = source.partition("#")
         resolved = found[job_id]
@@ -187,9 +189,7 @@ def _recipe(recipe: Recipe, files: FileDigests, written: set[str]) -> dict[str, 
     return value
 
 
-def _domain(
-    recipe: Recipe, name: str, files: FileDigests, *, keep_share: bool, written: bool = False
-) -> list[Any]:
+def _domain(recipe: Recipe, name: str, files: FileDigests, *, keep_share: bool, written: bool = False) -> list[Any]:
     """[name, configuration with contents in the place of files, its effort]."""
     config = recipe.domains[name]
     value = _without(config.model_dump(mode="json"), ("verifier.timeout_s",))

@@ -63,6 +63,7 @@ def make_random(config: InitConfig, seed: int, out: Path) -> None:
         ConfigError: transformers cannot build it.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = character_tokenizer(config.characters, config.extra_tokens)
@@ -77,7 +78,7 @@ def make_random(config: InitConfig, seed: int, out: Path) -> None:
         built = AutoConfig.for_model(config.config["model_type"], **fields)
         torch.manual_seed(seed)
         model: Any = AutoModelForCausalLM.from_config(built)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
         raise ConfigError(f"transformers cannot build this model: {error}", field="model.init.config") from error
     _save(model.float(), tokenizer, out)
     log.info("%d parameters, %d tokens", sum(p.numel() for p in model.parameters()), len(tokenizer))
@@ -110,9 +111,7 @@ def make_soup(models: Sequence[Path], weights: Sequence[float], out: Path) -> No
             )
     vocabulary = load_tokenizer(first).get_vocab()
     for model in models[1:]:
-        found = first_difference(
-            vocabulary, load_tokenizer(model).get_vocab(), name_a=str(first), name_b=str(model)
-        )
+        found = first_difference(vocabulary, load_tokenizer(model).get_vocab(), name_a=str(first), name_b=str(model))
         if found is not None:
             raise TokenizerMismatchError(f"models of a soup need the same tokenizer: {found}", field="of")
     places: list[dict[str, Any]] = []

@@ -81,7 +81,8 @@ def _check_names(pipeline: PipelineRecipe) -> dict[str, list[str]]:
             if other not in with_models:
                 what = "only evaluates and has no model" if other in stages else "is no stage"
                 raise ConfigError(
-                    f"{field}: {other!r} {what}; stages with a model are {', '.join([MODEL, *with_models])}", field=field
+                    f"{field}: {other!r} {what}; stages with a model are {', '.join([MODEL, *with_models])}",
+                    field=field,
                 )
             needs[name].append(other)
         for field, domain in _domains_named(name, stage):

@@ -13,6 +13,7 @@ from opd_mesh.errors import ConfigError
 
 # Sections that are one of several models: under another name they are replaced, not merged.
 _CHOICES = ("objective", "optimizer")
+_SECTIONS = (*_CHOICES, "run", "student", "rollout", "batch", "evaluation", "checkpoint")
 # What is the pipeline's to say, and where it says it.
 _NOT_HERE = {
     "domains": "stages choose from the pipeline's `domains`",
@@ -72,12 +73,14 @@ def check_part(part: Mapping[str, Any], field: str) -> None:
     for key, where in _NOT_HERE.items():
         if has(part, key):
             raise ConfigError(f"{field}.{key}: leave it out; {where}", field=f"{field}.{key}")
-    for section in ("run", *_CHOICES):
+    for section in _SECTIONS:
         if section in part and not isinstance(part[section], Mapping):
             raise ConfigError(f"{field}.{section}: write a mapping", field=f"{field}.{section}")
 
 
-def whole_recipe(value: Mapping[str, Any], *, own: Mapping[str, Any], defaults: Mapping[str, Any], field: str) -> Recipe:
+def whole_recipe(
+    value: Mapping[str, Any], *, own: Mapping[str, Any], defaults: Mapping[str, Any], field: str
+) -> Recipe:
     """Validate what a job will run.
 
     Args:

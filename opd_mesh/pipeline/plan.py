@@ -3,12 +3,11 @@ found before the first one begins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_mesh.config.base import Strict
 from opd_mesh.config.pipeline import (
     MODEL,
     BaseStage,
@@ -18,7 +17,6 @@ from opd_mesh.config.pipeline import (
     PipelineRecipe,
     SoupStage,
     SpecialistStage,
-    Stage,
     TrainingStage,
 )
 from opd_mesh.config.recipe import Recipe
@@ -251,7 +249,9 @@ class _Planner:
         field = f"stages.{name}.sweep"
         for domain in own:
             if self._pipeline.domains[domain].verifier is None:
-                raise ConfigError(f"{field}: what is best is told by answers to {domain}; give it a verifier", field=field)
+                raise ConfigError(
+                    f"{field}: what is best is told by answers to {domain}; give it a verifier", field=field
+                )
         if any(recipe.evaluation.accuracy is None for recipe in recipes):
             raise ConfigError(
                 f"{field}: the best is chosen by validation accuracy; set evaluation.accuracy in the stage or in "
@@ -310,7 +310,7 @@ class _Planner:
             {
                 "objective": SftConfig().model_dump(),
                 "run": {"name": f"{name}-answers", "seed": seed, "steps": 1},
-                "student": {"path": str(PLACEHOLDER), "lora": None},
+                "student": {"path": str(PLACEHOLDER)},
                 "evaluation": {**held_out, "accuracy": {}},  # a rollout server is needed
             },
         )

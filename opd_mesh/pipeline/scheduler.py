@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any
 
 
 class JobFailedError(Exception):
@@ -54,9 +55,9 @@ async def run_jobs(
                 running[asyncio.create_task(_call(work, job), name=job)] = job
             if not running:
                 break
-            watched = {*running} if stop.is_set() else {*running, stopped}
+            watched: set[asyncio.Task[Any]] = {*running} if stop.is_set() else {*running, stopped}
             ended, _ = await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
-            for task in ended & running.keys():
+            for task in [task for task in running if task in ended]:
                 job = running.pop(task)
                 error = asyncio.CancelledError() if task.cancelled() else task.exception()
                 if error is None:

@@ -60,7 +60,7 @@ class Store:
         try:
             body = json.loads((path / FILE).read_text(encoding="utf-8"))
             if body["format"] != FORMAT or body["digest"] != digest:
-                raise ValueError("it is of another digest or format")  # noqa: TRY004
+                raise ValueError("it is of another digest or format")
             for name, (size, modified_ns, expected) in body["files"].items():
                 file = path / name
                 stat = file.stat()

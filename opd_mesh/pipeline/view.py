@@ -178,4 +178,6 @@ class PipelineView:
 
 def accuracies_line(accuracies: Mapping[str, float]) -> str:
     """``accuracy add 81%  sort 40%``."""
-    return "accuracy " + "  ".join(f"{domain} {value:.0%}" for domain, value in accuracies.items()) if accuracies else ""
+    return (
+        "accuracy " + "  ".join(f"{domain} {value:.0%}" for domain, value in accuracies.items()) if accuracies else ""
+    )

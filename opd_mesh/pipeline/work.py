@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,6 @@ from opd_mesh.pipeline.store import Artefact, Store, write_durably
 from opd_mesh.pipeline.view import JobView
 from opd_mesh.supervisor import LocalMesh, run_mesh, run_training
 
-STOP_TIMEOUT_S = 20.0
 MODEL, STUDENT, ANSWERS, SCORES, CHOICE = "model", "student", "answers", "scores.json", "choice.json"
 # Of a run that has ended; what is told of it stays: metrics, evaluations, report, logs.
 _USED_UP = ("checkpoints", "valkey", "rollout-log", "heads", "heldout", "spill", "services")
@@ -101,7 +99,8 @@ class Worker:
         view.activity("making the model")
         started = time.monotonic()
         await self._making(folder, job, folder / MODEL)
-        self._finish(resolved, folder, files=[MODEL], model=MODEL, facts={"seconds": time.monotonic() - started})
+        facts = {"seconds": time.monotonic() - started}
+        await asyncio.to_thread(self._finish, resolved, folder, files=[MODEL], model=MODEL, facts=facts)
 
     async def _making(self, folder: Path, job: Mapping[str, Any], out: Path) -> None:
         """Run :mod:`.making` in a process of its own."""
@@ -110,8 +109,10 @@ class Worker:
         config.write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "opd_mesh.pipeline.making", "--config", str(config), "--out", str(out)]
         with log_path.open("wb") as file:
-            process = subprocess.Popen(
-                [*command, "--die-with-parent", str(os.getpid())],
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                "--die-with-parent",
+                str(os.getpid()),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -119,19 +120,16 @@ class Worker:
                 pass_fds=self._keep_open,
                 env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             )
+        ended, stopped = asyncio.create_task(process.wait()), asyncio.create_task(self._stop.wait())
         try:
-            while process.poll() is None:
-                if self._stop.is_set():
-                    raise JobStoppedError
-                await asyncio.sleep(0.05)
+            await asyncio.wait({ended, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                raise JobStoppedError
         finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-                try:
-                    await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            stopped.cancel()
+            if not ended.done():
+                process.kill()  # what it leaves is thrown away
+                await ended
         if process.returncode:
             raise PreconditionError(_last_error(log_path) or f"it ended with code {process.returncode}: see {log_path}")
 
@@ -183,7 +181,8 @@ class Worker:
             "accuracies": _accuracies(folder),
         }
         files = [name for name in (STUDENT, "metrics.jsonl", "evaluations.jsonl") if (folder / name).exists()]
-        self._finish(resolved, folder, files=[*dict.fromkeys([model, *files])], model=model, facts=facts)
+        files = list(dict.fromkeys([model, *files]))
+        await asyncio.to_thread(self._finish, resolved, folder, files=files, model=model, facts=facts)
         for name in _USED_UP:
             await asyncio.to_thread(shutil.rmtree, folder / name, ignore_errors=True)
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import re
-import tempfile
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from opd_mesh.errors import PreconditionError
+from opd_mesh.report.accuracy import AccuracyRow, accuracy_rows, accuracy_verdict
 from opd_mesh.report.data import RunData, load_run, mapping, median, number
-from opd_mesh.stream_redis import redacted_url
+from opd_mesh.report.page import flat, missing_package, render, sections, write
+from opd_mesh.report.words import format_bytes, format_count, format_duration, signed_percent
 
 # A change smaller than this share is called no change: held-out sets are small.
 NOTICEABLE = 0.02
 HEADLINE = "all fixed answers"
-SECRET_KEY = re.compile(r"passw|secret|api_?key|credential|private_key", re.I)
+# What a page is about where it is not distillation.
+OBJECTIVES = {"sft": "fine-tuning", **dict.fromkeys(("grpo", "dapo", "dr_grpo"), "reinforcement learning")}
 STATUS_TONES = {
     "ok": ("completed", "complete", "finished", "done", "succeeded"),
     "bad": ("failed", "error", "diverged", "aborted", "crashed"),
@@ -76,7 +74,7 @@ class DomainRow:
     length: Change
 
 
-def build_report(run_dir: Path) -> Path:
+def build_run_report(run_dir: Path) -> Path:
     """Write ``RUN_DIR/report.html`` (replacing it atomically) from what the run has left so far; returns its path.
 
     Raises:
@@ -85,50 +83,42 @@ def build_report(run_dir: Path) -> Path:
     """
     run = load_run(Path(run_dir))
     try:
-        import jinja2
-
         from opd_mesh.report import figures
     except ImportError as error:
-        raise PreconditionError(
-            f"a report needs the package {error.name}: pip install 'opd-mesh[trainer]'", field="run_dir"
-        ) from error
+        raise missing_package(error) from error
     cast = _cast(run)
     heldout = figures.heldout_series(run)
     rows = _domain_rows(run, cast, heldout)
+    accuracies = accuracy_rows(run)
     status, tone = _status(run)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names and messages come from recipes and from other machines
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(kl=format_kl, count=format_count)
-    page = environment.get_template("template.html.j2").render(
+    text = render(
+        "template.html.j2",
         run_id=str(
             run.summary.get("run_id") or mapping(run.recipe.get("run")).get("name") or run.run_dir.resolve().name
         ),
         status=status,
         status_tone=tone,
-        verdict=_verdict(run, rows),
+        eyebrow=OBJECTIVES.get(str(mapping(run.recipe.get("objective")).get("name")), "distillation"),
+        verdict=_whole_verdict(run, rows, accuracies),
         student=_student(run),
         teachers=_teachers(run, cast),
         tiles=_tiles(run),
         warnings=[str(item) for item in _listed(run.summary.get("warnings"))],
         notes=run.notes,
+        accuracies=accuracies,
+        accuracy_figures=figures.accuracy_figures(run, cast),
         rows=rows,
         show_on_policy=any(row.on_policy.known for row in rows),
         show_length=any(row.length.known for row in rows),
         heldout_keys=figures.heldout_keys(heldout),
         heldout_figures=figures.heldout_figures(run, heldout, cast),
         figures=figures.step_figures(run, cast),
-        settings=[(section, _flat(value)) for section, value in _sections(run.recipe)],
-        environment=_flat(mapping(run.summary.get("environment"))),
+        settings=[(section, flat(value)) for section, value in sections(run.recipe)],
+        environment=flat(mapping(run.summary.get("environment"))),
         unfinished=not run.summary,
-        written_at=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         run_dir=str(run.run_dir.resolve()),
     )
-    return _write(run.run_dir / "report.html", page)
+    return write(run.run_dir / "report.html", text)
 
 
 # --- who ---------------------------------------------------------------------------------------------------------
@@ -164,7 +154,7 @@ def _teachers(run: RunData, cast: Any) -> list[dict[str, Any]]:
                 "key": cast.key(teacher),
                 "source": str(source or ""),
                 "domains": ", ".join(domains),
-                "card": _flat(mapping(cards.get(teacher))),
+                "card": flat(mapping(cards.get(teacher))),
             }
         )
     return teachers
@@ -200,16 +190,34 @@ def _domain_rows(run: RunData, cast: Any, heldout: dict[str, dict[str, Any]]) ->
             for teacher, weight in weights.items()
             if teacher in cast.teachers
         ]
-        rows.append(
-            DomainRow(
-                name,
-                teachers,
-                sets or [("not measured", Change(None, None))],
-                change(on_policy.get(name), f"on_policy_kl/{name}"),
-                change(lengths.get(name), f"response_length/{name}"),
-            )
-        )
+        fresh = change(on_policy.get(name), f"on_policy_kl/{name}")
+        length = change(lengths.get(name), f"response_length/{name}")
+        if sets or fresh.known or length.known:
+            rows.append(DomainRow(name, teachers, sets or [("not measured", Change(None, None))], fresh, length))
     return rows
+
+
+def _whole_verdict(run: RunData, rows: list[DomainRow], accuracies: list[AccuracyRow]) -> tuple[str, str]:
+    """What became of right answers comes first, where that was measured; then the distance to the teachers."""
+    told = accuracy_verdict(accuracies)
+    distance = _verdict(run, rows)
+    if told is None:
+        return distance if rows or run.metrics.keys_under("kl/") else _loss_verdict(run)
+    so_far = f"So far, at step {run.last_step}: " if not run.summary else ""
+    if not any(row.sets[0][1].ratio is not None for row in rows):
+        return so_far + told[0], told[1]
+    return f"{so_far}{told[0]} {distance[0].removeprefix(so_far)}", told[1]
+
+
+def _loss_verdict(run: RunData) -> tuple[str, str]:
+    """Of a run without teachers and without evaluations."""
+    values = run.metrics.series("loss").values
+    if len(values) < 2 or mapping(run.recipe.get("objective")).get("name") != "sft":  # another's loss says little
+        return "Nothing has been measured on held-out prompts.", "flat"
+    share = max(1, len(values) // 10)
+    first, last = sum(values[:share]) / share, sum(values[-share:]) / share
+    tone = "good" if last < first * (1 - NOTICEABLE) else "flat"
+    return f"The loss went from {first:.3f} to {last:.3f}; nothing has been measured on held-out prompts.", tone
 
 
 def _verdict(run: RunData, rows: list[DomainRow]) -> tuple[str, str]:
@@ -286,96 +294,5 @@ def _tiles(run: RunData) -> list[tuple[str, str, str]]:
     return [tile for tile in tiles if tile[1] != "—"]
 
 
-# --- words and numbers -------------------------------------------------------------------------------------------
-def signed_percent(share: float) -> str:
-    """−0.684 → "−68 %"; beyond tenfold growth as a factor."""
-    if share >= 10:
-        return f"×{share + 1:.3g}"
-    text = f"{abs(share) * 100:.0f} %" if abs(share) >= 0.0995 else f"{abs(share) * 100:.1f} %"
-    return ("+" if share >= 0 else "−") + text
-
-
-def format_kl(value: float | None) -> str:
-    if value is None:
-        return "—"
-    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2e}"
-
-
-def format_count(value: float | None) -> str:
-    if value is None:
-        return "—"
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
-
-
-def format_bytes(value: float | None) -> str:
-    if not value:
-        return "—"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:,.3g} TiB"
-
-
-def format_duration(seconds: float | None) -> str:
-    if seconds is None or seconds < 0:
-        return "—"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes} min"
-
-
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _sections(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Top-level values together first, then one table per section."""
-    plain = {key: value for key, value in recipe.items() if not isinstance(value, dict)}
-    nested = [(key, value) for key, value in recipe.items() if isinstance(value, dict) and value]
-    return ([("general", plain)] if plain else []) + nested
-
-
-def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """Nested settings → (dotted key, text). Passwords do not reach the page: a report is made to be passed on."""
-    if isinstance(value, dict) and value:
-        return [row for key, item in value.items() for row in _flat(item, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, dict):
-        return [(path, "—")] if path else []
-    if value is not None and SECRET_KEY.search(path.rsplit(".", 1)[-1]):
-        return [(path, "***")]
-    if isinstance(value, list | tuple):
-        return [(path, ", ".join(_scalar(item) for item in value) or "—")]
-    return [(path, _scalar(value))]
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None:
-        return "—"
-    if isinstance(value, dict):
-        return "; ".join(f"{key}: {text}" for key, text in _flat(value))
-    text = str(value)
-    return redacted_url(text) if "://" in text and not re.search(r"\s", text) else text
-
-
-def _write(path: Path, page: str) -> Path:
-    """Whoever has the page open never sees half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".report-", suffix=".html")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path

@@ -89,15 +89,21 @@ def load_run(run_dir: Path) -> RunData:
     """
     if not run_dir.is_dir():
         raise NotFoundError(f"there is no run directory {run_dir}", field="run_dir")
-    run = RunData(run_dir)
-    run.metrics = _read_log(run_dir / "metrics.jsonl", run.notes)
-    run.evaluations = _read_log(run_dir / "evaluations.jsonl", run.notes)
+    run = read_run(run_dir)
     if not run.metrics.records and not run.evaluations.records:
         raise NotFoundError(
             f"{run_dir} holds no metrics to report on: metrics.jsonl (a line per optimizer step) and evaluations.jsonl "
             "(a line per evaluation) are absent or have no complete line",
             field="run_dir",
         )
+    return run
+
+
+def read_run(run_dir: Path) -> RunData:
+    """The same, though there may be nothing yet."""
+    run = RunData(run_dir)
+    run.metrics = _read_log(run_dir / "metrics.jsonl", run.notes)
+    run.evaluations = _read_log(run_dir / "evaluations.jsonl", run.notes)
     run.recipe = _read_mapping(run, run_dir / "recipe.yaml", yaml.safe_load)
     run.summary = _read_mapping(run, run_dir / "summary.json", json.loads, expected=False)
     return run

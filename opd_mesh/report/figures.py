@@ -52,7 +52,9 @@ class Cast:
         return self.teachers.index(teacher)
 
     def domain_colour(self, domain: str) -> int | None:
-        """Its only teacher's colour; none when several (or no known) teachers mark it."""
+        """Its only teacher's colour; none when several (or no known) teachers mark it. Without teachers its own."""
+        if not any(self.domains.values()):
+            return list(self.domains).index(domain) if domain in self.domains else None
         teachers = [teacher for teacher in self.domains.get(domain, {}) if teacher in self.teachers]
         return self.index(teachers[0]) if len(teachers) == 1 else None
 
@@ -111,78 +113,106 @@ def heldout_figures(run: RunData, series_by_domain: dict[str, dict[str, Series]]
     return cards
 
 
-def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
-    """What is measured at every optimizer step; figures without any point are left out."""
-    cards: list[FigureCard] = []
-    log = run.metrics
+def accuracy_figures(run: RunData, cast: Cast) -> list[FigureCard]:
+    """The share of right answers over evaluations, in all domains."""
+    cards = Cards(run.evaluations, cast)
+    lines = [Line(one.label, _times(one.series, 100.0), one.colour, one.style) for one in cards.by_domain("accuracy/")]
+    cards.add(
+        "accuracy",
+        "Accuracy",
+        "Right answers to prompts kept out of training, in percent; domains that are not trained on show what is "
+        "forgotten, or comes along.",
+        [Panel(lines, "% right", top=100.0, exact=True)],
+        keys_of(lines),
+    )
+    unparsed = cards.by_domain("unparsed/")
+    lengths = cards.by_domain("answer_length/")
+    shown = [line for line in unparsed if any(line.series.values)]
+    cards.add(
+        "answers",
+        "Answers to these prompts",
+        "Their length, and the share of them from which no answer could be taken: they count as wrong.",
+        [
+            Panel(lengths, "tokens per answer", exact=True),
+            Panel(shown, "share without an answer", top=1.0, exact=True),
+        ],
+        keys_of(lengths, shown),
+    )
+    return cards.cards
 
-    def add(name: str, title: str, meaning: str, panels: Sequence[Panel], keys: list[Key] | None = None) -> None:
+
+def _times(series: Series, factor: float) -> Series:
+    return Series(series.steps, [value * factor for value in series.values])
+
+
+class Cards:
+    """The cards of a page's figures over optimizer steps, as they are added; those without any point are left out."""
+
+    def __init__(self, log: Log, cast: Cast) -> None:
+        self.log = log
+        self.cast = cast
+        self.cards: list[FigureCard] = []
+
+    def add(self, name: str, title: str, meaning: str, panels: Sequence[Panel], keys: list[Key] | None = None) -> None:
+        """``name`` is unique in the page; panels stand under each other."""
         shown = [panel for panel in panels if drawable([panel])]
         if shown:
             # The markup is our own; the description is escaped in draw().
             svg = Markup(draw(name, shown, f"{title} over optimizer steps"))
-            cards.append(FigureCard(title, meaning, svg, keys or []))
+            self.cards.append(FigureCard(title, meaning, svg, keys or []))
 
-    def per_teacher(prefix: str) -> list[Line]:
+    def per_teacher(self, prefix: str) -> list[Line]:
+        """A line for each teacher that has the metric, in its colour."""
         lines = []
-        for teacher in cast.teachers:
-            index = cast.index(teacher)
-            lines.append(Line(teacher, log.series(prefix + teacher), index, line_style(index)))
+        for teacher in self.cast.teachers:
+            index = self.cast.index(teacher)
+            lines.append(Line(teacher, self.log.series(prefix + teacher), index, line_style(index)))
         return [line for line in lines if line.series]
 
-    def keys_of(lines: Sequence[Line]) -> list[Key]:
-        return [cast.key(line.label) for line in lines]
+    def by_domain(self, prefix: str) -> list[Line]:
+        """Domains in their teacher's colour; the dash tells those of one colour apart."""
+        lines: list[Line] = []
+        for domain in self.log.keys_under(prefix):
+            colour = self.cast.domain_colour(domain)
+            before = sum(line.colour == colour for line in lines)
+            lines.append(Line(domain, self.log.series(f"{prefix}{domain}"), colour, DASHES[before % len(DASHES)]))
+        return [line for line in lines if line.series]
 
-    def single(key: str) -> list[Line]:
-        return [Line(key, log.series(key))]
+    def single(self, key: str) -> list[Line]:
+        """One line in neutral ink."""
+        return [Line(key, self.log.series(key))]
 
-    kl = per_teacher("kl/")
-    add(
-        "kl",
-        "On-policy KL to each teacher",
-        "How far the student is from the teacher on text that the student has just written; this is what training "
-        "pushes down, and it is noisy because every step has other text.",
-        [Panel(kl, "nats per token")],
-        keys_of(kl),
-    )
-    by_domain = _by_domain(log, cast)
-    # With one teacher of its own for every domain this would be the figure above once more.
-    if any(len(cast.domains.get(line.label, {})) != 1 for line in by_domain) or len(by_domain) > len(kl):
-        add(
-            "kl_domain",
-            "On-policy KL by domain",
-            "The same distance, by the kind of prompt: a teacher of several domains may be easy to follow in one and "
-            "hard in another.",
-            [Panel(by_domain, "nats per token")],
-            [Key(line.label, css_colour(line.colour), line.style) for line in by_domain],
-        )
-    gaps = _entropy_gaps(log, per_teacher("entropy/"))
-    add(
-        "entropy",
-        "Entropy gap",
-        "The student's uncertainty minus the teacher's: above zero the student is less decided than its teacher, below "
-        "zero it is too sure of itself.",
-        [Panel(gaps, "nats, student − teacher", from_zero=False, zero_line=True)],
-        keys_of(gaps),
-    )
-    overlap = per_teacher("overlap/")
-    add(
-        "overlap",
-        "Overlap",
-        "The share of the student's likeliest next tokens that are also among the teacher's (1 means that both "
-        "consider the same words), and the probability that the student gives to those they share.",
-        [
-            Panel(overlap, "share of the likeliest tokens", top=1.0),
-            Panel(per_teacher("overlap_mass/"), "student's probability on them", top=1.0),
-        ],
-        keys_of(overlap),
-    )
-    add(
-        "length",
-        "Response length",
-        "Tokens per answer; a sudden rise or collapse means that the student has found a shortcut rather than a skill.",
-        [Panel(single("response_length"), "tokens")],
-    )
+    def named(self, *names: tuple[str, str], first: int = 0) -> list[Line]:
+        """Metrics beside each other as (metric, label), in the palette's colours from the ``first`` on."""
+        lines = [Line(label, self.log.series(key), index) for index, (key, label) in enumerate(names, start=first)]
+        return [line for line in lines if line.series]
+
+    def teacher_keys(self, *lines: Line) -> list[Key]:
+        """The legend of teachers' lines."""
+        return [self.cast.key(line.label) for line in lines]
+
+
+def keys_of(*groups: Sequence[Line]) -> list[Key]:
+    """The legend of lines, each label once."""
+    found = {line.label: Key(line.label, css_colour(line.colour), line.style) for lines in groups for line in lines}
+    return list(found.values())
+
+
+def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
+    """What is measured at every optimizer step; figures without any point are left out."""
+    from opd_mesh.report.training_figures import add_distillation, add_responses, add_rewards
+
+    cards = Cards(run.metrics, cast)
+    add_rewards(cards)
+    add_distillation(cards)
+    add_responses(cards)
+    _add_machinery(cards)
+    return cards.cards
+
+
+def _add_machinery(cards: Cards) -> None:
+    """What the trainer and the mesh do."""
+    add, single, log = cards.add, cards.single, cards.log
     add(
         "loss",
         "Loss and gradient norm",
@@ -219,27 +249,3 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
         [Panel(stack, "seconds per step", stacked=True)],
         [Key(phase.replace("_", " "), f"var(--p{index % PALETTE_SIZE})") for index, phase in enumerate(phases)],
     )
-    return cards
-
-
-def _by_domain(log: Log, cast: Cast) -> list[Line]:
-    """Domains in their teacher's colour; the dash tells those of one colour apart."""
-    lines: list[Line] = []
-    for domain in log.keys_under("kl_domain/"):
-        colour = cast.domain_colour(domain)
-        before = sum(line.colour == colour for line in lines)
-        lines.append(Line(domain, log.series(f"kl_domain/{domain}"), colour, DASHES[before % len(DASHES)]))
-    return [line for line in lines if line.series]
-
-
-def _entropy_gaps(log: Log, teachers: Sequence[Line]) -> list[Line]:
-    student = log.series("entropy/student")
-    entropy_at = dict(zip(student.steps, student.values, strict=True))
-    lines = []
-    for line in teachers:
-        pairs = zip(line.series.steps, line.series.values, strict=True)
-        gaps = [(step, entropy_at[step] - value) for step, value in pairs if step in entropy_at]
-        if gaps:
-            steps, values = [step for step, _ in gaps], [value for _, value in gaps]
-            lines.append(Line(line.label, Series(steps, values), line.colour, line.style))
-    return lines

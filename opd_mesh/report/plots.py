@@ -38,15 +38,15 @@ _VARIABLES |= {"#0c0d01": "var(--plot-text)", "#0c0d02": "var(--grid)", "#0c0d03
 _VARIABLES |= {"#0c0d04": "var(--neutral)", "#0c0d05": "var(--surface)"}
 _SERIES = [name for name in _VARIABLES if name.startswith("#0a0b")]
 _PHASES = [name for name in _VARIABLES if name.startswith("#0a0c")]
-_TEXT, _GRID, _AXIS, NEUTRAL, _SURFACE = (name for name in _VARIABLES if name.startswith("#0c0d"))
+_TEXT, _GRID, AXIS, NEUTRAL, SURFACE = (name for name in _VARIABLES if name.startswith("#0c0d"))
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",  # for the layout; the page's own font is put in afterwards
     "font.size": 8.5,
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
-    "axes.edgecolor": _AXIS,
+    "axes.edgecolor": AXIS,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -56,7 +56,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid.axis": "y",
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": _AXIS,
+    "xtick.color": AXIS,
     "xtick.labelcolor": _TEXT,
     "xtick.major.size": 3,
     "ytick.major.size": 0,
@@ -106,7 +106,7 @@ def draw(name: str, panels: Sequence[Panel], description: str, *, small: bool = 
     width, height = SMALL_INCHES if small else PANEL_INCHES
     if len(panels) > 1:
         height = STACKED_PANEL_HEIGHT_INCHES * len(panels)
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.05, hspace=0.04))
         FigureCanvasSVG(figure)
         all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -121,7 +121,7 @@ def draw(name: str, panels: Sequence[Panel], description: str, *, small: bool = 
         all_axes[-1].set_xlabel("optimizer step")
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(text.getvalue(), name, description)
+    return inline(text.getvalue(), name, description)
 
 
 def bucketed(series: Series) -> tuple[list[float], list[float], list[float], list[float]]:
@@ -156,7 +156,8 @@ def smoothed(values: Sequence[float], reach: int) -> list[float]:
     return result
 
 
-def _colour(index: int | None) -> str:
+def colour_of(index: int | None) -> str:
+    """The stand-in of a colour of the palette; None: of the neutral ink."""
     return NEUTRAL if index is None else _SERIES[index % PALETTE_SIZE]
 
 
@@ -166,11 +167,11 @@ def _phase(index: int | None) -> str:
 
 def _draw_lines(axes: Axes, panel: Panel) -> None:
     if panel.zero_line:
-        axes.axhline(0, color=_AXIS, linewidth=1.0, zorder=1.5)
+        axes.axhline(0, color=AXIS, linewidth=1.0, zorder=1.5)
     for line in panel.lines:
         if not line.series:
             continue
-        colour = _colour(line.colour)
+        colour = colour_of(line.colour)
         steps, means, lows, highs = bucketed(line.series)
         if panel.exact and highs == means and len(steps) >= MARKERS_BELOW:
             axes.plot(steps, means, line.style, color=colour, zorder=3)
@@ -178,7 +179,7 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
         if len(steps) < MARKERS_BELOW:
             # Few points (evaluations, a run just begun): every one is a measurement to be seen.
             axes.plot(
-                steps, means, line.style, color=colour, marker="o", markersize=5, markeredgecolor=_SURFACE, zorder=3
+                steps, means, line.style, color=colour, marker="o", markersize=5, markeredgecolor=SURFACE, zorder=3
             )
             continue
         if highs != means:
@@ -203,12 +204,12 @@ def _draw_stack(axes: Axes, panel: Panel) -> None:
     if len(grid) < MARKERS_BELOW:
         gap = min((b - a for a, b in itertools.pairwise(grid)), default=1.0)
         for line, row in zip(lines, rows, strict=True):
-            axes.bar(grid, row, bottom=floor, width=gap * 0.7, color=_phase(line.colour), edgecolor=_SURFACE)
+            axes.bar(grid, row, bottom=floor, width=gap * 0.7, color=_phase(line.colour), edgecolor=SURFACE)
             floor = [low + value for low, value in zip(floor, row, strict=True)]
         return
     for line, row in zip(lines, rows, strict=True):
         ceiling = [low + value for low, value in zip(floor, row, strict=True)]
-        axes.fill_between(grid, floor, ceiling, color=_phase(line.colour), edgecolor=_SURFACE, linewidth=0.6, alpha=0.9)
+        axes.fill_between(grid, floor, ceiling, color=_phase(line.colour), edgecolor=SURFACE, linewidth=0.6, alpha=0.9)
         floor = ceiling
 
 
@@ -232,7 +233,7 @@ def _short_scientific(value: float, _position: int | None = None) -> str:
     return "0" if value == 0 else re.sub(r"\.?0*e([-+])0*", r"e\1", f"{value:.2e}")
 
 
-def _inline(svg: str, name: str, description: str) -> str:
+def inline(svg: str, name: str, description: str) -> str:
     """Matplotlib's document → an element that lives in the page: themed, named, without ids in common with others."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)

@@ -13,7 +13,7 @@ import pytest
 from mesh import mesh, new_trainer, running_valkey, serving_rollouts, tiny_family, tiny_recipe
 from test_run import lines_of, whole_run
 
-from opd_mesh.clients.rollout import RolloutClient
+from opd_mesh.clients.rollout import RolloutClient, Written
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import RolloutServerConfig
 from opd_mesh.errors import ConfigError, RequestConflictError
@@ -136,13 +136,13 @@ async def test_a_slow_trainer_finds_responses_waiting_and_leaves_the_servers_idl
 
 
 async def test_a_slow_server_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = RolloutClient.generate
+    write = RolloutClient.write
 
-    async def slow(self: RolloutClient, *arguments: Any, **named: Any) -> Trajectory:
+    async def slow(self: RolloutClient, *arguments: Any, **named: Any) -> Written:
         await asyncio.sleep(0.2)
-        return await generate(self, *arguments, **named)
+        return await write(self, *arguments, **named)
 
-    monkeypatch.setattr(RolloutClient, "generate", slow)
+    monkeypatch.setattr(RolloutClient, "write", slow)
     for bound in (0, 1):
         recipe = recipe_of(tmp_path, max_staleness=bound, run={"steps": 3})
         await whole_run(recipe, tmp_path, f"run-{bound}")

@@ -74,7 +74,7 @@ def with_a_log(folder: Path, *, steps_between_deaths: int | None, deterministic:
     for number in range(REQUESTS):
         params = params_of(number)
         states[params.key] = RequestState(params, lineage=1)
-        requests.begin(states[params.key])
+        requests.begin([states[params.key]])
         engine.submit(GenerationRequest(params.key, params.prompt_ids, params.sampling))
     deaths = 0
     while True:

@@ -852,31 +852,38 @@ async def test_our_client_attaches_again_where_the_stream_breaks(slow: Served, m
     sampling = replace(LONG, max_new_tokens=40)
     undisturbed = await listen(slow, slow.spec(sampling=sampling))
     monkeypatch.setattr("opd_mesh.clients.rollout.REATTACH_DELAY_S", 0.01)
-    asked: list[int] = []
-    generate = RolloutServicer.Generate
+    asked: list[list[str]] = []
+    generate = RolloutServicer.GenerateBatch
 
-    async def breaking(self: RolloutServicer, request: Any, context: Any) -> AsyncIterator[Any]:
-        asked.append(request.from_index)
-        async for response in generate(self, request, context):
+    async def breaking(self: RolloutServicer, requests: Any, context: Any) -> AsyncIterator[Any]:
+        names: list[str] = []
+        asked.append(names)
+
+        async def heard() -> AsyncIterator[Any]:
+            async for request in requests:
+                names.extend(item.request.request_id for item in request.items)
+                yield request
+                if len(asked) < 4:
+                    raise UnavailableError("the network broke")
+
+        async for response in generate(self, heard(), context):
             yield response
-            if response.WhichOneof("payload") == "tokens" and len(asked) < 4:
-                raise UnavailableError("the network broke")
 
+    specs = [slow.spec(sampling=sampling), slow.spec(sampling=replace(sampling, seed=6))]
     async with slow_copy(slow, breaking) as address, RolloutClient(address, ONE_ATTEMPT) as client:
-        trajectory = await client.generate(slow.spec(sampling=sampling), timeout_s=30)
+        trajectory, other = await asyncio.gather(*(client.generate(spec, timeout_s=30) for spec in specs))
     assert trajectory.scored_token_ids == undisturbed.tokens
-    assert len(asked) == 4
-    assert asked == sorted(asked)
-    assert asked[-1] > 0
+    assert other.trajectory_id == specs[1].request_id
+    assert asked == [[spec.request_id for spec in specs]] * 4  # together, each time
 
 
 @asynccontextmanager
 async def slow_copy(served: Served, generate: Any) -> AsyncIterator[str]:
-    """A second door to the same servicer, with another Generate."""
+    """A second door to the same servicer, with another GenerateBatch."""
 
     class Door(rollout_service_pb2_grpc.RolloutServiceServicer):
-        def Generate(self, request: Any, context: Any) -> Any:
-            return generate(served.servicer, request, context)
+        def GenerateBatch(self, request_iterator: Any, context: Any) -> Any:
+            return generate(served.servicer, request_iterator, context)
 
     server = MeshServer(QUICK, services=[SERVICE])
     rollout_service_pb2_grpc.add_RolloutServiceServicer_to_server(Door(), server.grpc)

@@ -13,8 +13,14 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from opd_mesh.errors import OverloadedError, RequestConflictError, StreamUnavailableError
-from opd_mesh.stream import PAGE, TrajectoryStream
+from opd_mesh.errors import (
+    InvalidInputError,
+    OverloadedError,
+    RequestConflictError,
+    StreamUnavailableError,
+    TooLongError,
+)
+from opd_mesh.stream import MAX_PAYLOAD_BYTES, PAGE, TrajectoryStream
 from opd_mesh.valkey import EmbeddedValkey
 
 OpenStream = Callable[..., TrajectoryStream]
@@ -109,6 +115,25 @@ async def test_publishing_twice_adds_once_until_acknowledged(shared: EmbeddedVal
     await stream.acknowledge([entry.entry_id])
     assert await stream._link.redis.hlen(stream._ids_key) == 0  # the guard is as bounded as the stream
     assert await stream.publish("t", b"same") != entry_id
+
+
+async def test_many_are_published_at_once_each_with_its_own_outcome(shared: EmbeddedValkey, opened: OpenStream) -> None:
+    stream = opened(shared)
+    first = await stream.publish("known", b"one")
+    entries = [(f"t{number}", b"x" * number) for number in range(2 * PAGE + 3)]
+    huge = b"y" * (MAX_PAYLOAD_BYTES + 1)
+    odd = [("known", b"one"), ("known", b"other"), ("", b"nameless"), ("huge", huge), ("t1", b"x")]
+    outcomes = await stream.publish_many([*entries, *odd])
+    assert [type(outcome) for outcome in outcomes[-5:]] == [
+        str, RequestConflictError, InvalidInputError, TooLongError, str,
+    ]  # fmt: skip
+    assert outcomes[-5] == first
+    assert outcomes[-1] == outcomes[1]
+    assert await stream.publish_many(entries) == outcomes[:-5]  # safe to repeat
+    assert await stream.length() == len(entries) + 1
+    read = [entry for _ in range(3) for entry in await stream.read(PAGE, 1.0)]
+    assert [(entry.trajectory_id, entry.payload) for entry in read[1:]] == entries[: len(read) - 1]
+    assert await stream.publish_many([]) == []
 
 
 async def test_a_crash_before_the_acknowledgement_delivers_again(shared: EmbeddedValkey, opened: OpenStream) -> None:

@@ -501,6 +501,12 @@ class RawStream:
         self.call = teacher_service_pb2_grpc.TeacherServiceStub(self.channel).ScoreTrajectories()
 
     async def send(self, item_id: str, token: int = 5, *, length: int = 4, **fields: Any) -> None:
+        await self.call.write(pb.ScoreTrajectoriesRequest(item=self.item(item_id, token, length=length, **fields)))
+
+    async def send_many(self, items: Sequence[pb.ScoreItem]) -> None:
+        await self.call.write(pb.ScoreTrajectoriesRequest(items=pb.ScoreItems(items=items)))
+
+    def item(self, item_id: str, token: int = 5, *, length: int = 4, **fields: Any) -> pb.ScoreItem:
         item = pb.ScoreItem(
             item_id=item_id,
             teacher_id=fields.pop("teacher_id", "slow"),
@@ -512,7 +518,7 @@ class RawStream:
         )
         if (timeout_s := fields.get("timeout_s")) is not None:
             item.timeout.FromNanoseconds(int(timeout_s * 1e9))
-        await self.call.write(pb.ScoreTrajectoriesRequest(item=item))
+        return item
 
     async def cancel(self, item_id: str) -> None:
         await self.call.write(pb.ScoreTrajectoriesRequest(cancel_item_id=item_id))
@@ -562,6 +568,37 @@ async def test_items_beyond_the_credits_are_refused_alone() -> None:
         assert {await stream.status(), await stream.status()} == {("a", None), ("b", None)}
         await stream.send("c")  # the credits are back
         assert await stream.status() == ("c", None)
+
+
+async def test_items_sent_together_are_answered_together_each_with_its_own_status() -> None:
+    async with slow_server(max_items_in_flight=4) as (engine, _, stream):
+        names = ["a", "b", "twice", "twice", "strange", "beyond"]
+        items = [stream.item(name, 10 + index) for index, name in enumerate(names)]
+        items[4].teacher_id = "nobody"
+        await stream.send_many(items)
+        answers = []
+        while len(answers) < 3:
+            response = await stream.read()
+            assert response.WhichOneof("payload") == "answers"
+            answers += response.answers.answers
+        refused = {answer.item_id: error_of(answer.status) for answer in answers}
+        assert {name: type(error) for name, error in refused.items()} == {
+            "twice": InvalidInputError, "strange": UnknownTeacherError, "beyond": OverloadedError,
+        }  # fmt: skip
+        engine.go.set()
+        while len(answers) < 5:
+            answers += (await stream.read()).answers.answers
+        whole = {answer.item_id: answer for answer in answers[3:]}
+        assert whole.keys() == {"a", "b"}
+        for answer in whole.values():
+            assert answer.HasField("status")
+            assert answer.status.code == 0
+            assert sum(len(chunk.data) for chunk in answer.chunks) == sum(
+                header.byte_size for header in answer.header.tensors
+            )
+        await stream.send("alone", 20)  # in a message of its own: in messages of its own
+        kinds = [(await stream.read()).WhichOneof("payload") for _ in range(3)]
+        assert kinds == ["header", "chunk", "status"]
 
 
 async def test_a_full_queue_refuses_items_of_all_streams() -> None:

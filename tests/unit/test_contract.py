@@ -30,6 +30,7 @@ CONTRACT = {
     "opd.v1.RolloutService": {
         ("GetPolicy", False, False),
         ("Generate", False, True),
+        ("GenerateBatch", True, True),
         ("CancelGeneration", False, False),
         ("UpdatePolicy", True, False),
         ("PauseGeneration", False, False),
@@ -53,6 +54,7 @@ CLIENTS: dict[str, tuple[type, ModuleType]] = {
 }
 # A client method bears the name of its RPC in snake case, but for these, where the client's class says the rest.
 SHORTER = {
+    "GenerateBatch": "generate",
     "ScoreTrajectories": "score",
     "CancelGeneration": "cancel",
     "PauseGeneration": "pause",

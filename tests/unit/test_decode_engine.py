@@ -411,10 +411,35 @@ def test_a_device_that_breaks_while_a_request_joins(monkeypatch: pytest.MonkeyPa
         model.register_forward_pre_hook(fail)
         fail()
 
-    monkeypatch.setattr(RightAlignedCache, "append_row", lose_the_device)
+    monkeypatch.setattr(RightAlignedCache, "append_rows", lose_the_device)
     engine.submit(make_request(0))
     with pytest.raises(InternalError, match="cannot run any more"):
         engine.step()
+
+
+def test_who_cannot_join_together_joins_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    append_rows = RightAlignedCache.append_rows
+    sizes: list[int] = []
+
+    def scarce(self: RightAlignedCache, contexts: Any) -> list[int]:
+        sizes.append(len(contexts))
+        if len(contexts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if contexts[0].length >= 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return append_rows(self, contexts)
+
+    monkeypatch.setattr(RightAlignedCache, "append_rows", scarce)
+    engine = make_engine()
+    requests = [make_request(index, length=30 if index == 1 else 5) for index in range(3)]
+    for request in requests:
+        engine.submit(request)
+    events = by_request(drain(engine))
+    assert sizes[0] == 3
+    assert isinstance(events["r1"][0].error, InternalError)
+    for index in (0, 2):
+        tokens = [event.token_id for event in events[f"r{index}"]]
+        assert tokens == reference(model_of("llama"), requests[index])
 
 
 def test_a_context_for_which_there_is_no_memory_fails_alone() -> None:

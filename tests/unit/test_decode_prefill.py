@@ -280,15 +280,15 @@ def test_buffers_grow_and_shrink_within_their_bound() -> None:
     source.inputs(60)
     source.update(one.expand(1, 1, 60, 1), one.expand(1, 1, 60, 1), 0)
     source.commit(60)
-    for _ in range(3):
-        cache.append_row(source.row(0))
+    cache.append_rows([source.row(0)])
+    cache.append_rows([source.row(0), source.row(0)])
     assert cache.cells <= 200
     for _ in range(6):
         cache.inputs(1)
         cache.update(one.expand(3, 1, 1, 1), one.expand(3, 1, 1, 1), 0)
         cache.commit(1)
     assert cache.cells == 198
-    cache.remove_row(0)
+    cache.remove_rows([0])
     cache.max_cells = 133
     cache.shrink()
     assert cache.cells == 132

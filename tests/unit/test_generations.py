@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -82,11 +82,11 @@ class Stream:
         self.away = False
         self.taken: list[str] = []
 
-    async def publish(self, trajectory_id: str, payload: bytes) -> str:
+    async def publish_many(self, entries: Sequence[tuple[str, bytes]]) -> list[str]:
         if self.away:
             raise StreamUnavailableError("away")
-        self.taken.append(trajectory_id)
-        return f"entry of {trajectory_id}"
+        self.taken += [name for name, _ in entries]
+        return [f"entry of {name}" for name, _ in entries]
 
 
 def params_of(name: str, tokens: int = 4, **fields: Any) -> RequestParams:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -138,8 +139,9 @@ class Stub(nn.Module):
     [
         ("", (SHARED, PACKED, PADDED, LONE), "packed: ok"),
         ("no position_ids", (PADDED, LONE), "packed: refused, TypeError"),
-        ("nan", (SHARED, PACKED, LONE), "padded: refused"),
-        ("batch mean", (SHARED, PACKED, LONE), "padded: refused, neighbours leak"),
+        ("nan", (PACKED, LONE), "padded: refused"),
+        ("batch mean", (PACKED, LONE), "padded: refused, neighbours leak"),
+        ("batch mean", (PACKED, LONE), "shared: refused, its rows stand beside each other as padded ones do"),
         ("scaled", (PADDED, LONE), "packed: refused, differs from a lone sequence"),
     ],
 )
@@ -201,6 +203,38 @@ def test_what_is_shared_stands_once(llama: Any, sequences: list[list[int]]) -> N
     assert widths == [len({tuple(ids[: n + 1]) for ids in sequences for n in range(len(ids))})]
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=9))
+def test_more_than_fits_a_row_is_dealt_out_to_several(llama: Any, sequences: list[list[int]]) -> None:
+    """Rows of at most 8 tokens, or twice the longest sequence; each holds what is shared within it once."""
+    shapes = []
+    hook = llama.get_input_embeddings().register_forward_hook(lambda *call: shapes.append(call[-1].shape[:2]))
+    with torch.no_grad(), patch("opd_mesh.models.forward.SHARED_ROW_TOKENS", 8):
+        found = sequence_hidden_states(llama, sequences, SHARED)
+        hook.remove()
+        wanted = sequence_hidden_states(llama, sequences, LONE)
+    ((rows, width),) = shapes
+    limit = max(8, 2 * max(map(len, sequences)))
+    assert width <= limit
+    distinct = len({tuple(ids[: n + 1]) for ids in sequences for n in range(len(ids))})
+    assert -(-distinct // limit) <= rows <= -(-sum(map(len, sequences)) // (limit // 2))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_go_through_several_shared_rows(llama: Any) -> None:
+    """Six answers to each of three prompts, of 252 tokens in all, so that borders part what is shared."""
+    prompts = random_sequences((11, 8, 14), seed=2)
+    sequences = [prompt + answer for prompt in prompts for answer in random_sequences((21, 12, 9, 4, 1, 1), seed=3)]
+    shapes = []
+    hook = llama.get_input_embeddings().register_forward_hook(lambda *call: shapes.append(call[-1].shape[0]))
+    found = gradients(llama, sequences, SHARED)
+    hook.remove()
+    assert shapes[0] > 1
+    for name, gradient in gradients(llama, sequences, LONE).items():
+        assert float((found[name] - gradient).abs().max()) <= 2e-4 * float(gradient.abs().max()) + 1e-9, name
 
 
 def gradients(model: Any, sequences: list[list[int]], layout: BatchLayout) -> dict[str, Tensor]:

@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 from opd_mesh.errors import NotFoundError
-from opd_mesh.report import build as build_module
 from opd_mesh.report import build_report, figures
-from opd_mesh.report.build import Change, format_bytes, format_count, format_duration, format_kl, signed_percent
+from opd_mesh.report import page as page_module
+from opd_mesh.report.build import Change
 from opd_mesh.report.data import Series, load_run
 from opd_mesh.report.plots import MAX_POINTS, Line, Panel, _attribute, _short_scientific, bucketed, draw, smoothed
+from opd_mesh.report.words import format_bytes, format_count, format_duration, format_kl, signed_percent
 
 RECIPE = {
     "run": {"name": "demo", "steps": 20},
@@ -331,7 +332,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(build_module.os, "replace", fail)
+    monkeypatch.setattr(page_module.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         build_report(tmp_path)
     assert path.read_text() == before

@@ -28,9 +28,14 @@ def test_right_aligned_rows_hold_what_was_written(operations: list[tuple[int, in
 
     for kind, amount, choice in operations:
         if kind == 0 and rows:
-            shared.remove_row(choice % len(rows))
-            rows[choice % len(rows)] = rows[-1]
-            rows.pop()
+            gone = sorted({(choice + step * amount) % len(rows) for step in range(1 + choice % 4)})
+            moves = shared.remove_rows(gone)
+            kept = len(rows) - len(gone)
+            assert {target for _, target in moves} == {row for row in gone if row < kept}
+            assert {source for source, _ in moves} == set(range(kept, len(rows))) - set(gone)
+            for source, target in moves:
+                rows[target] = rows[source]
+            del rows[kept:]
         elif kind == 1 or not rows:
             lengths = [amount, 1 + choice // 2]
             fresh = RightAlignedCache.for_pass(2, [KeyValues(), KeyValues()], lengths, max(lengths))
@@ -41,9 +46,9 @@ def test_right_aligned_rows_hold_what_was_written(operations: list[tuple[int, in
                 values_BT[row, : max(lengths) - length] = math.nan  # what padding leaves may be anything
             write(fresh, values_BT)
             order = [1, 0, 0] if choice % 2 else [0]
-            for row in order:
-                shared.append_row(fresh.row(row))
-            rows += [values_BT[row, max(lengths) - lengths[row] :].tolist() for row in order]
+            placed = shared.append_rows([fresh.row(row) for row in order])
+            assert sorted(placed) == list(range(len(order)))
+            rows += [values_BT[order[index], max(lengths) - lengths[order[index]] :].tolist() for index in placed]
         else:
             for _ in range(amount):
                 column = clock + torch.arange(float(len(rows)))

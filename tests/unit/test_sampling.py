@@ -237,3 +237,40 @@ def test_arguments_that_do_not_fit() -> None:
         sample_tokens(torch.zeros(1, 4), [SamplingParams()], [0], 5)
     with pytest.raises(InvalidInputError, match="params"):
         sample_tokens(torch.zeros(2, 4), [SamplingParams()], [0, 0], 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 2, 61, 255, 256, 257, 512, 700, 4096]),
+    st.lists(
+        st.tuples(
+            st.integers(0, UINT64_MAX),
+            st.integers(0, 500),
+            st.sampled_from([0.0, 1.0, 1.0, 0.7, 1e-40, 100.0]),
+            st.sampled_from([(0, 1.0), (0, 1.0), (3, 1.0), (0, 0.8)]),
+            st.sampled_from([0.0, 1.0, 30.0]),
+        ),
+        min_size=2,
+        max_size=24,
+    ),
+    st.sampled_from([None, math.nan, math.inf, -math.inf]),
+)
+def test_rows_drawn_together_are_to_the_bit_those_drawn_alone(
+    vocab: int, rows: list[tuple[int, int, float, tuple[int, float], float]], odd: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(len(rows) * vocab)
+    scales = torch.tensor([row[4] for row in rows])[:, None]
+    logits_BV = scales * torch.randn(len(rows), vocab + 3, generator=generator)
+    if odd is not None:
+        logits_BV[1, vocab // 2] = odd
+    params = [
+        SamplingParams(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p)
+        for seed, _, temperature, (top_k, top_p), _ in rows
+    ]
+    positions = [row[1] for row in rows]
+    together = sample_tokens(logits_BV, params, positions, vocab)
+    for row in range(len(rows)):
+        alone = sample_tokens(logits_BV[row : row + 1], params[row : row + 1], positions[row : row + 1], vocab)
+        for name in ("token_ids_B", "sampling_logprobs_B", "policy_logprobs_B"):
+            assert getattr(together, name)[row].numpy().tobytes() == getattr(alone, name)[0].numpy().tobytes()
+        assert str(together.errors[row]) == str(alone.errors[0])

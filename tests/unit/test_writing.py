@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from mesh import tiny_recipe
 
+from opd_mesh.clients.rollout import Written
 from opd_mesh.convert import trajectory_to_proto
 from opd_mesh.errors import (
     OverloadedError,
@@ -111,6 +112,10 @@ class FakeClient:
         self.time_outs.append(timeout_s)
         return response(spec.request_id)
 
+    async def write(self, spec: Any, *, timeout_s: float) -> Written:
+        trajectory = await self.generate(spec, timeout_s=timeout_s)
+        return Written(trajectory.num_scored, trajectory.finish_reason, "")
+
     async def close(self) -> None: ...
 
 
@@ -201,6 +206,25 @@ async def test_log_probabilities_that_are_none_do_not_reach_the_update(tmp_path:
     assert error.value.field == "sampling_logprobs"
     assert len(stream.dead) == 2
     assert [arrival.trajectory.trajectory_id for arrival in rollouts.external] == ["fine"]
+    await rollouts.close()
+
+
+@pytest.mark.parametrize("logprobs", [(), (float("nan"), -1.0)])
+async def test_a_policy_gradient_takes_no_response_without_the_log_probabilities_of_who_wrote_it(
+    tmp_path: Path, logprobs: tuple[float, ...]
+) -> None:
+    sections: dict[str, Any] = {
+        "objective": {"name": "grpo"},
+        "batch": {"responses_per_prompt": 2},
+        "domains": {"domain_0": {"reasoning_gym": {"task": "chain_sum"}, "verifier": {"name": "reasoning_gym"}}},
+    }
+    rollouts, stream, _ = await new_rollouts(tmp_path, teachers={}, redis_timeout_s=0.2, **sections)
+    own = "l0001-s000001-p0000"
+    writing = rollouts.write([rollouts.spec(own, PROMPT, SAMPLING, publish=True)], lambda: None)
+    stream.add(response(own, sampling_logprobs=logprobs))
+    with pytest.raises(TrajectoryError, match=f"response {own} is unusable") as error:
+        await asyncio.wait_for(writing.wait(), 10)
+    assert error.value.field == "sampling_logprobs"
     await rollouts.close()
 
 

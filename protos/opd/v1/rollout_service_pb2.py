@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from opd.v1 import common_pb2 as opd_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/rollout_service.proto\x12\x06opd.v1\x1a\x13opd/v1/common.proto\"\x12\n\x10GetPolicyRequest\"\xd6\x01\n\x11GetPolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\x12%\n\x06limits\x18\x04 \x01(\x0b\x32\x15.opd.v1.RolloutLimits\x12\x12\n\ncache_mode\x18\x05 \x01(\t\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\"\xee\x01\n\x0bRolloutLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06paused\x18\x03 \x01(\x08\x12\x18\n\x10tokens_generated\x18\x04 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x05 \x01(\x01\x12\x0e\n\x06idle_s\x18\x06 \x01(\x01\x12\x10\n\x08log_full\x18\x07 \x01(\x08\x12\x16\n\x0eprefill_tokens\x18\x08 \x01(\x04\x12\x1d\n\x15shared_prefill_tokens\x18\t \x01(\x04\x12\x17\n\x0freplayed_tokens\x18\n \x01(\x04\x12\x11\n\tpreempted\x18\x0b \x01(\x04\"S\n\rRolloutLimits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x11\n\tmax_slots\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\"\xf3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64omain\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.opd.v1.SamplingParams\x12\x12\n\nfrom_index\x18\x06 \x01(\r\x12\x0f\n\x07publish\x18\x07 \x01(\x08\x12\x1d\n\x15tokenizer_fingerprint\x18\x08 \x01(\t\x12$\n\tlast_seen\x18\t \x01(\x0b\x32\x11.opd.v1.SeenToken\"M\n\tSeenToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_logprob\x18\x02 \x01(\x02\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\"\xa1\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.opd.v1.GenerationStartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.opd.v1.TokenBatchH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.opd.v1.GenerationFinishedH\x00\x42\t\n\x07payload\"E\n\x11GenerationStarted\x12\x10\n\x08\x61ttached\x18\x01 \x01(\x08\x12\x1e\n\x06policy\x18\x02 \x01(\x0b\x32\x0e.opd.v1.Policy\"\x81\x01\n\nTokenBatch\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x19\n\x11sampling_logprobs\x18\x03 \x03(\x02\x12\x17\n\x0fpolicy_logprobs\x18\x04 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x05 \x03(\x04\"U\n\x12GenerationFinished\x12&\n\ntrajectory\x18\x01 \x01(\x0b\x32\x12.opd.v1.Trajectory\x12\x17\n\x0fstream_entry_id\x18\x02 \x01(\t\"=\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"E\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\x12\x16\n\x0etokens_written\x18\x02 \x01(\r\"r\n\x13UpdatePolicyRequest\x12*\n\x08manifest\x18\x01 \x01(\x0b\x32\x16.opd.v1.PolicyManifestH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.opd.v1.TensorChunkH\x00\x42\t\n\x07payload\"\xe0\x02\n\x0ePolicyManifest\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.opd.v1.TensorHeader\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x41\n\x0etensor_digests\x18\x04 \x03(\x0b\x32).opd.v1.PolicyManifest.TensorDigestsEntry\x12\x1c\n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x0e.opd.v1.Policy\x12$\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x13.opd.v1.LoraAdapter\x12+\n\rshared_memory\x18\x07 \x01(\x0b\x32\x14.opd.v1.SharedMemory\x1a\x34\n\x12TensorDigestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\x0bLoraAdapter\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x31\n\x07scaling\x18\x02 \x03(\x0b\x32 .opd.v1.LoraAdapter.ScalingEntry\x12\x12\n\ntransposed\x18\x03 \x03(\t\x1a.\n\x0cScalingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"/\n\x0cSharedMemory\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tbyte_size\x18\x02 \x01(\x03\"q\n\x14UpdatePolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x0f\n\x07swapped\x18\x02 \x01(\x08\x12\x0f\n\x07pause_s\x18\x03 \x01(\x01\x12\x17\n\x0fprefilled_again\x18\x04 \x01(\r\"(\n\x16PauseGenerationRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"<\n\x17PauseGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\"\x19\n\x17ResumeGenerationRequest\"=\n\x18ResumeGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad2\xe2\x03\n\x0eRolloutService\x12@\n\tGetPolicy\x12\x18.opd.v1.GetPolicyRequest\x1a\x19.opd.v1.GetPolicyResponse\x12?\n\x08Generate\x12\x17.opd.v1.GenerateRequest\x1a\x18.opd.v1.GenerateResponse0\x01\x12U\n\x10\x43\x61ncelGeneration\x12\x1f.opd.v1.CancelGenerationRequest\x1a .opd.v1.CancelGenerationResponse\x12K\n\x0cUpdatePolicy\x12\x1b.opd.v1.UpdatePolicyRequest\x1a\x1c.opd.v1.UpdatePolicyResponse(\x01\x12R\n\x0fPauseGeneration\x12\x1e.opd.v1.PauseGenerationRequest\x1a\x1f.opd.v1.PauseGenerationResponse\x12U\n\x10ResumeGeneration\x12\x1f.opd.v1.ResumeGenerationRequest\x1a .opd.v1.ResumeGenerationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1copd/v1/rollout_service.proto\x12\x06opd.v1\x1a\x17google/rpc/status.proto\x1a\x13opd/v1/common.proto\"\x12\n\x10GetPolicyRequest\"\xd6\x01\n\x11GetPolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12!\n\x04load\x18\x03 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\x12%\n\x06limits\x18\x04 \x01(\x0b\x32\x15.opd.v1.RolloutLimits\x12\x12\n\ncache_mode\x18\x05 \x01(\t\x12\x0f\n\x07host_id\x18\x06 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x07 \x01(\t\"\xee\x01\n\x0bRolloutLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0e\n\x06paused\x18\x03 \x01(\x08\x12\x18\n\x10tokens_generated\x18\x04 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x05 \x01(\x01\x12\x0e\n\x06idle_s\x18\x06 \x01(\x01\x12\x10\n\x08log_full\x18\x07 \x01(\x08\x12\x16\n\x0eprefill_tokens\x18\x08 \x01(\x04\x12\x1d\n\x15shared_prefill_tokens\x18\t \x01(\x04\x12\x17\n\x0freplayed_tokens\x18\n \x01(\x04\x12\x11\n\tpreempted\x18\x0b \x01(\x04\"S\n\rRolloutLimits\x12\x1a\n\x12max_context_tokens\x18\x01 \x01(\r\x12\x11\n\tmax_slots\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\"\xf3\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64omain\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.opd.v1.SamplingParams\x12\x12\n\nfrom_index\x18\x06 \x01(\r\x12\x0f\n\x07publish\x18\x07 \x01(\x08\x12\x1d\n\x15tokenizer_fingerprint\x18\x08 \x01(\t\x12$\n\tlast_seen\x18\t \x01(\x0b\x32\x11.opd.v1.SeenToken\"M\n\tSeenToken\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x16\n\x0epolicy_logprob\x18\x02 \x01(\x02\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\"\xa1\x01\n\x10GenerateResponse\x12,\n\x07started\x18\x01 \x01(\x0b\x32\x19.opd.v1.GenerationStartedH\x00\x12$\n\x06tokens\x18\x02 \x01(\x0b\x32\x12.opd.v1.TokenBatchH\x00\x12.\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1a.opd.v1.GenerationFinishedH\x00\x42\t\n\x07payload\"E\n\x11GenerationStarted\x12\x10\n\x08\x61ttached\x18\x01 \x01(\x08\x12\x1e\n\x06policy\x18\x02 \x01(\x0b\x32\x0e.opd.v1.Policy\"\x81\x01\n\nTokenBatch\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x19\n\x11sampling_logprobs\x18\x03 \x03(\x02\x12\x17\n\x0fpolicy_logprobs\x18\x04 \x03(\x02\x12\x17\n\x0fpolicy_versions\x18\x05 \x03(\x04\"U\n\x12GenerationFinished\x12&\n\ntrajectory\x18\x01 \x01(\x0b\x32\x12.opd.v1.Trajectory\x12\x17\n\x0fstream_entry_id\x18\x02 \x01(\t\"@\n\x14GenerateBatchRequest\x12(\n\x05items\x18\x01 \x03(\x0b\x32\x19.opd.v1.GenerateBatchItem\"e\n\x11GenerateBatchItem\x12(\n\x07request\x18\x01 \x01(\x0b\x32\x17.opd.v1.GenerateRequest\x12\x0b\n\x03tag\x18\x02 \x01(\x04\x12\x19\n\x11return_trajectory\x18\x03 \x01(\x08\"V\n\x15GenerateBatchResponse\x12\x0f\n\x07\x63redits\x18\x01 \x01(\r\x12,\n\x07results\x18\x02 \x03(\x0b\x32\x1b.opd.v1.GenerateBatchResult\"\xec\x01\n\x13GenerateBatchResult\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0b\n\x03tag\x18\x03 \x01(\x04\x12\"\n\x06status\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12+\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x14.opd.v1.FinishReason\x12\x17\n\x0fstream_entry_id\x18\x07 \x01(\t\x12&\n\ntrajectory\x18\x08 \x01(\x0b\x32\x12.opd.v1.Trajectory\"=\n\x17\x43\x61ncelGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"E\n\x18\x43\x61ncelGenerationResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\x12\x16\n\x0etokens_written\x18\x02 \x01(\r\"r\n\x13UpdatePolicyRequest\x12*\n\x08manifest\x18\x01 \x01(\x0b\x32\x16.opd.v1.PolicyManifestH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.opd.v1.TensorChunkH\x00\x42\t\n\x07payload\"\xe0\x02\n\x0ePolicyManifest\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12%\n\x07tensors\x18\x02 \x03(\x0b\x32\x14.opd.v1.TensorHeader\x12\x1d\n\x15tokenizer_fingerprint\x18\x03 \x01(\t\x12\x41\n\x0etensor_digests\x18\x04 \x03(\x0b\x32).opd.v1.PolicyManifest.TensorDigestsEntry\x12\x1c\n\x04\x62\x61se\x18\x05 \x01(\x0b\x32\x0e.opd.v1.Policy\x12$\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x13.opd.v1.LoraAdapter\x12+\n\rshared_memory\x18\x07 \x01(\x0b\x32\x14.opd.v1.SharedMemory\x1a\x34\n\x12TensorDigestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x99\x01\n\x0bLoraAdapter\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x31\n\x07scaling\x18\x02 \x03(\x0b\x32 .opd.v1.LoraAdapter.ScalingEntry\x12\x12\n\ntransposed\x18\x03 \x03(\t\x1a.\n\x0cScalingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"/\n\x0cSharedMemory\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tbyte_size\x18\x02 \x01(\x03\"q\n\x14UpdatePolicyResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x0f\n\x07swapped\x18\x02 \x01(\x08\x12\x0f\n\x07pause_s\x18\x03 \x01(\x01\x12\x17\n\x0fprefilled_again\x18\x04 \x01(\r\"(\n\x16PauseGenerationRequest\x12\x0e\n\x06reason\x18\x01 \x01(\t\"<\n\x17PauseGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad\"\x19\n\x17ResumeGenerationRequest\"=\n\x18ResumeGenerationResponse\x12!\n\x04load\x18\x01 \x01(\x0b\x32\x13.opd.v1.RolloutLoad2\xb4\x04\n\x0eRolloutService\x12@\n\tGetPolicy\x12\x18.opd.v1.GetPolicyRequest\x1a\x19.opd.v1.GetPolicyResponse\x12?\n\x08Generate\x12\x17.opd.v1.GenerateRequest\x1a\x18.opd.v1.GenerateResponse0\x01\x12P\n\rGenerateBatch\x12\x1c.opd.v1.GenerateBatchRequest\x1a\x1d.opd.v1.GenerateBatchResponse(\x01\x30\x01\x12U\n\x10\x43\x61ncelGeneration\x12\x1f.opd.v1.CancelGenerationRequest\x1a .opd.v1.CancelGenerationResponse\x12K\n\x0cUpdatePolicy\x12\x1b.opd.v1.UpdatePolicyRequest\x1a\x1c.opd.v1.UpdatePolicyResponse(\x01\x12R\n\x0fPauseGeneration\x12\x1e.opd.v1.PauseGenerationRequest\x1a\x1f.opd.v1.PauseGenerationResponse\x12U\n\x10ResumeGeneration\x12\x1f.opd.v1.ResumeGenerationRequest\x1a .opd.v1.ResumeGenerationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,52 +37,60 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLICYMANIFEST_TENSORDIGESTSENTRY']._serialized_options = b'8\001'
   _globals['_LORAADAPTER_SCALINGENTRY']._loaded_options = None
   _globals['_LORAADAPTER_SCALINGENTRY']._serialized_options = b'8\001'
-  _globals['_GETPOLICYREQUEST']._serialized_start=61
-  _globals['_GETPOLICYREQUEST']._serialized_end=79
-  _globals['_GETPOLICYRESPONSE']._serialized_start=82
-  _globals['_GETPOLICYRESPONSE']._serialized_end=296
-  _globals['_ROLLOUTLOAD']._serialized_start=299
-  _globals['_ROLLOUTLOAD']._serialized_end=537
-  _globals['_ROLLOUTLIMITS']._serialized_start=539
-  _globals['_ROLLOUTLIMITS']._serialized_end=622
-  _globals['_GENERATEREQUEST']._serialized_start=625
-  _globals['_GENERATEREQUEST']._serialized_end=868
-  _globals['_SEENTOKEN']._serialized_start=870
-  _globals['_SEENTOKEN']._serialized_end=947
-  _globals['_GENERATERESPONSE']._serialized_start=950
-  _globals['_GENERATERESPONSE']._serialized_end=1111
-  _globals['_GENERATIONSTARTED']._serialized_start=1113
-  _globals['_GENERATIONSTARTED']._serialized_end=1182
-  _globals['_TOKENBATCH']._serialized_start=1185
-  _globals['_TOKENBATCH']._serialized_end=1314
-  _globals['_GENERATIONFINISHED']._serialized_start=1316
-  _globals['_GENERATIONFINISHED']._serialized_end=1401
-  _globals['_CANCELGENERATIONREQUEST']._serialized_start=1403
-  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1464
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1466
-  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=1535
-  _globals['_UPDATEPOLICYREQUEST']._serialized_start=1537
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=1651
-  _globals['_POLICYMANIFEST']._serialized_start=1654
-  _globals['_POLICYMANIFEST']._serialized_end=2006
-  _globals['_POLICYMANIFEST_TENSORDIGESTSENTRY']._serialized_start=1954
-  _globals['_POLICYMANIFEST_TENSORDIGESTSENTRY']._serialized_end=2006
-  _globals['_LORAADAPTER']._serialized_start=2009
-  _globals['_LORAADAPTER']._serialized_end=2162
-  _globals['_LORAADAPTER_SCALINGENTRY']._serialized_start=2116
-  _globals['_LORAADAPTER_SCALINGENTRY']._serialized_end=2162
-  _globals['_SHAREDMEMORY']._serialized_start=2164
-  _globals['_SHAREDMEMORY']._serialized_end=2211
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=2213
-  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=2326
-  _globals['_PAUSEGENERATIONREQUEST']._serialized_start=2328
-  _globals['_PAUSEGENERATIONREQUEST']._serialized_end=2368
-  _globals['_PAUSEGENERATIONRESPONSE']._serialized_start=2370
-  _globals['_PAUSEGENERATIONRESPONSE']._serialized_end=2430
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=2432
-  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=2457
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=2459
-  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=2520
-  _globals['_ROLLOUTSERVICE']._serialized_start=2523
-  _globals['_ROLLOUTSERVICE']._serialized_end=3005
+  _globals['_GETPOLICYREQUEST']._serialized_start=86
+  _globals['_GETPOLICYREQUEST']._serialized_end=104
+  _globals['_GETPOLICYRESPONSE']._serialized_start=107
+  _globals['_GETPOLICYRESPONSE']._serialized_end=321
+  _globals['_ROLLOUTLOAD']._serialized_start=324
+  _globals['_ROLLOUTLOAD']._serialized_end=562
+  _globals['_ROLLOUTLIMITS']._serialized_start=564
+  _globals['_ROLLOUTLIMITS']._serialized_end=647
+  _globals['_GENERATEREQUEST']._serialized_start=650
+  _globals['_GENERATEREQUEST']._serialized_end=893
+  _globals['_SEENTOKEN']._serialized_start=895
+  _globals['_SEENTOKEN']._serialized_end=972
+  _globals['_GENERATERESPONSE']._serialized_start=975
+  _globals['_GENERATERESPONSE']._serialized_end=1136
+  _globals['_GENERATIONSTARTED']._serialized_start=1138
+  _globals['_GENERATIONSTARTED']._serialized_end=1207
+  _globals['_TOKENBATCH']._serialized_start=1210
+  _globals['_TOKENBATCH']._serialized_end=1339
+  _globals['_GENERATIONFINISHED']._serialized_start=1341
+  _globals['_GENERATIONFINISHED']._serialized_end=1426
+  _globals['_GENERATEBATCHREQUEST']._serialized_start=1428
+  _globals['_GENERATEBATCHREQUEST']._serialized_end=1492
+  _globals['_GENERATEBATCHITEM']._serialized_start=1494
+  _globals['_GENERATEBATCHITEM']._serialized_end=1595
+  _globals['_GENERATEBATCHRESPONSE']._serialized_start=1597
+  _globals['_GENERATEBATCHRESPONSE']._serialized_end=1683
+  _globals['_GENERATEBATCHRESULT']._serialized_start=1686
+  _globals['_GENERATEBATCHRESULT']._serialized_end=1922
+  _globals['_CANCELGENERATIONREQUEST']._serialized_start=1924
+  _globals['_CANCELGENERATIONREQUEST']._serialized_end=1985
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_start=1987
+  _globals['_CANCELGENERATIONRESPONSE']._serialized_end=2056
+  _globals['_UPDATEPOLICYREQUEST']._serialized_start=2058
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=2172
+  _globals['_POLICYMANIFEST']._serialized_start=2175
+  _globals['_POLICYMANIFEST']._serialized_end=2527
+  _globals['_POLICYMANIFEST_TENSORDIGESTSENTRY']._serialized_start=2475
+  _globals['_POLICYMANIFEST_TENSORDIGESTSENTRY']._serialized_end=2527
+  _globals['_LORAADAPTER']._serialized_start=2530
+  _globals['_LORAADAPTER']._serialized_end=2683
+  _globals['_LORAADAPTER_SCALINGENTRY']._serialized_start=2637
+  _globals['_LORAADAPTER_SCALINGENTRY']._serialized_end=2683
+  _globals['_SHAREDMEMORY']._serialized_start=2685
+  _globals['_SHAREDMEMORY']._serialized_end=2732
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_start=2734
+  _globals['_UPDATEPOLICYRESPONSE']._serialized_end=2847
+  _globals['_PAUSEGENERATIONREQUEST']._serialized_start=2849
+  _globals['_PAUSEGENERATIONREQUEST']._serialized_end=2889
+  _globals['_PAUSEGENERATIONRESPONSE']._serialized_start=2891
+  _globals['_PAUSEGENERATIONRESPONSE']._serialized_end=2951
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_start=2953
+  _globals['_RESUMEGENERATIONREQUEST']._serialized_end=2978
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_start=2980
+  _globals['_RESUMEGENERATIONRESPONSE']._serialized_end=3041
+  _globals['_ROLLOUTSERVICE']._serialized_start=3044
+  _globals['_ROLLOUTSERVICE']._serialized_end=3608
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from google.rpc import status_pb2 as _status_pb2
 from opd.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -136,6 +137,50 @@ class GenerationFinished(_message.Message):
     trajectory: _common_pb2.Trajectory
     stream_entry_id: str
     def __init__(self, trajectory: _Optional[_Union[_common_pb2.Trajectory, _Mapping]] = ..., stream_entry_id: _Optional[str] = ...) -> None: ...
+
+class GenerateBatchRequest(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[GenerateBatchItem]
+    def __init__(self, items: _Optional[_Iterable[_Union[GenerateBatchItem, _Mapping]]] = ...) -> None: ...
+
+class GenerateBatchItem(_message.Message):
+    __slots__ = ("request", "tag", "return_trajectory")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    RETURN_TRAJECTORY_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateRequest
+    tag: int
+    return_trajectory: bool
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., tag: _Optional[int] = ..., return_trajectory: _Optional[bool] = ...) -> None: ...
+
+class GenerateBatchResponse(_message.Message):
+    __slots__ = ("credits", "results")
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    credits: int
+    results: _containers.RepeatedCompositeFieldContainer[GenerateBatchResult]
+    def __init__(self, credits: _Optional[int] = ..., results: _Optional[_Iterable[_Union[GenerateBatchResult, _Mapping]]] = ...) -> None: ...
+
+class GenerateBatchResult(_message.Message):
+    __slots__ = ("request_id", "run_id", "tag", "status", "num_tokens", "finish_reason", "stream_entry_id", "trajectory")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    STREAM_ENTRY_ID_FIELD_NUMBER: _ClassVar[int]
+    TRAJECTORY_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    run_id: str
+    tag: int
+    status: _status_pb2.Status
+    num_tokens: int
+    finish_reason: _common_pb2.FinishReason
+    stream_entry_id: str
+    trajectory: _common_pb2.Trajectory
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., tag: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., num_tokens: _Optional[int] = ..., finish_reason: _Optional[_Union[_common_pb2.FinishReason, str]] = ..., stream_entry_id: _Optional[str] = ..., trajectory: _Optional[_Union[_common_pb2.Trajectory, _Mapping]] = ...) -> None: ...
 
 class CancelGenerationRequest(_message.Message):
     __slots__ = ("request_id", "run_id")

@@ -45,6 +45,11 @@ class RolloutServiceStub:
                 request_serializer=opd_dot_v1_dot_rollout__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=opd_dot_v1_dot_rollout__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateBatch = channel.stream_stream(
+                '/opd.v1.RolloutService/GenerateBatch',
+                request_serializer=opd_dot_v1_dot_rollout__service__pb2.GenerateBatchRequest.SerializeToString,
+                response_deserializer=opd_dot_v1_dot_rollout__service__pb2.GenerateBatchResponse.FromString,
+                _registered_method=True)
         self.CancelGeneration = channel.unary_unary(
                 '/opd.v1.RolloutService/CancelGeneration',
                 request_serializer=opd_dot_v1_dot_rollout__service__pb2.CancelGenerationRequest.SerializeToString,
@@ -82,6 +87,18 @@ class RolloutServiceServicer:
         """Writes a response, streaming tokens as they are drawn. Idempotent by `request_id`: the same id with the same
         parameters attaches to the request (running or finished) and streams from `from_index` on; with other parameters
         it is ALREADY_EXISTS. A client that goes away does not stop the generation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateBatch(self, request_iterator, context):
+        """Many responses on one stream, each answered once it has ended, in any order, several to a message: what a response
+        of a few tokens costs beside its tokens. Idempotent by `request_id` as Generate is: after a broken stream send
+        again what was not answered. Every item has a status of its own: one bad item never kills its neighbours, and the
+        status of the stream speaks of the transport only. The first response grants credits; a client keeps at most that
+        many items unanswered. A client that goes away stops nothing. The stream has no deadline; one on which nothing is
+        unanswered and nothing arrives for the server's idle timeout ends with DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,6 +147,11 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=opd_dot_v1_dot_rollout__service__pb2.GenerateRequest.FromString,
                     response_serializer=opd_dot_v1_dot_rollout__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateBatch': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateBatch,
+                    request_deserializer=opd_dot_v1_dot_rollout__service__pb2.GenerateBatchRequest.FromString,
+                    response_serializer=opd_dot_v1_dot_rollout__service__pb2.GenerateBatchResponse.SerializeToString,
             ),
             'CancelGeneration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelGeneration,
@@ -207,6 +229,33 @@ class RolloutService:
             '/opd.v1.RolloutService/Generate',
             opd_dot_v1_dot_rollout__service__pb2.GenerateRequest.SerializeToString,
             opd_dot_v1_dot_rollout__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/opd.v1.RolloutService/GenerateBatch',
+            opd_dot_v1_dot_rollout__service__pb2.GenerateBatchRequest.SerializeToString,
+            opd_dot_v1_dot_rollout__service__pb2.GenerateBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -176,12 +176,20 @@ class HeadChunk(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ScoreTrajectoriesRequest(_message.Message):
-    __slots__ = ("item", "cancel_item_id")
+    __slots__ = ("item", "cancel_item_id", "items")
     ITEM_FIELD_NUMBER: _ClassVar[int]
     CANCEL_ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
     item: ScoreItem
     cancel_item_id: str
-    def __init__(self, item: _Optional[_Union[ScoreItem, _Mapping]] = ..., cancel_item_id: _Optional[str] = ...) -> None: ...
+    items: ScoreItems
+    def __init__(self, item: _Optional[_Union[ScoreItem, _Mapping]] = ..., cancel_item_id: _Optional[str] = ..., items: _Optional[_Union[ScoreItems, _Mapping]] = ...) -> None: ...
+
+class ScoreItems(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[ScoreItem]
+    def __init__(self, items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ...) -> None: ...
 
 class ScoreItem(_message.Message):
     __slots__ = ("item_id", "teacher_id", "token_ids", "scored_spans", "signal", "dtype", "timeout", "tokenizer_fingerprint", "expected_teacher_digest", "expected_head_digest", "top_k", "candidate_token_ids")
@@ -212,18 +220,40 @@ class ScoreItem(_message.Message):
     def __init__(self, item_id: _Optional[str] = ..., teacher_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., scored_spans: _Optional[_Iterable[_Union[_common_pb2.Span, _Mapping]]] = ..., signal: _Optional[_Union[Signal, str]] = ..., dtype: _Optional[_Union[_common_pb2.DType, str]] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., expected_teacher_digest: _Optional[str] = ..., expected_head_digest: _Optional[str] = ..., top_k: _Optional[int] = ..., candidate_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ScoreTrajectoriesResponse(_message.Message):
-    __slots__ = ("item_id", "credits", "header", "chunk", "status")
+    __slots__ = ("item_id", "credits", "header", "chunk", "status", "answers", "takes_many")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     HEADER_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    TAKES_MANY_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     credits: int
     header: ScoreHeader
     chunk: _common_pb2.TensorChunk
     status: _status_pb2.Status
-    def __init__(self, item_id: _Optional[str] = ..., credits: _Optional[int] = ..., header: _Optional[_Union[ScoreHeader, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.TensorChunk, _Mapping]] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    answers: ScoreAnswers
+    takes_many: bool
+    def __init__(self, item_id: _Optional[str] = ..., credits: _Optional[int] = ..., header: _Optional[_Union[ScoreHeader, _Mapping]] = ..., chunk: _Optional[_Union[_common_pb2.TensorChunk, _Mapping]] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., answers: _Optional[_Union[ScoreAnswers, _Mapping]] = ..., takes_many: _Optional[bool] = ...) -> None: ...
+
+class ScoreAnswers(_message.Message):
+    __slots__ = ("answers",)
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    answers: _containers.RepeatedCompositeFieldContainer[ScoreAnswer]
+    def __init__(self, answers: _Optional[_Iterable[_Union[ScoreAnswer, _Mapping]]] = ...) -> None: ...
+
+class ScoreAnswer(_message.Message):
+    __slots__ = ("item_id", "header", "chunks", "status")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    header: ScoreHeader
+    chunks: _containers.RepeatedCompositeFieldContainer[_common_pb2.TensorChunk]
+    status: _status_pb2.Status
+    def __init__(self, item_id: _Optional[str] = ..., header: _Optional[_Union[ScoreHeader, _Mapping]] = ..., chunks: _Optional[_Iterable[_Union[_common_pb2.TensorChunk, _Mapping]]] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
 
 class ScoreHeader(_message.Message):
     __slots__ = ("teacher_id", "teacher_digest", "head_digest", "signal", "rows", "tensors")

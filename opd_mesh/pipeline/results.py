@@ -1,0 +1,124 @@
+"""``results.json``: what the pipeline's models can do, what they cost, and what was chosen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from opd_mesh.config.pipeline import EvaluateStage, PipelineRecipe, SpecialistStage
+from opd_mesh.pipeline.digests import Resolved
+from opd_mesh.pipeline.jobs import Plan, Train
+from opd_mesh.pipeline.store import Artefact, Store
+
+_COSTS = ("seconds", "tokens_trained", "steps")
+
+
+class Results:
+    """Collects from the artefacts of a pipeline. Of one that is not done yet, what is there."""
+
+    def __init__(self, pipeline: PipelineRecipe, plan: Plan, resolved: Mapping[str, Resolved], store: Store) -> None:
+        self._pipeline = pipeline
+        self._seeds = pipeline.pipeline.seeds
+        self._plan = plan
+        self._resolved = resolved
+        self._store = store
+
+    def as_dict(self, wall_s: float) -> dict[str, Any]:
+        """All of it as plain values. ``wall_s`` is of this call, without what was there already."""
+        return {
+            "pipeline": self._pipeline.pipeline.name,
+            "seeds": self._seeds,
+            "systems": self._systems(),
+            "phases": self._phases(),
+            "wall_s": wall_s,
+        }
+
+    def text(self, wall_s: float) -> str:
+        """As JSON."""
+        return json.dumps(self.as_dict(wall_s), indent=1) + "\n"
+
+    def _artefact(self, digest: Any) -> Artefact | None:
+        return self._store.find(digest) if isinstance(digest, str) else None
+
+    # --- systems -----------------------------------------------------------------------------------------------
+    def _systems(self) -> dict[str, Any]:
+        systems: dict[str, Any] = {}
+        for name, stage in self._pipeline.stages.items():
+            if not isinstance(stage, EvaluateStage):
+                systems[name] = {"kind": stage.kind, "domains": {}, "cost": self._cost(name)}
+                if (chosen := self._chosen(name)) is not None:
+                    systems[name]["chosen"] = dict(chosen.facts)
+        for name, stage in self._pipeline.stages.items():
+            if isinstance(stage, EvaluateStage):
+                for seed in self._seeds:
+                    self._add_scores(systems, name, stage, seed)
+        return systems
+
+    def _add_scores(self, systems: dict[str, Any], name: str, stage: EvaluateStage, seed: int) -> None:
+        inputs = self._resolved[f"seed{seed}/{name}"].inputs
+        for model in dict.fromkeys(stage.models):
+            answers = self._artefact(inputs.get(f"answers/{model}"))
+            if answers is None:
+                continue
+            system = systems.setdefault(model, {"kind": "model", "domains": {}, "cost": None})
+            for domain, scores in answers.facts["scores"].items():
+                accuracy, graded = scores["accuracy"], scores["graded"]
+                path = (answers.path / "answers" / f"{domain}.jsonl").relative_to(self._store.root.parent)
+                line = {
+                    "seed": seed,
+                    "stage": name,
+                    "split": stage.split,
+                    "accuracy": accuracy,
+                    "correct": None if accuracy is None else round(accuracy * graded),
+                    **{key: scores[key] for key in ("graded", "unparsed", "ungraded", "score", "mean_length")},
+                    "answers": str(path),
+                }
+                system["domains"].setdefault(domain, []).append(line)
+
+    # --- training ----------------------------------------------------------------------------------------------
+    def _runs(self, seed: int, name: str) -> list[tuple[str, Artefact]]:
+        """(phase, run) of a stage's training; of a sweep those of the choice."""
+        options = self._plan.phases.get((seed, name), ())
+        if not options:
+            return []
+        option = 0
+        if len(options) > 1:
+            chosen = self._chosen(name)
+            if chosen is None:
+                return []
+            option = int(chosen.facts["option"])
+        found = []
+        for job_id in options[option]:
+            resolved = self._resolved[job_id]
+            artefact = self._artefact(resolved.digest)
+            if artefact is not None and isinstance(resolved.job.payload, Train):
+                found.append((resolved.job.payload.phase or "training", artefact))
+        return found
+
+    def _chosen(self, name: str) -> Artefact | None:
+        choice = self._plan.choices.get((self._seeds[0], name))
+        return None if choice is None else self._artefact(self._resolved[choice].digest)
+
+    def _cost(self, name: str) -> dict[str, float] | None:
+        """Of the stage's own training, the mean over seeds, without its sweep."""
+        by_seed = [runs for seed in self._seeds if (runs := self._runs(seed, name))]
+        if not by_seed:
+            return None
+        return {key: sum(run.facts[key] for runs in by_seed for _, run in runs) / len(by_seed) for key in _COSTS}
+
+    def _phases(self) -> dict[str, Any]:
+        """Specialist → phase ("before" training, then its runs) → domain → a line per seed, on validation prompts."""
+        phases: dict[str, Any] = {}
+        for name, stage in self._pipeline.stages.items():
+            if not isinstance(stage, SpecialistStage):
+                continue
+            for seed in self._seeds:
+                for place, (phase, run) in enumerate(self._runs(seed, name)):
+                    accuracies = run.facts["accuracies"]
+                    parts = {"before": accuracies["before"]} if place == 0 else {}
+                    for label, found in (parts | {phase: accuracies["after"]}).items():
+                        for domain, accuracy in found.items():
+                            line = {"seed": seed, "accuracy": accuracy}
+                            phases.setdefault(name, {}).setdefault(label, {}).setdefault(domain, []).append(line)
+        return phases

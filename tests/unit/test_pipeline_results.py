@@ -1,0 +1,109 @@
+"""results.json from artefacts that are there, all or some."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline_cases import pipeline
+
+from opd_mesh.pipeline.digests import FileDigests, Resolved, resolve
+from opd_mesh.pipeline.jobs import Plan
+from opd_mesh.pipeline.plan import plan
+from opd_mesh.pipeline.results import Results
+from opd_mesh.pipeline.store import Store
+
+CHANGES: dict[str, Any] = {
+    "pipeline.seeds": [0, 1],
+    "stages.add.grpo": {"run": {"steps": 4}, "batch": {"responses_per_prompt": 2}},
+    "stages.add.sweep": {"grpo.optimizer.lr": [1e-3, 2e-3]},
+}
+
+
+class Folder:
+    """A pipeline's folder in which jobs are done by hand."""
+
+    def __init__(self, path: Path) -> None:
+        self.pipeline = pipeline(CHANGES)
+        self.plan: Plan = plan(self.pipeline)
+        self.store = Store(path / "artefacts")
+        self.store.root.mkdir()
+        self.resolved: Mapping[str, Resolved] = {}
+        self.look()
+
+    def look(self) -> None:
+        def choice_of(digest: str) -> int | None:
+            found = self.store.find(digest)
+            return None if found is None else int(found.facts["option"])
+
+        self.resolved = resolve(self.plan, choice_of, FileDigests())
+
+    def done(self, digest: str | None, kind: str, **facts: Any) -> None:
+        assert digest is not None
+        self.store.finish(self.store.folder(kind, digest), digest, kind=kind, name=kind, files=[], facts=facts)
+
+    def trained(self, job_id: str, after: float, *, before: float = 0.1, steps: int = 2) -> None:
+        facts = {"seconds": 10.0 * steps, "tokens_trained": 100 * steps, "steps": steps}
+        accuracies = {"before": {"add": before}, "after": {"add": after}}
+        self.done(self.resolved[job_id].digest, "train", **facts, accuracies=accuracies)
+
+    def answered(self, seed: int, model: str, accuracy: float | None) -> None:
+        scores = {
+            "accuracy": accuracy, "score": accuracy, "answers": 8, "graded": 8 if accuracy is not None else 0,
+            "unparsed": 1, "ungraded": 0, "mean_length": 3.5,
+        }  # fmt: skip
+        part = self.resolved[f"seed{seed}/evaluate/answers"].parts[model]
+        self.done(part, "answers", scores={"add": scores})
+
+    def results(self) -> dict[str, Any]:
+        text = Results(self.pipeline, self.plan, self.resolved, self.store).text(12.5)
+        value: dict[str, Any] = json.loads(text)
+        return value
+
+
+def test_nothing_is_there_at_first(tmp_path: Path) -> None:
+    results = Folder(tmp_path).results()
+    assert results["pipeline"] == "tiny"
+    assert (results["seeds"], results["wall_s"], results["phases"]) == ([0, 1], 12.5, {})
+    assert results["systems"]["add"] == {"kind": "specialist", "domains": {}, "cost": None}
+    assert list(results["systems"]) == ["base", "add", "reverse", "cold", "opd", "soup"]
+
+
+def test_scores_have_a_line_per_seed_and_the_path_of_their_answers(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.answered(0, "base", 0.25)
+    folder.answered(1, "base", None)
+    first, second = folder.results()["systems"]["base"]["domains"]["add"]
+    part = folder.resolved["seed0/evaluate/answers"].parts["base"]
+    assert first == {
+        "seed": 0, "stage": "evaluate", "split": "test", "accuracy": 0.25, "correct": 2, "graded": 8, "unparsed": 1,
+        "ungraded": 0, "score": 0.25, "mean_length": 3.5, "answers": f"artefacts/answers-{part[:12]}/answers/add.jsonl",
+    }  # fmt: skip
+    assert (second["seed"], second["accuracy"], second["correct"]) == (1, None, None)
+
+
+def test_cost_and_phases_are_of_what_the_sweep_chose(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.trained("seed0/add/sft", 0.3)
+    folder.trained("seed0/add/grpo[optimizer.lr=0.001]", 0.4, before=0.3, steps=4)
+    folder.trained("seed0/add/grpo[optimizer.lr=0.002]", 0.8, before=0.3, steps=4)
+    assert folder.results()["phases"] == {}  # not chosen yet
+    folder.done(folder.resolved["seed0/add/choose"].digest, "choose", option=1, values={"grpo.optimizer.lr": 2e-3})
+    folder.look()
+    results = folder.results()
+    assert results["systems"]["add"]["chosen"]["values"] == {"grpo.optimizer.lr": 2e-3}
+    assert results["systems"]["add"]["cost"] == {"seconds": 60.0, "tokens_trained": 600.0, "steps": 6.0}
+    assert results["phases"] == {
+        "add": {
+            "before": {"add": [{"seed": 0, "accuracy": 0.1}]},
+            "sft": {"add": [{"seed": 0, "accuracy": 0.3}]},
+            "grpo": {"add": [{"seed": 0, "accuracy": 0.8}]},
+        }
+    }
+    folder.trained("seed1/add/sft", 0.2)
+    folder.trained("seed1/add/grpo", 0.6, steps=8)
+    results = folder.results()
+    assert results["phases"]["add"]["grpo"]["add"] == [{"seed": 0, "accuracy": 0.8}, {"seed": 1, "accuracy": 0.6}]
+    assert results["systems"]["add"]["cost"]["steps"] == (6 + 10) / 2
