@@ -7,11 +7,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from opd_mesh.config.base import dump_config, load_config
-from opd_mesh.config.pipeline import PipelineRecipe
+from opd_mesh.config.pipeline import PipelineRecipe, load_recipe
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError, OpdError
 from opd_mesh.pipeline.run import RECIPE as PIPELINE_RECIPE
@@ -22,11 +21,12 @@ from opd_mesh.supervisor import resolve_paths, run_local
 
 def start_run(recipe: Path, run_dir: Path | None, *, plan: bool) -> int:
     """Run a recipe; returns the exit code. Raises :class:`ConfigError` before anything runs."""
-    if _is_pipeline(recipe):
-        pipeline = resolve_pipeline_paths(load_config(PipelineRecipe, recipe))
+    given = load_recipe(recipe)
+    if isinstance(given, PipelineRecipe):
+        pipeline = resolve_pipeline_paths(given)
         return _run_pipeline(pipeline, run_dir or _new_folder(pipeline.pipeline.name), plan=plan)
     _refuse_plan(plan)
-    loaded = resolve_paths(load_config(Recipe, recipe))
+    loaded = resolve_paths(given)
     folder = run_dir or _new_folder(loaded.run.name)
     _refuse_other(folder, PIPELINE_RECIPE, "a pipeline")
     if (folder / "recipe.yaml").exists():
@@ -56,15 +56,6 @@ def _refuse_plan(plan: bool) -> None:
 def _refuse_other(folder: Path, name: str, what: str) -> None:
     if (folder / name).exists():
         raise ConfigError(f"{folder} holds {what}: choose another --run-dir", field="run_dir")
-
-
-def _is_pipeline(recipe: Path) -> bool:
-    """Whether the file has ``stages``; what is wrong with it is for its loading to say."""
-    try:
-        value = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(value, dict) and "stages" in value
 
 
 def _run(recipe: Recipe, folder: Path, *, resume: bool) -> int:

@@ -42,13 +42,13 @@ def print_pipeline_summary(console: Console, folder: Path) -> None:
         for row in rows:
             name = f"{escape(row.name)}\n[dim]{escape(row.kind)}[/]"
             shown.add_row(
-                name, *(_cell(cell) for cell in row.cells), style="bold" if row.name == summary.best() else ""
+                name, *(_cell(cell) for cell in row.cells), style="bold" if row.name in summary.best() else ""
             )
         experts = tables.experts_row(summary)
         if experts is not None:
             shown.add_section()
             shown.add_row(experts.name, *(_cell(cell) for cell in experts.cells))
-        shown.caption = "green: the best student; blue: an expert on its own domain"
+        shown.caption = "green: best student; blue: expert on its domain"
         console.print(shown)
     for text in [tables.verdict(summary)[0], *summary.notes]:
         console.print(text, highlight=False, markup=False)

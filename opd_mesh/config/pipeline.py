@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
+import yaml
 from pydantic import ConfigDict, Discriminator, Field, ModelWrapValidatorHandler, Tag, field_validator, model_validator
 
-from opd_mesh.config.base import Strict
+from opd_mesh.config.base import Strict, load_config
 from opd_mesh.config.domains import DomainConfig, EffortConfig
+from opd_mesh.config.recipe import Recipe
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$"
 # Where a stage is named, this is the model that the pipeline begins with.
@@ -96,6 +98,8 @@ class StageDomain(Strict):
 
     # Of the stage's prompts, relative to its other domains; unset: the domain's own.
     share: float | None = Field(None, gt=0, allow_inf_nan=False)
+    # The template of what SFT learns, in this stage alone; unset: the domain's own.
+    answer: str | None = None
 
 
 def _named(value: Any) -> Any:
@@ -281,3 +285,12 @@ class PipelineRecipe(Strict):
                     f"{name!r}: a name has letters, digits, '.', '_' and '-', and begins with one of the first"
                 )
         return stages
+
+
+def load_recipe(path: Path | str) -> Recipe | PipelineRecipe:
+    """Read a recipe of either sort. Raises :class:`ConfigError` with the file, line or key."""
+    try:
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        value = None  # what is wrong is for its loading to say
+    return load_config(PipelineRecipe if isinstance(value, dict) and "stages" in value else Recipe, path)

@@ -260,12 +260,16 @@ class _Planner:
             )
 
     # --- recipes -----------------------------------------------------------------------------------------------
-    def _dumped(self, domain: str, share: float | None = None) -> dict[str, Any]:
+    def _dumped(self, domain: str, share: float | None = None, answer: str | None = None) -> dict[str, Any]:
         config = self._pipeline.domains[domain]
-        return config.model_dump(mode="json") | {"share": config.share if share is None else share, "teachers": {}}
+        return config.model_dump(mode="json") | {
+            "share": config.share if share is None else share,
+            "answer": config.answer if answer is None else answer,
+            "teachers": {},
+        }
 
     def _domains_of(self, domains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        return {name: self._dumped(name, domain.share) for name, domain in domains.items()}
+        return {name: self._dumped(name, domain.share, domain.answer) for name, domain in domains.items()}
 
     def _efforts(self) -> dict[str, Any]:
         return {name: effort.model_dump(mode="json") for name, effort in self._pipeline.efforts.items()}

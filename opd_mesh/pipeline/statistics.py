@@ -129,14 +129,14 @@ class ExperimentSummary:
     wall_s: float | None = None
     notes: Sequence[str] = ()
 
-    def best(self, domain: str | None = None) -> str | None:
-        """The student with the highest accuracy in a domain, or in the mean."""
+    def best(self, domain: str | None = None) -> list[str]:
+        """The student with the highest accuracy in a domain, or in the mean; several where they are equal."""
         found = {
             name: self.systems[name].mean if domain is None else self.systems[name].domains.get(domain)
             for name in self.roles.students
         }
         values = {name: estimate.mean for name, estimate in found.items() if estimate is not None}
-        return max(values, key=lambda name: values[name]) if values else None
+        return [name for name, value in values.items() if value == max(values.values())]
 
     def to_json(self, command: str | None = None) -> dict[str, Any]:
         """The content of docs/experiment.json: accuracies, gains and differences are shares, 1.0 for all."""

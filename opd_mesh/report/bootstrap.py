@@ -4,8 +4,8 @@ Accuracy is the share of right answers among graded ones, the mean over seeds. I
 a hierarchical bootstrap: seeds are drawn with replacement, then prompts. Both draws are common to all systems, so that
 a difference between two of them is paired by prompt and seed, and to all seeds (their prompts are crossed with them,
 not nested: the same item is as hard under every seed). Few seeds tell little about the spread between seeds: with three
-that differ much the intervals are too narrow, with one they are about prompts alone. Where all answers are right, or
-all are wrong, an interval has no width.
+that differ much the intervals are too narrow, with three that do not they are too wide, with one they are about prompts
+alone. Where all answers are right, or all are wrong, an interval has no width.
 
 Letters: R resamples, S systems, D domains, N seeds, P prompts of a domain.
 """

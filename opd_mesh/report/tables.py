@@ -75,8 +75,8 @@ def accuracy_rows(summary: ExperimentSummary) -> list[Row]:
         for domain in summary.domains:
             own = summary.roles.experts.get(domain) == name
             seeds = system.seeds.get(domain, {})
-            cells.append(_cell(system.domains.get(domain), seeds, best=best[domain] == name, own=own))
-        cells.append(_cell(system.mean, system.mean_seeds, best=best[None] == name))
+            cells.append(_cell(system.domains.get(domain), seeds, best=name in best[domain], own=own))
+        cells.append(_cell(system.mean, system.mean_seeds, best=name in best[None]))
         rows.append(Row(name, _kind_beside(name, summary), cells, name in summary.roles.students))
     return rows
 
@@ -144,7 +144,7 @@ def phase_rows(summary: ExperimentSummary) -> tuple[list[str], list[Row]]:
                 seeds = told.get(phase, {}).get(domain, {})
                 mean = Estimate(sum(seeds.values()) / len(seeds)) if seeds else None
                 cells.append(_cell(mean, {}) if mean is None else _phase_cell(mean, seeds))
-            rows.append(Row(name, domain, cells))
+            rows.append(Row(name, domain if domain != name else "", cells))
     return phases, rows
 
 
@@ -174,8 +174,9 @@ def verdict(summary: ExperimentSummary) -> tuple[str, str]:
     soup = next((pair for pair in summary.paired if summary.systems[pair.b].kind == "soup"), None)
     if sentence and soup is not None:
         points = percent(Estimate(abs(soup.over_all.mean)))[0]
-        side = "ahead of" if soup.over_all.mean >= 0 else "behind"
-        sentence += f"; it is {points} points of accuracy {side} {soup.b}, the average of weights"
+        side = "ahead of" if soup.over_all.mean > 0 else "behind"
+        beside = "as accurate as" if points == "0.0" else f"{points} points of accuracy {side}"
+        sentence += f"; it is {beside} {soup.b}, the average of weights"
     return (f"{sentence}." if sentence else f"{headline} has not been evaluated on every domain."), tone
 
 

@@ -225,7 +225,7 @@ def test_more_than_fits_a_row_is_dealt_out_to_several(llama: Any, sequences: lis
 
 
 def test_gradients_go_through_several_shared_rows(llama: Any) -> None:
-    """Six answers to each of three prompts, of 252 tokens in all, so that borders part what is shared."""
+    """Six answers to each of three prompts, of 342 tokens in all, so that borders part what is shared."""
     prompts = random_sequences((11, 8, 14), seed=2)
     sequences = [prompt + answer for prompt in prompts for answer in random_sequences((21, 12, 9, 4, 1, 1), seed=3)]
     shapes = []

@@ -11,7 +11,7 @@ import yaml
 from pipeline_cases import changed, pipeline
 
 from opd_mesh.config.base import dump_config, load_config, parse_config
-from opd_mesh.config.pipeline import PipelineRecipe
+from opd_mesh.config.pipeline import PipelineRecipe, load_recipe
 from opd_mesh.errors import ConfigError
 from opd_mesh.pipeline.jobs import Answers, Choose, Job, Plan, Soup, Train
 from opd_mesh.pipeline.partial import combinations, merged, with_value
@@ -87,6 +87,28 @@ def test_a_run_is_trained_on_its_own_domains_and_looked_at_on_all() -> None:
     assert opd.objective.name == "reverse_kl"
     assert opd.domains["add"].teachers == {"add": 1.0}
     assert set(opd.teachers) == {"add", "reverse"}
+
+
+def test_a_stage_may_teach_other_answers_than_the_domain_has() -> None:
+    jobs = planned({"stages.base.domains.add.answer": "{{ answer }}!"}).jobs
+    (base,) = train_of(jobs["seed0/base"]).options
+    (sft,) = train_of(jobs["seed0/add/sft"]).options
+    assert (base.domains["add"].answer, base.domains["reverse"].answer, sft.domains["add"].answer) == (
+        "{{ answer }}!",
+        None,
+        None,
+    )
+
+
+def test_a_recipe_with_stages_is_a_pipelines(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(changed()))
+    assert load_recipe(path) == pipeline()
+    path.write_text(yaml.safe_dump({"run": {"steps": 1}}))
+    with pytest.raises(ConfigError, match="student: Field required"):
+        load_recipe(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_recipe(tmp_path / "absent.yaml")
 
 
 def test_without_accuracy_a_run_knows_its_own_domains_only() -> None:

@@ -107,6 +107,13 @@ def test_best_students_and_experts_are_marked(tmp_path: Path) -> None:
     assert [rows[name].kind for name in RIGHT] == ["", "expert of add", "expert of sort", "", "OPD", "", ""]
 
 
+def test_equals_are_all_marked_and_called_so(tmp_path: Path) -> None:
+    right = RIGHT | {"soup": RIGHT["opd"]}
+    summary = summarize(write_pipeline(tmp_path, right), resamples=100)
+    assert [row.name for row in tables.accuracy_rows(summary) if row.cells[-1].best] == ["opd", "soup"]
+    assert "it is as accurate as soup, the average" in tables.verdict(summary)[0]
+
+
 def test_the_plot_has_a_panel_for_the_mean_and_each_domain(tmp_path: Path, undrawn: dict[str, list[Dot]]) -> None:
     build_report(write_pipeline(tmp_path))
     assert list(undrawn) == ["dots0", "dots1", "dots2"]

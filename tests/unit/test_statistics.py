@@ -228,12 +228,13 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds: int, prompts: int,
         shift_N1 = generator.normal(0, spread, size=(seeds, 1))
         right_NP = generator.random((seeds, prompts)) < np.clip(hardness_P + shift_N1, 0, 1)
         cells = {("a", "d", seed): answers(list(right_NP[seed])) for seed in range(seeds)}
-        found = Comparison(cells, resamples=400).accuracy("a", "d")
+        found = Comparison(cells, resamples=300).accuracy("a", "d")
         assert found is not None
         assert found.low is not None
         assert found.high is not None
         held += found.low <= 0.5 <= found.high
-    assert least <= held / trials <= 0.99
+    # Where seeds are alike, what tells them apart is chance counted twice: too wide, if anything.
+    assert least <= held / trials < 1
 
 
 # --- a pipeline's folder -----------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
     ]
     assert summary.systems["soup"].seeds == {"add": {0: 0.4}, "sort": {1: 0.5}}
     assert summary.systems["soup"].mean_seeds == {}
-    assert summary.best() == "opd"
+    assert summary.best() == ["opd"]
 
 
 def test_of_two_evaluations_the_one_on_test_prompts_counts(tmp_path: Path) -> None:
