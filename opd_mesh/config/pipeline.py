@@ -293,4 +293,6 @@ def load_recipe(path: Path | str) -> Recipe | PipelineRecipe:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         value = None  # what is wrong is for its loading to say
-    return load_config(PipelineRecipe if isinstance(value, dict) and "stages" in value else Recipe, path)
+    if isinstance(value, dict) and "stages" in value:
+        return load_config(PipelineRecipe, path)
+    return load_config(Recipe, path)

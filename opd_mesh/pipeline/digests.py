@@ -23,7 +23,8 @@ from opd_mesh.pipeline.partial import has
 FORMAT = 1
 _WITHOUT_EFFECT = (
     "run.name", "run.device", "run.threads", "student.path", "checkpoint", "diagnostics", "trainer", "pool",
-    "teacher_channel", "redis_url", "redis_timeout_s", "teacher_timeout_s", "rollout.peers", "rollout.log", "rollout.timeout_s",
+    "teacher_channel", "redis_url", "redis_timeout_s", "teacher_timeout_s", "rollout.peers", "rollout.log",
+    "rollout.timeout_s",
     "rollout.engine.device", "rollout.engine.threads", "rollout.engine.max_waiting", "rollout.engine.finished_kept",
     "rollout.engine.cache_bytes", "rollout.engine.vllm", "batch.marks_memory_bytes", "batch.marks_spill",
     "objective.implementation", "domains", "efforts", "teachers",

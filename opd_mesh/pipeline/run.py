@@ -8,8 +8,8 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -103,16 +103,18 @@ class PipelineRun:
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop.set)
         try:
-            with _locked(self.folder / LOCK, self.console) as lock:
+            async with _locked(self.folder / LOCK, self.console, stop) as lock:
                 self.store.root.mkdir(exist_ok=True)
                 dump_config(self.pipeline, self.folder / RECIPE)
                 code = await self._run_jobs(stop, lock)
                 if code == 0:
                     self._write_results()
-            return code
+        except JobStoppedError:
+            code = 130
         finally:
             for signum in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(signum)
+        return code
 
     async def _run_jobs(self, stop: asyncio.Event, lock: int) -> int:
         jobs = self.pipeline.pipeline.jobs
@@ -181,14 +183,15 @@ class PipelineRun:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def _locked(path: Path, console: Console) -> Iterator[int]:
+@asynccontextmanager
+async def _locked(path: Path, console: Console, stop: asyncio.Event) -> AsyncIterator[int]:
     """One pipeline at a time in a folder. The processes of a run inherit the lock, so that those of one that was killed
     have ended before their jobs are done again.
 
     Raises:
         ConfigError: another one runs.
         UnavailableError: processes of one that was killed do not end.
+        JobStoppedError: ``stop`` was set while they were waited for.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -209,7 +212,9 @@ def _locked(path: Path, console: Console) -> Iterator[int]:
                 if not told:
                     console.print("waiting for the processes of the run before to end", highlight=False)
                     told = True
-                time.sleep(0.2)
+                if stop.is_set():
+                    raise JobStoppedError from None
+                await asyncio.sleep(0.2)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield handle
