@@ -257,14 +257,18 @@ def test_a_stop_and_a_failure_leave_nothing_running(tmp_path: Path, opd: Callabl
 
     del value["stages"]["bare"]
     recipe.write_text(yaml.safe_dump(value, sort_keys=False))
+    (folder,) = (run_dir / "artefacts").glob("long-*")
+    steps = folder / "metrics.jsonl"
+    before = steps.stat().st_mtime_ns if steps.exists() else 0
     stopped = opd(recipe, "--run-dir", run_dir)
-    until(lambda: begun(run_dir, "long") or stopped.process.poll() is not None, "no step")
+    until(
+        lambda: (steps.exists() and steps.stat().st_mtime_ns > before) or stopped.process.poll() is not None, "no step"
+    )
     second = opd("--resume", run_dir)
     assert second.wait() == 2
     assert "runs a pipeline" in second.said()
     stopped.process.send_signal(signal.SIGINT)
     assert stopped.wait() == 130, stopped.said()
     assert processes_of(run_dir) == []
-    (folder,) = (run_dir / "artefacts").glob("long-*")
     assert list(folder.glob("checkpoints/step-*/state.json"))
     assert not (folder / "artefact.json").exists()
