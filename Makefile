@@ -7,12 +7,14 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-models test test-slow test-kill lint format protos protos-check protos-accept kernels bench clean
+.PHONY: help setup demo demo-smollm2 demo-models experiment test test-slow test-kill lint format protos protos-check protos-accept kernels bench clean
 
 help:
-	@echo "make demo          two teachers teach a real student through real services (minutes, two cores)"
+	@echo "make demo          a base model, four experts, one student with all their skills (minutes, two cores)"
+	@echo "make demo-smollm2  two teachers teach a damaged SmolLM2-135M (minutes, two cores)"
+	@echo "make experiment    the demo over three seeds with every baseline (hours), for docs/experiment.md"
 	@echo "make test          unit and integration tests"
-	@echo "make test-slow     the demo's losses against recorded ones (minutes)"
+	@echo "make test-slow     pipelines killed, changed and resumed; a demo's losses against recorded ones (a quarter of an hour)"
 	@echo "make test-kill     a rollout server killed at random moments, a hundred times (minutes)"
 	@echo "make lint          ruff and mypy"
 	@echo "make kernels       compile the GPU kernels for every architecture, without a GPU; fails if one spills"
@@ -41,13 +43,22 @@ setup: $(VENV)/.dev
 demo-models: $(VENV)/.demo
 	$(BIN)/python recipes/prepare_smollm2.py --out $(MODELS)
 
-demo: demo-models
+# Both stages on character models, minutes on two cores. Said again it goes on where it was, or shows what it has.
+demo: $(VENV)/.demo
+	$(BIN)/opd run recipes/quickstart.yaml --run-dir runs/quickstart
+
+demo-smollm2: demo-models
 	$(BIN)/opd run recipes/smollm2.yaml
+
+# Three seeds, every baseline, a sweep for each: more than an hour on two cores. Goes on where it was.
+experiment: $(VENV)/.demo
+	$(BIN)/opd run recipes/experiment.yaml --run-dir runs/experiment
+	$(BIN)/python -m opd_mesh.report.experiment runs/experiment --docs docs --command "make experiment"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# What takes minutes: the demo's losses against recorded ones.
+# What takes minutes: pipelines killed in every stage, changed and resumed; a demo's losses against recorded ones.
 test-slow: $(VENV)/.demo $(VENV)/.dev demo-models
 	$(BIN)/python -m pytest -m slow
 

@@ -68,6 +68,7 @@ class ProgressView:
         )
         self._task = self._bar.add_task("starting", total=total_steps)
         self._activity = ""
+        self._warned = 0
 
     def __enter__(self) -> ProgressView:
         self._bar.start()
@@ -124,6 +125,10 @@ class ProgressView:
 
     def _show_run(self, run: trainer_service_pb2.Run) -> None:
         self._bar.update(self._task, completed=run.step, total=run.total_steps)
+        for text in run.warnings[self._warned :]:
+            self._console.print("[bold yellow]warning:[/] ", end="")
+            self._console.print(text, markup=False, highlight=False)
+        self._warned = len(run.warnings)
         if run.state == trainer_service_pb2.RUN_STATE_FAILED:
             self.failed(run.error)
         elif not self._console.is_terminal and run.state == trainer_service_pb2.RUN_STATE_RUNNING:

@@ -1,7 +1,7 @@
 """The known signs of a run that is failing, read from its metrics as they are written, and what helps against them.
 
-Sources: Li et al., "Rethinking On-Policy Distillation", arXiv 2604.13016 (overlap of the 16 likeliest tokens, cold start,
-teacher-aligned prompts with a share of others); Yu et al., DAPO, arXiv 2503.14476 (entropy collapse, lengths).
+Sources: Li et al., "Rethinking On-Policy Distillation", arXiv 2604.13016 (overlap of the 16 likeliest tokens, cold
+start, teacher-aligned prompts with a share of others); Yu et al., DAPO, arXiv 2503.14476 (entropy collapse, lengths).
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def _low_and_flat_overlap(teacher: str, read: Read, config: DiagnosticsConfig) -
     if overlap.now >= config.low_overlap or kl.now < config.high_kl or not is_flat:
         return None
     return (
-        f"teacher {teacher}: only {overlap.now:.0%} of the 16 likeliest tokens are those of the student (overlap), that "
-        f"rose by {rise:+.3f} over the last {2 * config.window_steps} steps, and the KL stays at {kl.now:.2f} nats a "
-        "token: it writes in another way than the student, which OPD does not bridge. Begin with a cold start (SFT on "
-        "the teacher's own responses: a cold_start stage), take a teacher trained from the student's base, or take "
-        "prompts that the teacher was trained on"
+        f"teacher {teacher}: only {overlap.now:.0%} of the 16 likeliest tokens are those of the student (overlap), "
+        f"that rose by {rise:+.3f} over the last {2 * config.window_steps} steps, and the KL stays at {kl.now:.2f} "
+        "nats a token: it writes in another way than the student, which OPD does not bridge. Begin with a cold start "
+        "(SFT on the teacher's own responses: a cold_start stage), take a teacher trained from the student's base, or "
+        "take prompts that the teacher was trained on"
     )
 
 
@@ -81,9 +81,9 @@ def _collapsed_entropy(domain: str, read: Read, config: DiagnosticsConfig) -> st
     if entropy is None or entropy.now >= config.collapsed_entropy * entropy.first:
         return None
     return (
-        f"domain {domain}: the student's entropy fell from {entropy.first:.3f} to {entropy.now:.3f} nats a token: it has "
-        f"all but stopped trying other answers. Mix in prompts of another kind (domains.{domain}.others); under a policy "
-        "gradient raise clip_high or add objective.kl; or lower optimizer.lr"
+        f"domain {domain}: the student's entropy fell from {entropy.first:.3f} to {entropy.now:.3f} nats a token: it "
+        f"has all but stopped trying other answers. Mix in prompts of another kind (domains.{domain}.others); under a "
+        "policy gradient raise clip_high or add objective.kl; or lower optimizer.lr"
     )
 
 

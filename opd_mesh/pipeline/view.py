@@ -41,6 +41,7 @@ class JobView:
         self.metrics = ""
         self._console = console
         self._activity = ""
+        self._warned = 0
         self._began: float | None = None
         self._ended: float | None = None
 
@@ -101,6 +102,9 @@ class JobView:
                     run = event.run
                     self.step, self.total = run.step, run.total_steps
                     self._activity = run.phase
+                    for text in run.warnings[self._warned :]:
+                        self._console.print(f"{self.job_id}: warning: {text}", highlight=False, markup=False)
+                    self._warned = len(run.warnings)
                     if run.state == trainer_service_pb2.RUN_STATE_FAILED:
                         self.failed(run.error)
                 else:

@@ -70,11 +70,19 @@ class Domain:
         self._decoder = ResponseDecoder(tokenizer, self.effort)
         self._lock = threading.Lock()  # sources and held-out sets; a tokenizer is safe by itself
         self._open_templates()
-        count = recipe.evaluation.prompts_per_domain
+        count = self._kept_out(recipe)
         self._open_sources(recipe.run.seed, count)
         self._held_out: dict[Split, _HeldOut] = {"validation": _HeldOut(), "test": _HeldOut()}
-        self.heldout = self._found("validation", count)
-        self._heldout_ids = {prompt.token_ids for prompt in self.heldout}
+        self._kept = self._found("validation", count)
+        self.heldout = self._kept[: recipe.evaluation.prompts_per_domain]
+        self._heldout_ids = {prompt.token_ids for prompt in self._kept}
+
+    def _kept_out(self, recipe: Recipe) -> int:
+        """Validation prompts that are looked for at once; without ``splits`` no others are kept out of the training."""
+        count, accuracy = recipe.evaluation.prompts_per_domain, recipe.evaluation.accuracy
+        if accuracy is None or self.config.splits is not None or not self.has_verifier:
+            return count
+        return max(count, accuracy.prompts_per_domain)
 
     def _key(self, key: str) -> str:
         return f"domains.{self.name}.{key}"
@@ -200,8 +208,8 @@ class Domain:
     def held_out(self, split: Literal["validation", "test"], count: int) -> list[Prompt]:
         """The first ``count`` prompts of a split, fewer where the source has no more.
 
-        Without ``splits`` that is at most ``evaluation.prompts_per_domain`` validation prompts: no others are kept out
-        of the training.
+        Without ``splits`` that is at most as many validation prompts as ``evaluation`` asks for: no others are kept
+        out of the training.
         """
         splits = self.config.splits
         if splits is None:
@@ -211,7 +219,7 @@ class Domain:
                     "splits: {validation: 0.1, test: 0.1}",
                     field=self._key("splits"),
                 )
-            return self.heldout[:count]
+            return self._kept[:count]
         if split == "test" and not splits.test:
             raise ConfigError(
                 f"{self._key('splits.test')} is 0; give it a share to have test prompts", field=self._key("splits.test")

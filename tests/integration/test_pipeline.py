@@ -160,6 +160,7 @@ def test_what_is_done_is_kept(whole: Path, opd: Callable[..., Opd]) -> None:
     assert files_below(whole / "artefacts") == before
 
 
+@pytest.mark.slow
 def test_another_specialist_makes_its_dependents_again_and_nothing_else(
     whole: Path, tmp_path: Path, opd: Callable[..., Opd]
 ) -> None:
@@ -193,6 +194,7 @@ def begun(run_dir: Path, name: str) -> bool:
     return any((path / "metrics.jsonl").exists() and not (path / "artefact.json").exists() for path in folders)
 
 
+@pytest.mark.slow
 def test_killed_in_many_stages_it_ends_with_the_same_artefacts(
     whole: Path, tmp_path: Path, opd: Callable[..., Opd]
 ) -> None:
@@ -233,6 +235,7 @@ def test_killed_in_many_stages_it_ends_with_the_same_artefacts(
         assert texts[0] == texts[1], name
 
 
+@pytest.mark.slow
 def test_a_stop_and_a_failure_leave_nothing_running(tmp_path: Path, opd: Callable[..., Opd]) -> None:
     """Two jobs at once: one has nothing to learn from and fails, which ends the other with a checkpoint."""
     prompts = tmp_path / "prompts.jsonl"

@@ -117,6 +117,19 @@ def test_a_domain_without_the_new_keys_draws_what_it_drew() -> None:
     ]
 
 
+def test_accuracy_without_splits_keeps_its_own_prompts_out_of_the_training(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{index}", "answer": "1"} for index in range(20)])
+    recipe = recipe_of(
+        {"jsonl": {"path": path}, "verifier": {"name": "exact"}},
+        evaluation={"prompts_per_domain": 2, "accuracy": {"prompts_per_domain": 6}},
+    )
+    domain = domain_of(recipe)
+    kept_out = domain.held_out("validation", 6)
+    assert len(kept_out) == 6
+    assert domain.heldout == kept_out[:2]
+    assert not {prompt.token_ids for prompt in domain.after(0, 14)[0]} & {prompt.token_ids for prompt in kept_out}
+
+
 def test_a_source_whose_prompts_are_all_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("student_trainer.tasks.domain.MAX_SKIPPED", 100)
     domain = make_domain({"jsonl": {"path": jsonl(tmp_path / "p.jsonl", [{"prompt": "same"}] * 4)}}, heldout=1)
