@@ -35,8 +35,9 @@ import yaml
 from servers import say
 
 from opd_mesh.config.base import parse_config
+from opd_mesh.config.paths import resolve_paths
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.supervisor import LocalMesh, resolve_paths
+from opd_mesh.supervisor import LocalMesh
 
 RECIPE = Path("recipes/smollm2.yaml")
 WARM_UP = 2  # steps that the rates leave out

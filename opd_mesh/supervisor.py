@@ -17,17 +17,15 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel
 
 from opd_mesh.config.answers import AnswersConfig
 from opd_mesh.config.base import dump_config
-from opd_mesh.config.domains import DomainConfig
-from opd_mesh.config.recipe import Recipe, TeacherRef
+from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig, TokenLogConfig
-from opd_mesh.config.tasks import OthersConfig
-from opd_mesh.errors import ConfigError, ModelNotFoundError, OpdError, UnavailableError
+from opd_mesh.errors import OpdError, UnavailableError
 from opd_mesh.progress import MeshView
 from opd_mesh.valkey import EmbeddedValkey
 
@@ -248,62 +246,6 @@ class LocalMesh:
             await asyncio.to_thread(self.valkey.stop)
 
 
-def resolve_paths(recipe: Recipe) -> Recipe:
-    """The recipe with absolute paths, so that a run can be resumed from anywhere.
-
-    Raises:
-        ModelNotFoundError: a model's folder does not exist; names the field.
-        ConfigError: the token log of a rollout server that is not ours to start.
-    """
-
-    def checked(path: Path | str, field: str) -> Path | str:
-        if isinstance(path, str):
-            return path  # a URL: the teacher server fetches it, and says what is wrong with it
-        if not path.exists():
-            raise ModelNotFoundError(
-                f"{path} does not exist (from {Path.cwd()}). Give the folder of a Hugging Face checkpoint; the demo's "
-                "models are made by `make demo-models`",
-                field=field,
-            )
-        return path.resolve()
-
-    student = recipe.student.replace(path=checked(recipe.student.path, "student.path"))
-    teachers: dict[str, TeacherRef] = {}
-    for name, teacher in recipe.teachers.items():
-        changes = {
-            key: checked(value, f"teachers.{name}.{key}")
-            for key in ("path", "adapter")
-            if (value := getattr(teacher, key)) is not None
-        }
-        teachers[name] = teacher.replace(**changes)
-    domains = {name: with_absolute_paths(domain) for name, domain in recipe.domains.items()}
-    rollout = recipe.rollout
-    if rollout.log is not None:
-        if rollout.peers.addresses:
-            raise ConfigError(
-                "rollout.log is of the rollout server that `opd run` starts, but rollout.peers.addresses names servers "
-                "that run already: give each of them its log, and leave this out",
-                field="rollout.log",
-            )
-        rollout = rollout.replace(log=rollout.log.replace(path=rollout.log.path.resolve()))
-    return recipe.replace(student=student, teachers=teachers, domains=domains, rollout=rollout)
-
-
-SourcesT = TypeVar("SourcesT", DomainConfig, OthersConfig)
-
-
-def with_absolute_paths(config: SourcesT) -> SourcesT:
-    """A domain's files, and those of its other prompts."""
-    changes: dict[str, Any] = {}
-    for key in ("jsonl", "dataset", "trajectories"):
-        if (source := getattr(config, key, None)) is not None:
-            paths = {name: value.resolve() for name, value in source if isinstance(value, Path)}
-            changes[key] = source.replace(**paths)
-    if isinstance(config, DomainConfig) and config.others is not None:
-        changes["others"] = with_absolute_paths(config.others)
-    return config.replace(**changes) if changes else config
-
-
 async def run_local(recipe: Recipe, run_dir: Path, *, resume: bool, progress: MeshView) -> int:
     """Start everything, show the run until it ends, stop everything. Returns the trainer's exit code."""
     loop = asyncio.get_running_loop()
@@ -349,6 +291,7 @@ async def run_mesh(
     *,
     view: MeshView,
     stop: asyncio.Event,
+    restarts: bool = True,
 ) -> int:
     """Start a mesh, watch over its servers until its main process ends, stop everything.
 
@@ -356,9 +299,13 @@ async def run_mesh(
         begin: starts all processes and returns the main one.
         follow: shows what that does, until it ends.
         stop: once set, the main process is asked to end.
+        restarts: a server that has ended may be started again; False where nobody would give it a policy.
 
     Returns:
         Its exit code, or 130 where it was stopped.
+
+    Raises:
+        UnavailableError: without ``restarts``, a server has ended before the main process.
     """
     main: Child | None = None
 
@@ -373,6 +320,9 @@ async def run_mesh(
                 for child in mesh.ended():
                     if child is main or child in reported:
                         continue
+                    if not restarts:
+                        code = child.process.returncode
+                        raise UnavailableError(f"the {child.name} server ended with code {code}: {child.said_error()}")
                     again = mesh.may_restart(child)
                     view.lost(child, again=again)
                     if again:

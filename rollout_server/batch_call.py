@@ -26,7 +26,7 @@ _OK = status_pb2.Status()
 
 
 class _Item:
-    """One that is not answered. Called with its request once that has ended, or with the reason why it has none."""
+    """One that is not answered; :meth:`end` is told its request once that has ended, or why it has none."""
 
     __slots__ = ("_ended", "key", "outcome", "request_id", "return_trajectory", "run_id", "tag")
 
@@ -38,7 +38,8 @@ class _Item:
         self.outcome: RequestState | OpdError | None = None
         self._ended = ended
 
-    def __call__(self, outcome: RequestState | OpdError) -> None:
+    def end(self, outcome: RequestState | OpdError) -> None:
+        """It can be answered."""
         # An error is of the moment: what could not be published may be, later.
         is_error = isinstance(outcome, OpdError)
         self.outcome = outcome if is_error else (outcome.error or outcome)  # type: ignore[union-attr]
@@ -48,7 +49,7 @@ class _Item:
         """The answer."""
         state = self.outcome
         if not isinstance(state, RequestState):
-            assert state is not None  # asked for once it is called
+            assert state is not None  # asked for once it has ended
             return Result(request_id=self.request_id, run_id=self.run_id, tag=self.tag, status=status_of(state))
         trajectory = state.trajectory() if self.return_trajectory else None
         return Result(
@@ -90,6 +91,7 @@ class BatchCall:
         self._owed: set[_Item] = set()
         self._ended: deque[_Item] = deque()  # to be answered
         self._wake = asyncio.Event()
+        self._sent = asyncio.Event()  # set when answers go out
         self._stopping = False
 
     def stop(self) -> None:
@@ -127,7 +129,7 @@ class BatchCall:
                 state = self._generations.table.lookup(item.key)
                 if state is not None:
                     with suppress(ValueError):
-                        state.on_end.remove(item)
+                        state.on_end.remove(item.end)
 
     async def _receive(self, messages: AsyncIterator[rollout_service_pb2.GenerateBatchRequest]) -> None:
         # What is owed is worth waiting for, and a client that does not read is not idle.
@@ -145,11 +147,15 @@ class BatchCall:
                         )
                     params = self._checked(sent.request)
                 except OpdError as error:
-                    item(error)
+                    item.end(error)
                 else:
                     item.key = params.key
-                    new.append((params, item))
+                    new.append((params, item.end))
             await self._generations.begin_many(new, self._policy())
+            # A client within its credits never owes us a pause; one beyond them must read before it is read on.
+            while len(self._owed) > self._credits:
+                self._sent.clear()
+                await self._sent.wait()
 
     def _checked(self, request: rollout_service_pb2.GenerateRequest) -> RequestParams:
         if request.from_index or request.HasField("last_seen"):
@@ -168,6 +174,7 @@ class BatchCall:
             while self._ended and size < MESSAGE_BYTES:
                 item = self._ended.popleft()
                 self._owed.discard(item)
+                self._sent.set()
                 result = item.result()
                 response.results.append(result)
                 size += result.ByteSize()

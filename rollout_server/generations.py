@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from opd.v1 import rollout_service_pb2
 from torch import Tensor
 
-from opd_mesh.convert import trajectory_to_proto
 from opd_mesh.errors import (
     BeyondLogError,
     InternalError,
@@ -26,6 +25,7 @@ from opd_mesh.errors import (
 from opd_mesh.policy import PolicyId
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.trajectory import FinishReason
+from rollout_server.delivery import Delivery
 from rollout_server.driver import EngineDriver
 from rollout_server.engine import GenerationRequest, RolloutEngine, TokenEvent
 from rollout_server.request_log import RequestLog, written_tokens
@@ -35,7 +35,6 @@ from rollout_server.token_log import TokenLog
 log = logging.getLogger("rollout_server")
 ResultT = TypeVar("ResultT")
 RETRY_DELAY_S = 2.0
-FIRST_DELIVERY_DELAY_S, LAST_DELIVERY_DELAY_S = 1.0, 30.0
 
 
 class Generations:
@@ -43,6 +42,7 @@ class Generations:
 
     Args:
         token_log: None: requests do not survive the process.
+        max_slots, max_waiting: requests that decode at once, and that may wait behind them.
         stream_of: the Redis stream of a run.
         on_failure: called when the decode loop has ended by itself; the process should follow.
     """
@@ -54,6 +54,7 @@ class Generations:
         token_log: TokenLog | None,
         tokenizer_fingerprint: str,
         finished_kept: int,
+        max_slots: int,
         max_waiting: int,
         stream_of: Callable[[str], TrajectoryStream],
         on_failure: Callable[[BaseException], None],
@@ -62,11 +63,11 @@ class Generations:
         self.log = RequestLog(token_log)
         self.table = RequestTable(finished_kept=finished_kept, on_forgotten=self.log.forgotten)
         self._fingerprint = tokenizer_fingerprint
+        self._max_slots = max_slots
         self._max_waiting = max_waiting
-        self._stream_of = stream_of
         self._on_failure = on_failure
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stopping = False
+        self._delivery = Delivery(stream_of, delivered=self._delivered, fail=self._fail, keep=self._keep)
         self._recovered: list[RequestState] = []  # unfinished, until there is a policy to go on with
         self.driver = EngineDriver(
             engine,
@@ -250,7 +251,8 @@ class Generations:
         """In the engine's thread, where the count cannot change meanwhile."""
         refusals: list[BaseException | None] = [None] * len(states)
         requests: dict[int, GenerationRequest] = {}
-        room = self._max_waiting - self.engine.waiting
+        free = max(0, self._max_slots - self.engine.running)  # who gets a slot in the next step does not wait
+        room = free + self._max_waiting - self.engine.waiting
         for index, state in enumerate(states):
             if len(requests) >= room:
                 waiting = self.engine.waiting + len(requests)
@@ -342,69 +344,13 @@ class Generations:
 
     def _end(self, states: Sequence[RequestState]) -> None:
         """Deliver, then tell the listeners."""
-        published = [state for state in states if state.params.publish and state.tokens]
-        if len(published) < len(states):
-            self._delivered([state for state in states if not (state.params.publish and state.tokens)])
-        for run_id in dict.fromkeys(state.params.run_id for state in published):
-            self._keep(self._deliver([state for state in published if state.params.run_id == run_id]))
-
-    async def _deliver(self, states: Sequence[RequestState]) -> None:
-        """Publish what finished together, and tell the listeners."""
-        outcomes = await self._published(states)
-        taken = []
-        for state, outcome in zip(states, outcomes, strict=True):
-            if isinstance(outcome, str):
-                state.stream_entry_id = outcome
-                taken.append(state)
-            elif isinstance(outcome, UnavailableError | OverloadedError):
-                self._keep(self._deliver_later(state, outcome))
-            else:
-                self._fail(state, outcome)
-        self._delivered(taken)
-
-    async def _published(self, states: Sequence[RequestState]) -> Sequence[str | OpdError]:
-        """For each its stream entry, or why it has none. All of one run."""
-        try:
-            entries = [
-                (state.params.request_id, trajectory_to_proto(state.trajectory()).SerializeToString())
-                for state in states
-            ]
-            return await self._stream_of(states[0].params.run_id).publish_many(entries)
-        except OpdError as error:
-            return [error] * len(states)
-        except Exception as error:
-            log.exception("publishing %s failed", states[0].params.request_id)
-            return [InternalError(f"publishing failed: {error}")] * len(states)
-
-    async def _deliver_later(self, state: RequestState, error: OpdError) -> None:
-        """What Redis does not take now is kept and tried again until it does."""
-        delay_s = FIRST_DELIVERY_DELAY_S
-        while True:
-            if state.failed:  # nobody reads it any more
-                return
-            log.error("trajectory %s could not be published, it is kept: %s", state.params.request_id, error)
-            state.again = state.again or asyncio.Event()
-            state.error = error
-            state.notify()
-            if not self._stopping:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(state.again.wait(), delay_s)
-                state.again.clear()
-                delay_s = min(2 * delay_s, LAST_DELIVERY_DELAY_S)
-            if self._stopping or state.failed:  # the log has it
-                return
-            (outcome,) = await self._published([state])
-            if isinstance(outcome, str):
-                state.stream_entry_id = outcome
-                self._delivered([state])
-                return
-            if not isinstance(outcome, UnavailableError | OverloadedError):
-                self._fail(state, outcome)
-                return
-            error = outcome
+        self._delivery.deliver([state for state in states if state.params.publish and state.tokens])
+        self._delivered([state for state in states if not (state.params.publish and state.tokens)])
 
     def _delivered(self, states: Sequence[RequestState]) -> None:
         """They are where they belong."""
+        if not states:
+            return
         for state in states:
             state.error = None
             state.delivered = True
@@ -427,9 +373,7 @@ class Generations:
         to ask again."""
         await self.driver.close()
         unfinished = self._let_go(UnavailableError("the rollout server is stopping"))
-        self._stopping = True
-        for state in self.table.undelivered():
-            state.hurry()
+        self._delivery.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.log.close)
         return unfinished

@@ -85,6 +85,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             token_log=token_log,
             tokenizer_fingerprint=loaded.tokenizer_fingerprint,
             finished_kept=self._config.engine.finished_kept,
+            max_slots=self._config.engine.max_slots,
             max_waiting=self._config.engine.max_waiting,
             stream_of=self._stream,
             on_failure=self._on_failure,
@@ -257,7 +258,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             self._generations,
             check=self._checked_params,
             policy=lambda: self._policy,
-            credits=self._config.engine.max_waiting,
+            credits=self._config.engine.max_slots + self._config.engine.max_waiting,
             idle_timeout_s=self._config.server.stream_idle_timeout_s,
         )
         self._batch_calls.add(call)

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 
-from opd_mesh.config.recipe import Recipe
-from opd_mesh.errors import VerifierError
+from opd_mesh.config.recipe import AccuracyConfig, Recipe
+from opd_mesh.errors import ConfigError, VerifierError
+from student_trainer.answers import Answer, drawn_at, figures, read_answers
 from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grader
 
-CORRECT = 1.0 - 1e-9  # scores are shares of a right answer
-
 
 class AccuracyEvaluator:
-    """Of every domain that has a verifier, trained on or not."""
+    """Of every domain that has a verifier, trained on or not.
+
+    Raises:
+        ConfigError: accuracy is asked for, and no domain has one.
+    """
 
     def __init__(self, recipe: Recipe, rollouts: Rollouts) -> None:
+        if recipe.evaluation.accuracy is not None and not any(one.verifier for one in recipe.domains.values()):
+            raise ConfigError(
+                "evaluation.accuracy: no domain has a verifier to grade answers; name one (domains.….verifier), or "
+                "leave accuracy out",
+                field="evaluation.accuracy",
+            )
         self._recipe = recipe
         self._rollouts = rollouts
 
     async def evaluate(self, domains: Sequence[Domain], grader: Grader, *, lineage: int, step: int) -> dict[str, float]:
         """Metrics by name: ``accuracy/<domain>`` (share of right answers), ``score/<domain>`` (mean score),
-        ``unparsed/<domain>`` (share from which no answer could be taken), ``graded/<domain>`` (answers).
+        ``unparsed/<domain>`` (share from which no answer could be taken), all of ``graded/<domain>`` answers;
+        ``ungraded/<domain>`` (answers without a score), ``answer_length/<domain>`` (mean, tokens).
 
         Raises:
             VerifierError: not one answer of a domain could be graded.
@@ -34,34 +44,32 @@ class AccuracyEvaluator:
         for domain in domains:
             if not domain.has_verifier:
                 continue
-            prompts = domain.held_out(config.split, config.prompts_per_domain)
-            specs = [
-                self._rollouts.spec(
-                    f"e{lineage:04d}-s{step:06d}-{domain.name}-{config.split}-{place}",
-                    prompt,
-                    replace(
-                        self._rollouts.sampling(domain.name, config.split, prompt.index),
-                        temperature=config.temperature,
-                        top_p=1.0,
-                        top_k=0,
-                    ),
-                    publish=False,
-                )
-                for place, prompt in enumerate(prompts)
-            ]
-            written = await self._rollouts.write_unpublished(specs)
-            texts = [domain.text(trajectory.scored_token_ids) for trajectory in written]
-            grades = await grader.grade(domain.name, list(zip(prompts, texts, strict=True)))
-            scores = [grade.score for grade in grades if grade.score is not None]
-            if not scores:
-                failure = next((grade.failure for grade in grades if grade.failure), "there are no prompts")
+            answers = await self._answers(domain, grader, config, f"e{lineage:04d}-s{step:06d}")
+            found = figures(answers)
+            if found["accuracy"] is None or found["score"] is None or not found["graded"]:
+                failures = (answer.grade.failure for answer in answers if answer.grade and answer.grade.failure)
                 raise VerifierError(
-                    f"not one answer could be graded: {failure}", field=f"domains.{domain.name}.verifier"
+                    f"not one answer could be graded: {next(failures, 'there are no prompts')}",
+                    field=f"domains.{domain.name}.verifier",
                 )
-            line[f"accuracy/{domain.name}"] = sum(score >= CORRECT for score in scores) / len(scores)
-            line[f"score/{domain.name}"] = sum(scores) / len(scores)
-            line[f"unparsed/{domain.name}"] = sum(not grade.parsed for grade in grades) / len(grades)
-            line[f"graded/{domain.name}"] = len(scores)
-            lengths = [trajectory.num_scored for trajectory in written]
-            line[f"answer_length/{domain.name}"] = sum(lengths) / len(lengths)
+            line[f"accuracy/{domain.name}"] = found["accuracy"]
+            line[f"score/{domain.name}"] = found["score"]
+            line[f"unparsed/{domain.name}"] = (found["unparsed"] or 0) / found["graded"]
+            line[f"graded/{domain.name}"] = found["graded"]
+            line[f"ungraded/{domain.name}"] = found["ungraded"] or 0
+            line[f"answer_length/{domain.name}"] = found["mean_length"] or 0.0
         return line
+
+    async def _answers(self, domain: Domain, grader: Grader, config: AccuracyConfig, name: str) -> list[Answer]:
+        prompts = await asyncio.to_thread(domain.held_out, config.split, config.prompts_per_domain)
+        specs = [
+            self._rollouts.spec(
+                f"{name}-{domain.name}-{config.split}-{place}",
+                prompt,
+                drawn_at(self._rollouts.sampling(domain.name, config.split, prompt.index), config.temperature),
+                publish=False,
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+        written = await self._rollouts.write_unpublished(specs)
+        return await read_answers(domain, grader, list(zip(prompts, written, strict=True)))

@@ -3,10 +3,10 @@
     python -m student_trainer.answering --config answers.yaml --out DIR
 
 For each model ``DIR/<model>/<domain>.jsonl`` has a line per answer: ``trajectory_id``, ``domain``, ``prompt_index``,
-``split``, ``token_ids``, ``scored_spans``, ``tokenizer_fingerprint``, ``text`` (of the response), ``score`` (null where
-it could not be graded, or the domain has no verifier), ``parsed`` and ``failure``. They are trajectories that SFT can
-learn from. ``DIR/<model>/scores.json``, written last, has by domain ``accuracy``, ``score``, ``answers``, ``graded``,
-``unparsed``, ``ungraded`` and ``mean_length``; a model that has it is left out when asked again. Progress goes to
+``split``, ``token_ids``, ``scored_spans``, ``finish_reason``, ``tokenizer_fingerprint``, ``text`` (of the response),
+``score`` (null where it could not be graded, or the domain has no verifier), ``parsed`` and ``failure``. They are
+trajectories that SFT can learn from. ``DIR/<model>/scores.json``, written last, has by domain what
+:func:`student_trainer.answers.figures` tells; a model that has it is left out when asked again. Progress goes to
 ``DIR/progress.json``.
 """
 
@@ -16,7 +16,6 @@ import asyncio
 import json
 import logging
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,54 +27,12 @@ from opd_mesh.policy import PolicyId
 from opd_mesh.policy_weights import PolicyWeights
 from opd_mesh.process import ServiceArguments
 from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
-from opd_mesh.trajectory import Trajectory
-from student_trainer.accuracy import CORRECT
+from student_trainer.answers import Answer, drawn_at, figures, read_answers
 from student_trainer.rollouts import Rollouts
-from student_trainer.tasks import Domain, Grade, Grader, Prompt, open_domains
+from student_trainer.tasks import Domain, Grader, Prompt, open_domains
 
 log = logging.getLogger("student_trainer")
 SCORES = "scores.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One response; without a grade where the domain has no verifier."""
-
-    prompt: Prompt
-    trajectory: Trajectory
-    text: str
-    grade: Grade | None
-
-    def to_json(self, fingerprint: str) -> dict[str, Any]:
-        """One line of the file."""
-        return {
-            "trajectory_id": self.trajectory.trajectory_id,
-            "domain": self.prompt.domain,
-            "prompt_index": self.prompt.index,
-            "split": self.prompt.split,
-            "token_ids": list(self.trajectory.token_ids),
-            "scored_spans": [list(span) for span in self.trajectory.scored_spans],
-            "tokenizer_fingerprint": fingerprint,
-            "text": self.text,
-            "score": self.grade.score if self.grade else None,
-            "parsed": self.grade.parsed if self.grade else None,
-            "failure": self.grade.failure if self.grade else None,
-        }
-
-
-def figures(answers: list[Answer]) -> dict[str, float | None]:
-    """Of one domain; accuracy and score are None where nothing could be graded."""
-    grades = [answer.grade for answer in answers if answer.grade is not None]
-    scores = [grade.score for grade in grades if grade.score is not None]
-    return {
-        "accuracy": sum(score >= CORRECT for score in scores) / len(scores) if scores else None,
-        "score": sum(scores) / len(scores) if scores else None,
-        "answers": len(answers),
-        "graded": len(scores),
-        "unparsed": sum(not grade.parsed for grade in grades),
-        "ungraded": len(grades) - len(scores),
-        "mean_length": sum(answer.trajectory.num_scored for answer in answers) / max(1, len(answers)),
-    }
 
 
 class Answering:
@@ -157,30 +114,27 @@ class Answering:
 
     async def _answers(self, name: str, number: int, domain: Domain, grader: Grader) -> list[Answer]:
         config = self._config
-        prompts = [prompt for prompt in self._prompts(domain) for _ in range(config.responses_per_prompt)]
+        asked = await asyncio.to_thread(self._prompts, domain)
+        if len(asked) < config.prompts_per_domain:
+            log.warning(
+                "domain %s has %d %s prompts, fewer than the %d asked for (prompts_per_domain)",
+                domain.name,
+                len(asked),
+                config.split,
+                config.prompts_per_domain,
+            )
+        prompts = [prompt for prompt in asked for _ in range(config.responses_per_prompt)]
         specs = [
             self._rollouts.spec(
                 f"e{number:04d}-{name}-{domain.name}-{place}",
                 prompt,
-                replace(
-                    self._rollouts.sampling(domain.name, config.split, prompt.index, place),
-                    temperature=config.temperature,
-                ),
+                drawn_at(self._rollouts.sampling(domain.name, config.split, prompt.index, place), config.temperature),
                 publish=False,
             )
             for place, prompt in enumerate(prompts)
         ]
         written = await self._rollouts.write_unpublished(specs)
-        pairs = [(prompt, one) for prompt, one in zip(prompts, written, strict=True) if one.num_scored]
-        texts = [domain.text(trajectory.scored_token_ids) for _, trajectory in pairs]
-        grades: list[Grade | None] = [None] * len(pairs)
-        if domain.has_verifier:
-            entries = [(prompt, text) for (prompt, _), text in zip(pairs, texts, strict=True)]
-            grades = list(await grader.grade(domain.name, entries))
-        return [
-            Answer(prompt, trajectory, text, grade)
-            for (prompt, trajectory), text, grade in zip(pairs, texts, grades, strict=True)
-        ]
+        return await read_answers(domain, grader, list(zip(prompts, written, strict=True)))
 
     def _tell(self, model: str, done: int, total: int) -> None:
         partial = self._out / "progress.partial"

@@ -6,6 +6,7 @@ start, teacher-aligned prompts with a share of others); Yu et al., DAPO, arXiv 2
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -19,12 +20,16 @@ class Diagnostics:
 
     def __init__(self, config: DiagnosticsConfig) -> None:
         self._config = config
-        self._lines: list[Line] = []
+        self._series: dict[str, _Series] = {}  # of the metrics that a sign is read from
         self._told: set[str] = set()
 
     def take(self, line: Line) -> list[str]:
         """Warnings that the newest step gives rise to."""
-        self._lines.append(line)
+        for key, value in line.items():
+            if key.startswith(_READ):
+                if key not in self._series:
+                    self._series[key] = _Series(self._config.window_steps)
+                self._series[key].add(value)
         found: list[str] = []
         for prefix, sign in _SIGNS.items():
             for key in [key for key in line if key.startswith(prefix) and key not in self._told]:
@@ -38,12 +43,8 @@ class Diagnostics:
         return [text for line in lines for text in self.take(line)]
 
     def _windows(self, key: str) -> Windows | None:
-        """None before there are two of them that do not overlap."""
-        size = self._config.window_steps
-        values = [line[key] for line in self._lines if key in line]
-        if len(values) < 2 * size:
-            return None
-        return Windows(*(sum(part) / size for part in (values[:size], values[-2 * size : -size], values[-size:])))
+        series = self._series.get(key)
+        return None if series is None else series.windows()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,30 @@ class Windows:
     first: float
     before: float
     now: float
+
+
+class _Series:
+    """What is kept of a metric: its first window's sum, and its newest two windows. Constant in the run's length."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._count = 0
+        self._first = 0.0
+        self._newest: deque[float] = deque(maxlen=2 * size)
+
+    def add(self, value: float) -> None:
+        if self._count < self._size:
+            self._first += value
+        self._count += 1
+        self._newest.append(value)
+
+    def windows(self) -> Windows | None:
+        """None before there are two of them that do not overlap."""
+        size = self._size
+        if len(self._newest) < 2 * size:
+            return None
+        values = list(self._newest)
+        return Windows(*(total / size for total in (self._first, sum(values[:size]), sum(values[size:]))))
 
 
 Read = Callable[[str], Windows | None]
@@ -104,3 +129,4 @@ _SIGNS: dict[str, Callable[[str, Read, DiagnosticsConfig], str | None]] = {
     "entropy_domain/": _collapsed_entropy,
     "response_length/": _exploding_length,
 }
+_READ = (*_SIGNS, "kl/")

@@ -13,6 +13,7 @@ from opd_kernels import LinearHead, TokenLogprobs, token_logprobs
 from torch import Tensor
 
 from opd_mesh.config.training import PolicyGradientConfig
+from opd_mesh.errors import InternalError
 from opd_mesh.torch_tensors import from_numpy
 from student_trainer.batch import Sample
 from student_trainer.heads import HeadStore
@@ -66,6 +67,13 @@ class _SftPass:
 
     def close(self) -> None:
         """Nothing is kept."""
+
+
+def _advantage(sample: Sample) -> float:
+    if sample.advantage is None:
+        name = sample.trajectory.trajectory_id
+        raise InternalError(f"response {name} is trained on without an advantage: it belongs to no group")
+    return sample.advantage
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,7 @@ class _PolicyGradientPass:
         terms = policy_terms(
             found.logprobs_T,
             behaviour_R,
-            self._of_samples([sample.advantage or 0.0 for sample in current.batch]),
+            self._of_samples([_advantage(sample) for sample in current.batch]),
             current.lengths,
             clip_low=config.clip_low,
             clip_high=config.clip_high,

@@ -157,6 +157,8 @@ class MarkBuffer:
 
     async def _fetch(self, answer: BufferedAnswer, ask: Ask) -> None:
         await answer.admitted.wait()
+        if answer not in self._unreleased:  # let go of while it waited
+            return
         try:
             tensors = await ask()
         except Exception as error:  # noqa: BLE001 - handed to who waits for it
@@ -262,6 +264,7 @@ class MarkBuffer:
         self._held.discard(answer)
         if answer in self._waiting:
             self._remove_waiting(answer)
+            answer.admitted.set()  # its task ends
         if (path := answer.spilled()) is not None:
             path.unlink(missing_ok=True)
         self._leave_memory(answer)

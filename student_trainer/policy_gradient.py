@@ -41,6 +41,11 @@ class GroupAdvantages:
     degenerate: Literal["single", "equal"] | None
 
 
+def all_equal(values: Sequence[float]) -> bool:
+    """Whether they differ by no more than a verifier's rounding; at least one."""
+    return max(values) - min(values) <= EQUAL_WITHIN
+
+
 def group_advantages(rewards: Sequence[float | None], scale: Scale) -> GroupAdvantages:
     """Advantages within one group.
 
@@ -51,7 +56,7 @@ def group_advantages(rewards: Sequence[float | None], scale: Scale) -> GroupAdva
         rewards: None: the response could not be graded, which is no reward of 0.
     """
     known = [reward for reward in rewards if reward is not None]
-    if len(known) < 2 or max(known) - min(known) <= EQUAL_WITHIN:
+    if len(known) < 2 or all_equal(known):
         zeros = tuple(None if reward is None else 0.0 for reward in rewards)
         return GroupAdvantages(zeros, "single" if len(known) < 2 else "equal")
     mean = math.fsum(known) / len(known)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from opd_mesh.trajectory import Trajectory
+from student_trainer.answers import read_answers
 from student_trainer.tasks import Domain, Grade, Grader, Prompt
 
 
@@ -63,11 +64,11 @@ class Rewards:
                         future.set_exception(error)
 
     async def _grade(self, domain: Domain, items: Sequence[tuple[Prompt, Trajectory, asyncio.Future[Reward]]]) -> None:
-        entries = [(prompt, domain.text(trajectory.scored_token_ids)) for prompt, trajectory, _ in items]
-        grades = await self._grader.grade(domain.name, entries)
-        for (_, trajectory, future), grade in zip(items, grades, strict=True):
+        answers = await read_answers(domain, self._grader, [(prompt, trajectory) for prompt, trajectory, _ in items])
+        for (_, trajectory, future), answer in zip(items, answers, strict=True):
+            assert answer.grade is not None  # rewards need a verifier: the recipe has checked it
             if not future.done():
-                future.set_result(reward_of(domain, trajectory, grade))
+                future.set_result(reward_of(domain, trajectory, answer.grade))
 
     async def close(self) -> None:
         """Let go of what nobody waits for."""

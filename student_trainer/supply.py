@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from opd_mesh.config.recipe import Recipe
+from opd_mesh.errors import ConfigError
 from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import Sample
 from student_trainer.checkpoint import TrainerState
@@ -69,6 +70,7 @@ class AnswerSupply:
 
     def __init__(self, recipe: Recipe) -> None:
         self._prompts_per_step = recipe.batch.prompts_per_step
+        self._max_tokens = recipe.rollout.engine.max_context_tokens
         self._domains: dict[str, Domain] = {}
 
     def start(self, domains: Sequence[Domain], progress: TrainerState, grader: Grader) -> None:
@@ -98,6 +100,13 @@ class AnswerSupply:
         for place, prompt in enumerate(prompts):
             solution = self._domains[prompt.domain].solution(prompt)
             start = len(prompt.token_ids)
+            if start + len(solution) > self._max_tokens:
+                raise ConfigError(
+                    f"domain {prompt.domain}: item {prompt.index} is {start + len(solution)} tokens long, prompt "
+                    f"({start}) and answer ({len(solution)}); rollout.engine.max_context_tokens allows "
+                    f"{self._max_tokens}: raise it, or leave such items out",
+                    field=f"domains.{prompt.domain}",
+                )
             trajectory = Trajectory(
                 trajectory_id=own_trajectory_id(self._lineage, number, place),
                 domain=prompt.domain,

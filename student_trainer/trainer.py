@@ -174,9 +174,11 @@ class Trainer:
                 self.warn(self.diagnostics.take_all(self.metrics.lines))
         self.progress.lineage = self.identity.lineage
         self.supply.start(self.domains, self.progress, self.grader)
-        with self.doing("updating the rollout policy"):
-            await self.feed.give()
-        self.feed.watch()
+        if self.recipe.writes:  # otherwise it is given when it is evaluated
+            with self.doing("updating the rollout policy"):
+                await self.feed.give()
+        if self.recipe.needs_rollouts:
+            self.feed.watch()
         await self.rollouts.watch.start_over()
         every = self.recipe.evaluation.every_steps
         if self.progress.step == 0 or (every and self.progress.step % every == 0):
@@ -274,7 +276,7 @@ class Trainer:
                 "marks_spilled_bytes": buffered.spilled_bytes,
             }
             try:
-                if self.recipe.max_staleness:
+                if self.recipe.writes and self.recipe.max_staleness:
                     self.feed.give_ahead(then=self.write_ahead)
                 elif self.recipe.writes:
                     with clock("policy"), self.doing("updating the rollout policy"):
@@ -301,7 +303,8 @@ class Trainer:
     async def gather_samples(self, number: int, clock: Clock) -> Gathered:
         """What the step trains on; every response that the student writes is marked as soon as it arrives."""
         with clock("rollout"):
-            self.supply.submit(self.feed.served_version)
+            if self.recipe.writes:
+                self.supply.submit(self.feed.served_version)
             what = "writing" if self.recipe.writes else "reading"
             with self.doing(f"{what} {self.supply.size_of(number)} responses"), clock("wait_rollout"):
                 return await self.supply.take(number)
@@ -374,7 +377,7 @@ class Trainer:
             return
         with self.doing("evaluating on held-out prompts"):
             await self._ends.wait(self.feed.given())
-            if not self.recipe.writes:  # its servers are given only what is evaluated
+            if self.recipe.needs_rollouts and not self.recipe.writes:  # servers are given only what is evaluated
                 await self._ends.wait(self.feed.give())
             if self.feed.dropped:
                 raise StepGivenUpError

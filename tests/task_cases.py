@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -67,6 +68,11 @@ def behave(answer: str, item: Mapping[str, Any]) -> Any:
             os._exit(3)
         case "raise":
             raise ValueError("as asked")
+        case "write":  # the beginning of a line into every pipe that is open, then hangs
+            for descriptor in range(3, 64):
+                with contextlib.suppress(OSError):
+                    os.write(descriptor, b"\0\0\1\0[1.0, ")
+            time.sleep(3600)
         case "exit":
             raise SystemExit(0)
         case "nothing":

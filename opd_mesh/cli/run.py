@@ -10,13 +10,14 @@ from pathlib import Path
 from rich.console import Console
 
 from opd_mesh.config.base import dump_config, load_config
+from opd_mesh.config.paths import resolve_paths
 from opd_mesh.config.pipeline import PipelineRecipe, load_recipe
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError, OpdError
 from opd_mesh.pipeline.run import RECIPE as PIPELINE_RECIPE
 from opd_mesh.pipeline.run import PipelineRun, resolve_pipeline_paths
 from opd_mesh.progress import ProgressView
-from opd_mesh.supervisor import resolve_paths, run_local
+from opd_mesh.supervisor import run_local
 
 
 def start_run(recipe: Path, run_dir: Path | None, *, plan: bool) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from opd.v1 import rollout_service_pb2
 
-from opd_mesh.errors import DeadlineError, InternalError, OpdError, UnavailableError
+from opd_mesh.errors import DeadlineError, InternalError, OpdError, UnavailableError, UnimplementedError
 from opd_mesh.rpc.status import error_of, error_of_rpc
 
 Item = rollout_service_pb2.GenerateBatchItem
@@ -80,6 +80,11 @@ class GenerationStream:
             # The reader may have more to say of it, in a moment.
             await asyncio.wait({self._tasks[0]}, timeout=BREAK_S)
             self._break(UnavailableError(f"{self._target}: the stream is broken: {error}"))
+        except Exception as error:  # noqa: BLE001 - handed to every request, with its cause
+            failure = InternalError(f"{self._target}: a request could not be sent: {error}")
+            failure.__cause__ = error
+            self._call.cancel()
+            self._break(failure)
 
     def _next_items(self) -> list[Item]:
         """As many as there are credits for, and as fit a message."""
@@ -104,6 +109,8 @@ class GenerationStream:
                 self._wake.set()
         except grpc.aio.AioRpcError as error:
             failure = error_of_rpc(error, target=self._target)
+            if isinstance(failure, UnimplementedError):
+                failure = UnimplementedError(f"rollout server {self._target} is older than this client: update it")
             if isinstance(failure, DeadlineError):  # of an idle stream: of no request that it crossed
                 failure = UnavailableError(f"{self._target} ended the stream: {failure}")
         except asyncio.CancelledError:

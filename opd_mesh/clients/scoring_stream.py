@@ -169,6 +169,11 @@ class ScoringStream:
             # The reader may have more to say of it, in a moment.
             await asyncio.wait({self._reader}, timeout=BREAK_S)
             self._break(UnavailableError(f"{self._target}: the stream is broken: {error}"))
+        except Exception as error:  # noqa: BLE001 - handed to every request, with its cause
+            failure = InternalError(f"{self._target}: a request could not be sent: {error}")
+            failure.__cause__ = error
+            self._call.cancel()
+            self._break(failure)
 
     def _next_message(self) -> teacher_service_pb2.ScoreTrajectoriesRequest | None:
         """Items given up first, for their credits are used again; then as many as there are credits for."""

@@ -5,6 +5,7 @@ It is told from a run's recipe by its key ``stages``. What stages make of each o
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -280,9 +281,10 @@ class PipelineRecipe(Strict):
         for name in stages:
             if name == MODEL:
                 raise ValueError(f"{name}: that is what the pipeline begins with; choose another name")
-            if not all(character.isalnum() or character in "._-" for character in name) or not name[:1].isalnum():
+            if re.fullmatch(NAME, name) is None:
                 raise ValueError(
-                    f"{name!r}: a name has letters, digits, '.', '_' and '-', and begins with one of the first"
+                    f"{name!r}: a name has up to 48 letters (a to z), digits, '.', '_' and '-', and begins with one of "
+                    "the first two"
                 )
         return stages
 

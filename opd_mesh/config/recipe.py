@@ -21,6 +21,7 @@ from opd_mesh.config.services import (
     TokenLogConfig,
     require_addresses,
 )
+from opd_mesh.config.tasks import SoftOverlongPenalty
 from opd_mesh.config.training import (
     AdamWConfig,
     DivergenceConfig,
@@ -269,6 +270,47 @@ class Recipe(Strict):
         for name, domain in self.domains.items():
             if domain.effort is not None and domain.effort not in self.efforts:
                 raise ValueError(f"domains.{name}.effort: {domain.effort!r} is none of {', '.join(self.efforts)}")
+        return self
+
+    @model_validator(mode="after")
+    def _responses_fit(self) -> Recipe:
+        context = self.rollout.engine.max_context_tokens
+        for name, domain in self.domains.items():
+            longest = self.max_new_tokens(name)
+            if longest >= context:
+                raise ValueError(
+                    f"domains.{name}: responses of up to {longest} tokens (max_new_tokens) leave no room for a prompt "
+                    f"in rollout.engine.max_context_tokens ({context}); lower the one or raise the other"
+                )
+            penalty = domain.length_penalty or (self.efforts[domain.effort].length_penalty if domain.effort else None)
+            if isinstance(penalty, SoftOverlongPenalty) and penalty.buffer_tokens > longest:
+                raise ValueError(
+                    f"domains.{name}.length_penalty.buffer_tokens: a buffer of {penalty.buffer_tokens} tokens is "
+                    f"longer than the longest response ({longest} tokens); lower it or raise max_new_tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _accuracy_is_to_be_had(self) -> Recipe:
+        accuracy = self.evaluation.accuracy
+        if accuracy is None:
+            return self
+        verified = {name: domain for name, domain in self.domains.items() if domain.verifier is not None}
+        for name, domain in verified.items():
+            if accuracy.split == "test" and (domain.splits is None or not domain.splits.test):
+                raise ValueError(
+                    f"evaluation.accuracy.split: domain {name} has no test prompts; give it a share of them "
+                    f"(domains.{name}.splits.test), or set split to validation"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _an_answer_is_learned_once(self) -> Recipe:
+        if not self.writes and self.batch.responses_per_prompt > 1:
+            raise ValueError(
+                f"batch.responses_per_prompt: sft learns the one answer that the domain holds, not "
+                f"{self.batch.responses_per_prompt}; leave it out, and set batch.prompts_per_step"
+            )
         return self
 
     @model_validator(mode="after")

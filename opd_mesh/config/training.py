@@ -105,7 +105,8 @@ class ReferenceKlConfig(Strict):
 
 
 class DynamicSamplingConfig(Strict):
-    """DAPO's: groups whose rewards are all equal are dropped, and more prompts are asked for in their place."""
+    """DAPO's: groups whose scores are all equal, whatever their lengths cost, are dropped, and more prompts are asked
+    for in their place."""
 
     # Of further prompts in one step; what is still missing then makes the step smaller.
     max_rounds: int = Field(3, ge=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,29 @@ class FileDigests:
 
     def __init__(self) -> None:
         self._known: dict[Path, str] = {}
+        self._states: dict[Path, list[Any]] = {}
+
+    def check(self, paths: Iterable[Path]) -> None:
+        """Read again what has been touched since it was read.
+
+        Raises:
+            ConfigError: its contents have changed, or it is gone.
+        """
+        for path in paths:
+            if path in self._known and _state(path) != self._states[path]:
+                if not path.exists() or FileDigests().of(path) != self._known[path]:
+                    raise ConfigError(
+                        f"{path} has changed while a job was reading it, so nobody knows what its result is made of: "
+                        "leave it alone until the pipeline has ended, and run it again",
+                        field=str(path),
+                    )
+                self._states[path] = _state(path)
 
     def of(self, path: Path) -> str:
         """Raises :class:`ConfigError` where there is nothing."""
         if path not in self._known:
             try:
+                self._states[path] = _state(path)
                 self._known[path] = self._folder(path) if path.is_dir() else sha256(path)
             except OSError as error:
                 raise ConfigError(f"cannot read {path}: {error.strerror}", field=str(path)) from error
@@ -56,6 +74,25 @@ class FileDigests:
     def _folder(self, path: Path) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return digest_of([[str(file.relative_to(path)), sha256(file)] for file in files])
+
+
+class _Noted(FileDigests):
+    """The same, noting what is asked for."""
+
+    def __init__(self, files: FileDigests) -> None:
+        self._files = files
+        self.paths: dict[Path, None] = {}
+
+    def of(self, path: Path) -> str:
+        self.paths[path] = None
+        return self._files.of(path)
+
+
+def _state(path: Path) -> list[Any]:
+    """What changes whenever a file or folder is written to."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found]
 
 
 def sha256(path: Path) -> str:
@@ -73,6 +110,8 @@ class Resolved:
         parts: of answers: digest by model.
         inputs: role → digest, or a folder from outside.
         option: of a training run, which of its recipes.
+        files: from outside, that went into the digests.
+        looked_at: of a training run, domains that it is evaluated on without learning them: digest of the definition.
     """
 
     job: Job
@@ -80,6 +119,8 @@ class Resolved:
     parts: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str | Path] = field(default_factory=dict)
     option: int = 0
+    files: tuple[Path, ...] = ()
+    looked_at: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve(plan: Plan, choice_of: Callable[[str], int | None], files: FileDigests) -> dict[str, Resolved]:
@@ -111,6 +152,7 @@ def resolve(plan: Plan, choice_of: Callable[[str], int | None], files: FileDiges
 
     for job in plan.jobs.values():
         inputs: dict[str, str | Path] = {}
+        noted = _Noted(files)
         known, option = True, 0
         for role, source in job.inputs.items():
             if role == "choice":
@@ -125,17 +167,19 @@ def resolve(plan: Plan, choice_of: Callable[[str], int | None], files: FileDiges
                 inputs[role] = value
         if isinstance(job.payload, Answers):
             parts = {
-                model: _part_digest(job.payload, model, inputs[f"model/{model}"], files)
+                model: _part_digest(job.payload, model, inputs[f"model/{model}"], noted)
                 for model in job.payload.domains
                 if f"model/{model}" in inputs
             }
-            found[job.id] = Resolved(job, digest_of(parts) if known else None, parts, inputs)
+            found[job.id] = Resolved(job, digest_of(parts) if known else None, parts, inputs, files=tuple(noted.paths))
             continue
-        digest = None
+        digest, looked_at = None, {}
         if known:
-            sources = {role: _source_digest(value, files) for role, value in inputs.items()}
-            digest = digest_of([FORMAT, job.kind, _determines(job, option, files), sources])
-        found[job.id] = Resolved(job, digest, {}, inputs, option)
+            sources = {role: _source_digest(value, noted) for role, value in inputs.items()}
+            digest = digest_of([FORMAT, job.kind, _determines(job, option, noted), sources])
+            if isinstance(job.payload, Train):
+                looked_at = _looked_at(job.payload.options[option], noted)
+        found[job.id] = Resolved(job, digest, {}, inputs, option, tuple(noted.paths), looked_at)
     return found
 
 
@@ -188,6 +232,11 @@ def _recipe(recipe: Recipe, files: FileDigests, written: set[str]) -> dict[str, 
         for name, teacher in recipe.teachers.items()
     }
     return value
+
+
+def _looked_at(recipe: Recipe, files: FileDigests) -> dict[str, str]:
+    others = [name for name in recipe.domains if name not in recipe.trained_domains]
+    return {name: digest_of(_domain(recipe, name, files, keep_share=False)) for name in others}
 
 
 def _domain(recipe: Recipe, name: str, files: FileDigests, *, keep_share: bool, written: bool = False) -> list[Any]:

@@ -19,6 +19,15 @@ from opd_mesh.config.pipeline import (
 from opd_mesh.errors import ConfigError
 from opd_mesh.pipeline.partial import merged
 
+SFT = ("sft",)
+GRPO = ("grpo", "dapo", "dr_grpo")
+OPD = ("reverse_kl", "forward_kl", "jsd", "exopd", "top_k", "sampled_token")
+
+
+def objectives(stage: Stage, key: str) -> tuple[str, ...]:
+    """What the part ``key`` of a stage may train by; the first is the default."""
+    return GRPO if key == "grpo" else OPD if isinstance(stage, OpdStage) else SFT
+
 
 def references(value: Mapping[str, Any]) -> list[str]:
     """Stages that an objective names as its reference, from the value of a recipe."""
@@ -55,7 +64,8 @@ def _named(name: str, stage: Stage, defaults: Mapping[str, Any]) -> Iterator[tup
             yield from ((f"{place}.models", model) for model in stage.models)
     for key, part in parts.items():
         if part is not None:
-            yield from ((f"{place}.{key}.objective", other) for other in references(merged(defaults, part)))
+            whole = merged({"objective": {"name": objectives(stage, key)[0]}}, defaults, part)
+            yield from ((f"{place}.{key}.objective", other) for other in references(whole))
 
 
 def _domains_named(name: str, stage: Stage) -> Iterator[tuple[str, str]]:

@@ -11,8 +11,9 @@ from opd_mesh.config.base import parse_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError
 
-# Sections that are one of several models: under another name they are replaced, not merged.
-_CHOICES = ("objective", "optimizer")
+# Sections that are one of several models, and the one that is meant where none is named: under another name they are
+# replaced, not merged.
+_CHOICES = {"objective": "reverse_kl", "optimizer": "adamw"}
 _SECTIONS = (*_CHOICES, "run", "student", "rollout", "batch", "evaluation", "checkpoint")
 # What is the pipeline's to say, and where it says it.
 _NOT_HERE = {
@@ -22,6 +23,7 @@ _NOT_HERE = {
     "student.path": "it comes from the pipeline's `model`, or from the stage that `from` names",
     "run.name": "it comes from the stage's name",
     "run.seed": "it is one of `pipeline.seeds`",
+    "rollout.log.path": "every job has its token log in its own folder",
 }
 
 
@@ -30,14 +32,15 @@ def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     for part in parts:
         for key, value in part.items():
-            whole[key] = _over(whole.get(key), value, is_choice=key in _CHOICES)
+            whole[key] = _over(whole.get(key), value, default=_CHOICES.get(key))
     return whole
 
 
-def _over(below: Any, above: Any, *, is_choice: bool = False) -> Any:
+def _over(below: Any, above: Any, *, default: str | None = None) -> Any:
+    """``default``: of one of several models, the name of what has none."""
     if not isinstance(below, dict) or not isinstance(above, Mapping):
         return copy.deepcopy(above)
-    if is_choice and {"name"} <= below.keys() & above.keys() and below["name"] != above["name"]:
+    if default is not None and above.get("name", below.get("name", default)) != below.get("name", default):
         return copy.deepcopy(dict(above))
     result = dict(below)
     for key, value in above.items():

@@ -3,7 +3,8 @@ found before the first one begins."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.training import SftConfig
 from opd_mesh.errors import ConfigError
 from opd_mesh.pipeline.jobs import PLACEHOLDER, Answers, Choose, Evaluate, Init, Job, Kind, Plan, Soup, Train
-from opd_mesh.pipeline.order import in_order, references
+from opd_mesh.pipeline.order import GRPO, OPD, SFT, in_order, references
 from opd_mesh.pipeline.partial import check_part, combinations, has, merged, whole_recipe, with_value
 
 Source = str | Path
+# Of `rollout`: what bounds an answer.
+_ANSWERED_UNDER = ("max_new_tokens", "stop_token_ids", "engine.max_context_tokens")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,6 @@ class Phase:
     domains: Mapping[str, Mapping[str, Any]]
     teachers: tuple[str, ...] = ()
     trajectories: Mapping[str, tuple[str, str]] | None = None
-
-
-SFT = ("sft",)
-GRPO = ("grpo", "dapo", "dr_grpo")
-OPD = ("reverse_kl", "forward_kl", "jsd", "exopd", "top_k", "sampled_token")
 
 
 def plan(pipeline: PipelineRecipe) -> Plan:
@@ -78,7 +76,10 @@ class _Planner:
         self.choices: dict[tuple[int, str], str] = {}
 
     def _add(self, job_id: str, kind: Kind, stage: str, seed: int, name: str, inputs: Any, payload: Any) -> str:
-        self.jobs.setdefault(job_id, Job(job_id, kind, stage, seed, name, dict(inputs), payload))
+        job = Job(job_id, kind, stage, seed, name, dict(inputs), payload)
+        if self.jobs.setdefault(job_id, job) != job:
+            field = f"stages.{stage}"
+            raise ConfigError(f"{field}: two different jobs would be called {job_id}", field=field)
         return job_id
 
     def add_seed(self, seed: int) -> None:
@@ -242,7 +243,7 @@ class _Planner:
         """What tells the jobs of a sweep apart: the values that went into them so far."""
         labels = {phase.label for phase in phases}
         values = [(key.partition(":"), value) for key, value in option.items()]
-        parts = [f"{path}={value}" for (label, _, path), value in values if label in labels]
+        parts = [f"{path}={json.dumps(value, default=str)}" for (label, _, path), value in values if label in labels]
         return f"[{','.join(parts)}]" if parts else ""
 
     def _check_choice(self, name: str, own: tuple[str, ...], recipes: list[Recipe]) -> None:
@@ -292,15 +293,50 @@ class _Planner:
         teachers = dict.fromkeys([*phase.teachers, *references(value)])
         value["teachers"] = {teacher: {"path": str(PLACEHOLDER)} for teacher in teachers}
         value["efforts"] = self._efforts()
-        recipe = whole_recipe(value, own=own, defaults=defaults, field=phase.field)
-        if recipe.objective.name not in phase.objectives:
+        objective = value["objective"].get("name", phase.objectives[0])
+        if objective not in phase.objectives:
             field = f"{phase.field}.objective.name"
-            raise ConfigError(
-                f"{field}: it must be {' or '.join(phase.objectives)} here, not {recipe.objective.name}", field=field
-            )
+            raise ConfigError(f"{field}: it must be {' or '.join(phase.objectives)} here, not {objective}", field=field)
+        return self._whole(value, own, phase.field)
+
+    def _whole(self, value: dict[str, Any], own: Mapping[str, Any], field: str) -> Recipe:
+        if has(value, "rollout.log") and isinstance(value["rollout"]["log"], Mapping):
+            value = merged(value, {"rollout": {"log": {"path": str(PLACEHOLDER)}}})
+        recipe = whole_recipe(value, own=own, defaults=self._pipeline.defaults, field=field)
+        if recipe.rollout.peers.addresses:
+            place = (field if has(own, "rollout.peers") else "defaults") + ".rollout"
+            if self._pipeline.pipeline.jobs > 1:
+                raise ConfigError(
+                    f"{place}.peers.addresses: jobs side by side would take the servers' policy from each other; set "
+                    "pipeline.jobs: 1, or leave the addresses out",
+                    field=f"{place}.peers.addresses",
+                )
+            if recipe.rollout.log is not None:
+                raise ConfigError(
+                    f"{place}.log: it is of servers that a job starts, but peers.addresses names some that run "
+                    "already; leave it out",
+                    field=f"{place}.log",
+                )
         return recipe
 
     # --- answers -----------------------------------------------------------------------------------------------
+    def _check_same_length(self, seed: int, models: Iterable[str], answers: Recipe) -> None:
+        """Models answer under `defaults.rollout`: one that was trained under other limits would not show its skill."""
+        for model in models:
+            for job_id in (job_id for ids in self.phases.get((seed, model), ()) for job_id in ids):
+                payload = self.jobs[job_id].payload
+                assert isinstance(payload, Train)  # phases are training runs
+                part = payload.phase or "recipe"
+                for key in _ANSWERED_UNDER:
+                    wanted = _value_at(answers.rollout, key)
+                    if any(_value_at(recipe.rollout, key) != wanted for recipe in payload.options):
+                        field = f"stages.{model}.{part}.rollout.{key}"
+                        raise ConfigError(
+                            f"{field}: the model also answers in other stages, and there defaults.rollout holds "
+                            f"({key}: {wanted}); set it in defaults, for all",
+                            field=field,
+                        )
+
     def _answers(
         self, job_id: str, name: str, seed: int, domains: Mapping[str, tuple[str, ...]], *, split: Any, settings: Any
     ) -> str:
@@ -320,7 +356,8 @@ class _Planner:
         )
         value["domains"] = {domain: self._dumped(domain, 1.0) for domain in used}
         value["efforts"] = self._efforts()
-        recipe = whole_recipe(value, own={}, defaults=self._pipeline.defaults, field=f"stages.{name}")
+        recipe = self._whole(value, {}, f"stages.{name}")
+        self._check_same_length(seed, domains, recipe)
         payload = Answers(
             recipe,
             dict(domains),
@@ -336,7 +373,8 @@ class _Planner:
         known = self._pipeline.domains
         domains = stage.domains or [domain for domain, config in known.items() if config.verifier is not None]
         if not domains:
-            raise ConfigError(f"stages.{name}: no domain has a verifier, so no answer can be graded", field="domains")
+            field = f"stages.{name}"
+            raise ConfigError(f"{field}: no domain has a verifier, so no answer can be graded", field=field)
         for domain in domains:
             field = f"stages.{name}.domains"
             if domain not in known:
@@ -370,3 +408,9 @@ class _Planner:
         inputs = {f"model/{place}": self.models[seed, model] for place, model in enumerate(stage.of)}
         payload = Soup(tuple(weight / total for weight in given))
         self.models[seed, name] = self._add(f"seed{seed}/{name}", "soup", name, seed, name, inputs, payload)
+
+
+def _value_at(config: Any, path: str) -> Any:
+    for key in path.split("."):
+        config = getattr(config, key)
+    return config

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from opd_mesh.config.pipeline import EvaluateStage, PipelineRecipe, SpecialistStage
 from opd_mesh.pipeline.digests import Resolved
 from opd_mesh.pipeline.jobs import Plan, Train
 from opd_mesh.pipeline.store import Artefact, Store
 
+Status = Literal["running", "finished", "failed", "stopped"]
 _COSTS = ("seconds", "tokens_trained", "steps")
 
 
@@ -24,19 +25,28 @@ class Results:
         self._resolved = resolved
         self._store = store
 
-    def as_dict(self, wall_s: float) -> dict[str, Any]:
-        """All of it as plain values. ``wall_s`` is of this call, without what was there already."""
+    def as_dict(self, status: Status, wall_s: float) -> dict[str, Any]:
+        """All of it as plain values. ``wall_s`` is of all calls in the folder."""
         return {
             "pipeline": self._pipeline.pipeline.name,
+            "status": status,
             "seeds": self._seeds,
             "systems": self._systems(),
             "phases": self._phases(),
             "wall_s": wall_s,
+            "job_seconds": self._job_seconds(),
         }
 
-    def text(self, wall_s: float) -> str:
+    def text(self, status: Status, wall_s: float) -> str:
         """As JSON."""
-        return json.dumps(self.as_dict(wall_s), indent=1) + "\n"
+        return json.dumps(self.as_dict(status, wall_s), indent=1) + "\n"
+
+    def _job_seconds(self) -> float:
+        """Of all jobs of the recipe that are done, sweeps included, each once."""
+        found = {digest for one in self._resolved.values() for digest in (one.digest, *one.parts.values())}
+        artefacts = [artefact for digest in found if (artefact := self._artefact(digest)) is not None]
+        # Answers and choices of an earlier version do not tell theirs.
+        return float(sum(artefact.facts.get("seconds", 0.0) for artefact in artefacts))
 
     def _artefact(self, digest: Any) -> Artefact | None:
         return self._store.find(digest) if isinstance(digest, str) else None
@@ -48,7 +58,7 @@ class Results:
             if not isinstance(stage, EvaluateStage):
                 systems[name] = {"kind": stage.kind, "domains": {}, "cost": self._cost(name)}
                 if (chosen := self._chosen(name)) is not None:
-                    systems[name]["chosen"] = dict(chosen.facts)
+                    systems[name]["chosen"] = {key: fact for key, fact in chosen.facts.items() if key != "seconds"}
         for name, stage in self._pipeline.stages.items():
             if isinstance(stage, EvaluateStage):
                 for seed in self._seeds:
@@ -77,8 +87,8 @@ class Results:
                 system["domains"].setdefault(domain, []).append(line)
 
     # --- training ----------------------------------------------------------------------------------------------
-    def _runs(self, seed: int, name: str) -> list[tuple[str, Artefact]]:
-        """(phase, run) of a stage's training; of a sweep those of the choice."""
+    def _runs(self, seed: int, name: str) -> list[tuple[str, Artefact, Resolved]]:
+        """(phase, run, its job) of a stage's training; of a sweep those of the choice."""
         options = self._plan.phases.get((seed, name), ())
         if not options:
             return []
@@ -93,7 +103,7 @@ class Results:
             resolved = self._resolved[job_id]
             artefact = self._artefact(resolved.digest)
             if artefact is not None and isinstance(resolved.job.payload, Train):
-                found.append((resolved.job.payload.phase or "training", artefact))
+                found.append((resolved.job.payload.phase or "training", artefact, resolved))
         return found
 
     def _chosen(self, name: str) -> Artefact | None:
@@ -105,7 +115,7 @@ class Results:
         by_seed = [runs for seed in self._seeds if (runs := self._runs(seed, name))]
         if not by_seed:
             return None
-        return {key: sum(run.facts[key] for runs in by_seed for _, run in runs) / len(by_seed) for key in _COSTS}
+        return {key: sum(run.facts[key] for runs in by_seed for _, run, _ in runs) / len(by_seed) for key in _COSTS}
 
     def _phases(self) -> dict[str, Any]:
         """Specialist → phase ("before" training, then its runs) → domain → a line per seed, on validation prompts."""
@@ -114,11 +124,14 @@ class Results:
             if not isinstance(stage, SpecialistStage):
                 continue
             for seed in self._seeds:
-                for place, (phase, run) in enumerate(self._runs(seed, name)):
+                for place, (phase, run, resolved) in enumerate(self._runs(seed, name)):
                     accuracies = run.facts["accuracies"]
+                    # Domains that a run only looks at may have changed since, which does not make it another run.
+                    looked_at = run.facts.get("looked_at", {})
+                    old = {domain for domain in looked_at if looked_at[domain] != resolved.looked_at.get(domain)}
                     parts = {"before": accuracies["before"]} if place == 0 else {}
                     for label, found in (parts | {phase: accuracies["after"]}).items():
-                        for domain, accuracy in found.items():
-                            line = {"seed": seed, "accuracy": accuracy}
+                        for domain in [domain for domain in found if domain not in old]:
+                            line = {"seed": seed, "accuracy": found[domain]}
                             phases.setdefault(name, {}).setdefault(label, {}).setdefault(domain, []).append(line)
         return phases

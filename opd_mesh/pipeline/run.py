@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import time
@@ -15,21 +16,24 @@ from pathlib import Path
 from rich.console import Console
 
 from opd_mesh.config.base import dump_config
+from opd_mesh.config.paths import with_absolute_paths
 from opd_mesh.config.pipeline import PipelineRecipe
 from opd_mesh.errors import ConfigError, UnavailableError
 from opd_mesh.pipeline.digests import FileDigests, Resolved, resolve
 from opd_mesh.pipeline.jobs import Plan
 from opd_mesh.pipeline.plan import plan
-from opd_mesh.pipeline.results import Results
+from opd_mesh.pipeline.results import Results, Status
 from opd_mesh.pipeline.scheduler import JobFailedError, JobStoppedError, run_jobs
 from opd_mesh.pipeline.store import Store, write_durably
 from opd_mesh.pipeline.view import PipelineView, accuracies_line
 from opd_mesh.pipeline.work import Worker, cause_of
-from opd_mesh.supervisor import with_absolute_paths
 
 RECIPE, RESULTS, LOCK = "pipeline.yaml", "results.json", "pipeline.lock"
 # After its supervisor is dead a trainer ends at once, but may have a checkpoint to write.
 WAIT_FOR_OLD_S = 60.0
+# One that has just been stopped needs a moment to end.
+WAIT_FOR_OTHER_S = 3.0
+_ENDS: dict[int, Status] = {0: "finished", 2: "failed", 130: "stopped"}
 
 
 def resolve_pipeline_paths(pipeline: PipelineRecipe) -> PipelineRecipe:
@@ -60,6 +64,7 @@ class PipelineRun:
         self._files = FileDigests()
         self.resolved: dict[str, Resolved] = {}
         self._started = time.monotonic()
+        self._earlier_s = 0.0
         self.look()
 
     def look(self) -> None:
@@ -97,7 +102,6 @@ class PipelineRun:
 
     async def run(self) -> int:
         """Do what is to do. Exit code: 0, 2 where a job failed, 130 where it was interrupted."""
-        self._started = time.monotonic()
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -106,9 +110,13 @@ class PipelineRun:
             async with _locked(self.folder / LOCK, self.console, stop) as lock:
                 self.store.root.mkdir(exist_ok=True)
                 dump_config(self.pipeline, self.folder / RECIPE)
-                code = await self._run_jobs(stop, lock)
-                if code == 0:
-                    self._write_results()
+                self._started, self._earlier_s = time.monotonic(), _wall_s(self.folder / RESULTS)
+                self._write_results("running")
+                code = 2
+                try:
+                    code = await self._run_jobs(stop, lock)
+                finally:
+                    self._write_results(_ENDS[code])
         except JobStoppedError:
             code = 130
         finally:
@@ -119,7 +127,8 @@ class PipelineRun:
     async def _run_jobs(self, stop: asyncio.Event, lock: int) -> int:
         jobs = self.pipeline.pipeline.jobs
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        worker = Worker(self.store, threads=max(1, cores // jobs) if jobs > 1 else 0, stop=stop, keep_open=(lock,))
+        threads = max(1, cores // jobs) if jobs > 1 else 0
+        worker = Worker(self.store, self._files, threads=threads, stop=stop, keep_open=(lock,))
         making: dict[str, asyncio.Lock] = {}
         view = PipelineView(self.console, self.plan.jobs)
 
@@ -129,6 +138,7 @@ class PipelineRun:
             assert resolved.digest is not None  # the choices that it needs are made
             async with making.setdefault(resolved.digest, asyncio.Lock()):  # two jobs may be the same
                 if self.is_kept(job_id):
+                    await asyncio.to_thread(worker.clear_up, resolved)
                     row.change("kept")
                     return
                 if stop.is_set():
@@ -145,8 +155,7 @@ class PipelineRun:
             row.change("done")
             if resolved.job.kind == "choose":
                 self.look()
-            if resolved.job.kind in ("train", "evaluate"):
-                self._write_results()
+            self._write_results("running")
 
         needs = {job_id: job.needs for job_id, job in self.plan.jobs.items()}
         try:
@@ -159,10 +168,11 @@ class PipelineRun:
             self.console.print(f"stopped; go on with: opd run --resume {self.folder}", highlight=False, soft_wrap=True)
         return 0 if whole else 130
 
-    def _write_results(self) -> None:
+    def _write_results(self, status: Status) -> None:
         """What there is so far."""
         results = Results(self.pipeline, self.plan, self.resolved, self.store)
-        write_durably(self.folder / RESULTS, results.text(time.monotonic() - self._started))
+        wall_s = self._earlier_s + time.monotonic() - self._started
+        write_durably(self.folder / RESULTS, results.text(status, wall_s))
 
     def _tell_failure(self, error: JobFailedError) -> None:
         digest = self.resolved[error.job_id].digest or ""
@@ -195,17 +205,19 @@ async def _locked(path: Path, console: Console, stop: asyncio.Event) -> AsyncIte
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        deadline = time.monotonic() + WAIT_FOR_OLD_S
+        began = time.monotonic()
         told = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                pid = os.pread(handle, 32, 0).decode(errors="replace").strip()
-                if pid.isdecimal() and _is_alive(int(pid)):
+                holder = os.pread(handle, 64, 0).decode(errors="replace").strip()
+                waited_s = time.monotonic() - began
+                if waited_s > WAIT_FOR_OTHER_S and _is_alive(holder):
+                    pid = holder.split()[0]
                     raise ConfigError(f"process {pid} runs a pipeline in {path.parent}", field="run_dir") from None
-                if time.monotonic() > deadline:
+                if waited_s > WAIT_FOR_OLD_S:
                     raise UnavailableError(
                         f"processes of an earlier run in {path.parent} have not ended: see who holds {path}"
                     ) from None
@@ -216,18 +228,43 @@ async def _locked(path: Path, console: Console, stop: asyncio.Event) -> AsyncIte
                     raise JobStoppedError from None
                 await asyncio.sleep(0.2)
         os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(handle, f"{_identity(os.getpid())}\n".encode(), 0)
         yield handle
     finally:
         with contextlib.suppress(OSError):
             os.close(handle)
 
 
-def _is_alive(pid: int) -> bool:
+def _identity(pid: int) -> str:
+    """``PID START`` of a process, where the system tells when it began: a number is given again. Empty: it is gone."""
     try:
-        os.kill(pid, 0)
+        # proc(5): behind the name, which may hold anything, the state is the first and the start the 20th.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return "" if Path("/proc/self/stat").exists() else str(pid)
+    return "" if fields[0] in ("Z", "X") else f"{pid} {fields[19]}"
+
+
+def _is_alive(holder: str) -> bool:
+    """Whether the process that wrote its :func:`_identity` into the lock still runs."""
+    pid, _, start = holder.partition(" ")
+    if not pid.isdecimal():
+        return False
+    if start or Path("/proc/self/stat").exists():
+        now = _identity(int(pid))
+        return bool(now) and now == (holder if start else now)
+    try:
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
     return True
+
+
+def _wall_s(path: Path) -> float:
+    """What earlier calls have taken, as far as they have told."""
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["wall_s"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0

@@ -112,6 +112,8 @@ class ExperimentSummary:
         phases: specialist → "before" and its phases → domain → seed → accuracy on validation prompts.
         chosen: stage → what its sweep chose, as results.json has it.
         cost: stage → seconds, tokens_trained, steps: of its own training, the mean over seeds, without its sweep.
+        status: of the pipeline: running, finished, failed or stopped; empty where an earlier version did not tell.
+        wall_s: of all calls of ``opd run``; ``job_seconds`` is the sum over jobs, sweeps included.
         experts_mean: accuracy over the domains, each by its own expert: what a student is to reach.
         notes: what could not be told, and why.
     """
@@ -126,7 +128,9 @@ class ExperimentSummary:
     chosen: Mapping[str, Any]
     cost: Mapping[str, Mapping[str, float]]
     experts_mean: Estimate | None = None
+    status: str = ""
     wall_s: float | None = None
+    job_seconds: float | None = None
     notes: Sequence[str] = ()
 
     def best(self, domain: str | None = None) -> list[str]:
@@ -163,7 +167,7 @@ class ExperimentSummary:
             ],
             "phases": self.phases,
             "chosen": dict(self.chosen),
-            "cost": {"stages": dict(self.cost), "wall_s": self.wall_s},
+            "cost": {"stages": dict(self.cost), "wall_s": self.wall_s, "job_seconds": self.job_seconds},
             "notes": list(self.notes),
         }
 
@@ -217,7 +221,9 @@ def summarize(run_dir: Path, *, resamples: int = RESAMPLES) -> ExperimentSummary
         chosen={name: system["chosen"] for name, system in trained.items() if system.get("chosen")},
         cost={name: dict(system["cost"]) for name, system in trained.items() if system.get("cost")},
         experts_mean=comparison.mean_of_experts(roles.experts),
+        status=str(results.get("status", "")),
         wall_s=results.get("wall_s"),
+        job_seconds=results.get("job_seconds"),
         notes=notes,
     )
 
@@ -263,6 +269,9 @@ def _answers(run_dir: Path, systems: Mapping[str, Any], notes: list[str]) -> dic
                     found[name, domain, int(entry["seed"])] = read_answers(run_dir / entry["answers"])
                 except OpdError as error:
                     notes.append(f"{name}, {domain}, seed {entry['seed']} is left out: {error.message}")
+                else:
+                    if not found[name, domain, int(entry["seed"])].graded:
+                        notes.append(f"{name}, {domain}, seed {entry['seed']}: there are no answers")
     return found
 
 

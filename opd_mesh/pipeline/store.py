@@ -20,6 +20,7 @@ from opd_mesh.pipeline.digests import FORMAT, sha256
 log = logging.getLogger("opd_mesh.pipeline")
 FILE = "artefact.json"
 SHORT = 12  # of a digest, in a folder's name
+DAMAGED = ".damaged"  # behind the name of a folder that is being removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,14 @@ class Store:
         """Where an artefact is to be made: what an earlier attempt left is there, but nothing damaged."""
         begun = sorted(self.root.glob(f"*-{digest[:SHORT]}"))
         path = begun[0] if begun else self.root / f"{name}-{digest[:SHORT]}"
+        old = path.with_name(f"{path.name}{DAMAGED}")
         if (path / FILE).exists():  # not whole, or it would have been found
-            shutil.rmtree(path)
+            # Half removed it might look like one that was begun: first it loses its name.
+            shutil.rmtree(old, ignore_errors=True)
+            path.replace(old)
+            _sync(self.root)
+        if old.exists():
+            shutil.rmtree(old)
         path.mkdir(parents=True, exist_ok=True)
         return path
 

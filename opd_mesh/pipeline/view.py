@@ -135,7 +135,9 @@ class PipelineView:
             self._live.stop()
         else:
             self._lines.cancel()
-            await asyncio.gather(self._lines, return_exceptions=True)
+            (ended,) = await asyncio.gather(self._lines, return_exceptions=True)
+            if isinstance(ended, Exception):
+                self.console.print(f"progress was no longer told: {ended!r}", highlight=False, markup=False)
 
     async def _tell(self) -> None:
         while True:

@@ -17,7 +17,7 @@ from opd_mesh.config.answers import AnswersConfig
 from opd_mesh.config.base import dump_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import InternalError, OpdError, PreconditionError, UnavailableError
-from opd_mesh.pipeline.digests import Resolved
+from opd_mesh.pipeline.digests import FileDigests, Resolved
 from opd_mesh.pipeline.jobs import Answers, Choose, Evaluate, Init, Soup, Train
 from opd_mesh.pipeline.scheduler import JobStoppedError
 from opd_mesh.pipeline.store import Artefact, Store, write_durably
@@ -25,21 +25,32 @@ from opd_mesh.pipeline.view import JobView
 from opd_mesh.supervisor import LocalMesh, run_mesh, run_training
 
 MODEL, STUDENT, ANSWERS, SCORES, CHOICE = "model", "student", "answers", "scores.json", "choice.json"
+ROLLOUT_LOG = "rollout-log"
 # Of a run that has ended; what is told of it stays: metrics, evaluations, report, logs.
-_USED_UP = ("checkpoints", "valkey", "rollout-log", "heads", "heldout", "spill", "services")
+_USED_UP = ("checkpoints", "valkey", ROLLOUT_LOG, "heads", "heldout", "spill", "services")
 
 
 class Worker:
     """Does jobs whose inputs are there.
 
     Args:
+        files: by which the jobs' digests were made.
         threads: of each process of a run that says nothing of it; 0: as torch chooses.
         stop: once set, what runs is to end.
         keep_open: file descriptors for every process.
     """
 
-    def __init__(self, store: Store, *, threads: int, stop: asyncio.Event, keep_open: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        store: Store,
+        files: FileDigests,
+        *,
+        threads: int,
+        stop: asyncio.Event,
+        keep_open: tuple[int, ...] = (),
+    ) -> None:
         self._store = store
+        self._files = files
         self._threads = threads
         self._stop = stop
         self._keep_open = keep_open
@@ -67,6 +78,15 @@ class Worker:
             case Evaluate(models):
                 self._evaluate(resolved, models)
 
+    def clear_up(self, resolved: Resolved) -> None:
+        """Remove what a job whose result is there needs no more, where that could not be done at its end."""
+        if isinstance(resolved.job.payload, Train):
+            artefact = self._artefact(str(resolved.digest))
+            for name in _USED_UP:
+                shutil.rmtree(artefact.path / name, ignore_errors=True)
+        elif isinstance(resolved.job.payload, Answers):
+            shutil.rmtree(self._answering(resolved), ignore_errors=True)
+
     # --- inputs and results ------------------------------------------------------------------------------------
     def _artefact(self, digest: str) -> Artefact:
         artefact = self._store.find(digest)
@@ -87,6 +107,7 @@ class Worker:
         assert resolved.digest is not None  # its inputs are there
         job = resolved.job
         made_of = {role: str(source) for role, source in resolved.inputs.items()}
+        self._files.check(resolved.files)
         self._store.finish(folder, resolved.digest, kind=job.kind, name=job.name, made_of=made_of, **result)
 
     def _folder(self, resolved: Resolved) -> Path:
@@ -146,16 +167,20 @@ class Worker:
             path = answers.path / ANSWERS / f"{domain}.jsonl"
             domains[name] = domains[name].replace(trajectories={"path": path})
         student = recipe.student.replace(path=self._model(resolved, "student"))
-        return self._with_threads(recipe).replace(student=student, teachers=teachers, domains=domains)
+        return recipe.replace(student=student, teachers=teachers, domains=domains)
 
-    def _with_threads(self, recipe: Recipe) -> Recipe:
-        run = recipe.run
-        wants = run.threads or run.deterministic  # a deterministic run has one unless it says otherwise
-        return recipe if wants else recipe.replace(run=run.replace(threads=self._threads))
+    def _of_this_job(self, recipe: Recipe, folder: Path) -> Recipe:
+        """With its part of the cores, and a token log of its own."""
+        run, log = recipe.run, recipe.rollout.log
+        if not (run.threads or run.deterministic):  # a deterministic run has one unless it says otherwise
+            recipe = recipe.replace(run=run.replace(threads=self._threads))
+        if log is None:
+            return recipe
+        return recipe.replace(rollout=recipe.rollout.replace(log=log.replace(path=folder / ROLLOUT_LOG)))
 
     async def _train(self, resolved: Resolved, train: Train, view: JobView) -> None:
         folder = self._folder(resolved)
-        recipe = self._concrete(train.options[resolved.option], resolved, train)
+        recipe = self._of_this_job(self._concrete(train.options[resolved.option], resolved, train), folder)
         view.total = recipe.run.steps
         if not _has_ended(folder):
             dump_config(recipe, folder / "recipe.yaml")
@@ -179,28 +204,34 @@ class Worker:
             "tokens_trained": summary["tokens_trained"],
             "steps": summary["steps"],
             "accuracies": _accuracies(folder),
+            "looked_at": dict(resolved.looked_at),
         }
         files = [name for name in (STUDENT, "metrics.jsonl", "evaluations.jsonl") if (folder / name).exists()]
         files = list(dict.fromkeys([model, *files]))
         await asyncio.to_thread(self._finish, resolved, folder, files=files, model=model, facts=facts)
-        for name in _USED_UP:
-            await asyncio.to_thread(shutil.rmtree, folder / name, ignore_errors=True)
+        await asyncio.to_thread(self.clear_up, resolved)
 
     # --- answers -----------------------------------------------------------------------------------------------
-    async def _answer(self, resolved: Resolved, answers: Answers, view: JobView) -> None:
-        """All models that have not answered yet, in one process. What one has answered is kept at once."""
+    def _answering(self, resolved: Resolved) -> Path:
         assert resolved.digest is not None  # its inputs are there
+        return self._store.root.parent / "answering" / f"{resolved.job.name}-{resolved.digest[:12]}"
+
+    async def _answer(self, resolved: Resolved, answers: Answers, view: JobView) -> None:
+        """All models that have not answered yet, in one process. What one has answered is kept at its end."""
+        started = time.monotonic()
         missing = {
             f"{model}-{digest[:12]}": model
             for model, digest in resolved.parts.items()
             if self._store.find(digest) is None
         }
         view.total = len(missing)
-        folder = self._store.root.parent / "answering" / f"{resolved.job.name}-{resolved.digest[:12]}"
+        folder = self._answering(resolved)
         out = folder / "out"
         out.mkdir(parents=True, exist_ok=True)
+        # Who asks begins anew: what a killed server was still writing is for nobody.
+        await asyncio.to_thread(shutil.rmtree, folder / ROLLOUT_LOG, ignore_errors=True)
         models = {name: self._model(resolved, f"model/{model}") for name, model in missing.items()}
-        recipe = self._with_threads(answers.recipe)
+        recipe = self._of_this_job(answers.recipe, folder)
         recipe = recipe.replace(student=recipe.student.replace(path=next(iter(models.values()))))
         config = AnswersConfig(
             recipe=recipe,
@@ -228,22 +259,25 @@ class Worker:
                     view.activity(f"{name} answers" if name else "answering")
 
         try:
-            code = await run_mesh(mesh, begin, follow, view=view, stop=self._stop)
+            # The answering process gives its server one policy after the other: a new server would wait for ever.
+            code = await run_mesh(mesh, begin, follow, view=view, stop=self._stop, restarts=False)
         finally:
-            for name, model in missing.items():
-                self._keep_answers(out / name, resolved, model)
+            done = [(out / name, model) for name, model in missing.items() if (out / name / SCORES).exists()]
+            for made, model in done:
+                self._keep_answers(made, resolved, model, (time.monotonic() - started) / len(done))
         if any(self._store.find(digest) is None for digest in resolved.parts.values()):
             if self._stop.is_set():
                 raise JobStoppedError
             child = next((child for child in mesh.children if child.name == "answers"), None)
             raise UnavailableError(view.error or (child.said_error() if child else f"it ended with code {code}"))
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await asyncio.to_thread(self.clear_up, resolved)
 
-    def _keep_answers(self, made: Path, resolved: Resolved, model: str) -> None:
-        """Make what a model has answered an artefact, if it is all there."""
+    def _keep_answers(self, made: Path, resolved: Resolved, model: str, seconds: float) -> None:
+        """Make what a model has answered an artefact."""
         digest = resolved.parts[model]
-        if self._store.find(digest) is not None or not (made / SCORES).exists():
-            return
+        if self._store.find(digest) is not None:
+            return  # another job has had the same answers made meanwhile
+        self._files.check(resolved.files)
         folder = self._store.folder(f"answers-{model}", digest)
         shutil.rmtree(folder / ANSWERS, ignore_errors=True)
         made.replace(folder / ANSWERS)
@@ -255,13 +289,14 @@ class Worker:
             kind="answers",
             name=f"answers-{model}",
             files=[ANSWERS],
-            facts={"scores": scores},
+            facts={"seconds": seconds, "scores": scores},
             made_of={"model": source},
         )
 
     # --- what needs no process ---------------------------------------------------------------------------------
     def _choose(self, resolved: Resolved, choose: Choose) -> None:
         """The option with the best mean accuracy; of several, the first."""
+        started = time.monotonic()
         means, accuracies = [], []
         for place, values in enumerate(choose.options):
             found = self._artefact(str(resolved.inputs[f"option/{place}"])).facts["accuracies"]["after"]
@@ -278,17 +313,18 @@ class Worker:
         choice = {"option": best, "values": dict(choose.options[best]), "accuracy": means[best], "options": options}
         folder = self._folder(resolved)
         write_durably(folder / CHOICE, json.dumps(choice, indent=1) + "\n")
-        self._finish(resolved, folder, files=[CHOICE], facts=choice)
+        self._finish(resolved, folder, files=[CHOICE], facts=choice | {"seconds": time.monotonic() - started})
 
     def _evaluate(self, resolved: Resolved, models: tuple[str, ...]) -> None:
         """The scores of all models in one file."""
+        started = time.monotonic()
         scores = {}
         for model in models:
             artefact = self._artefact(str(resolved.inputs[f"answers/{model}"]))
             scores[model] = {"scores": artefact.facts["scores"], "answers": artefact.path.name}
         folder = self._folder(resolved)
         write_durably(folder / SCORES, json.dumps(scores, indent=1) + "\n")
-        self._finish(resolved, folder, files=[SCORES], facts={})
+        self._finish(resolved, folder, files=[SCORES], facts={"seconds": time.monotonic() - started})
 
 
 def _has_ended(folder: Path) -> bool:

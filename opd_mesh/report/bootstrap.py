@@ -52,7 +52,7 @@ class Answers:
 
     Attributes:
         correct, graded: answers to a prompt that are right, and that have a score.
-        unparsed, ungraded: answers from which nothing could be taken, and those without a score.
+        unparsed, ungraded: graded answers from which nothing could be taken, and those that could not be graded.
     """
 
     correct: Mapping[int, int]
@@ -76,8 +76,8 @@ class Answers:
             prompt, score = int(line["prompt_index"]), line["score"]
             graded[prompt] += score is not None  # a prompt whose answer has no grade was asked all the same
             correct[prompt] += score is not None and score >= CORRECT
-            ungraded += score is None
-            unparsed += line.get("parsed") is False
+            ungraded += line.get("failure") is not None
+            unparsed += score is not None and line.get("parsed") is False
         return cls(correct, graded, unparsed, ungraded)
 
 
@@ -125,6 +125,8 @@ class Comparison:
         cells = {(s, n): self._answers.get((system, domain, seed))
                  for s, system in enumerate(self.systems) for n, seed in enumerate(self.seeds)}  # fmt: skip
         prompts = sorted({prompt for cell in cells.values() if cell for prompt in cell.graded})
+        if not prompts:
+            return  # nobody has answered anything
         at = {prompt: row for row, prompt in enumerate(prompts)}
         correct_PSN = np.zeros((len(prompts), len(self.systems), len(self.seeds)))
         graded_PSN = np.zeros_like(correct_PSN)

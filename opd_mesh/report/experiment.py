@@ -66,6 +66,11 @@ def experiment_markdown(summary: ExperimentSummary, command: str) -> str:
             "**Cost** of a stage's own training, the mean over seeds, without its sweep.",
             _lines(["stage", "steps", "tokens trained", "time"], cost),
         ]
+    if summary.wall_s is not None and summary.job_seconds is not None:
+        parts.append(
+            f"All jobs together, sweeps and answers included, took {format_duration(summary.job_seconds)}; on the "
+            f"clock it was {format_duration(summary.wall_s)}."
+        )
     parts += [f"- {_escaped(note)}" for note in summary.notes]
     return "\n\n".join(parts) + "\n"
 

@@ -22,6 +22,8 @@ EXPERT, MIXED = "expert on its own domain", "mixed training"
 # Kind → colour of the palette; None is the neutral ink.
 COLOURS = {"base": None, EXPERT: 6, "OPD": 0, "soup": 1, MIXED: 2, "cold start": 5}
 OVER_ALL = "Mean over domains"
+# Status of the results → (in words, tone); whatever else was there may have been killed since.
+_STATUS = {"finished": ("finished", "ok"), "failed": ("failed", "bad"), "stopped": ("stopped", "busy")}
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -42,18 +44,15 @@ def build_pipeline_report(folder: Path) -> Path:
     runs = training_runs(folder)
     if summary is None and not runs and not recipe:
         raise NotFoundError(f"{folder} holds no training run and no results to report on", field="run_dir")
-    ended = summary is not None and not _is_stale(folder)
-    if summary is not None and not ended:
-        notes.insert(
-            0, "The recipe has been run again since: figures of models are of the last time that all was done."
-        )
+    status = _STATUS.get(summary.status if summary else "", ("in progress, or interrupted", "busy"))
+    evaluated = summary is not None and bool(summary.systems)
     section = mapping(recipe.get("pipeline"))
     phases, phase_rows = tables.phase_rows(summary) if summary else ([], [])
     text = render(
         "pipeline.html.j2",
         name=summary.name if summary else str(section.get("name") or folder.resolve().name),
-        status=("finished", "ok") if ended else ("in progress, or interrupted", "busy"),
-        verdict=tables.verdict(summary) if summary else (_progress(runs), "flat"),
+        status=status,
+        verdict=tables.verdict(summary) if summary is not None and evaluated else (_progress(runs), "flat"),
         tiles=_tiles(summary, runs, section),
         stages=_stages(recipe),
         warnings=[(run, text) for run in runs for text in run.warnings],
@@ -96,12 +95,6 @@ def _recipe(path: Path, notes: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         notes.append(f"{path.name} cannot be read ({' '.join(str(error).split())}) and was left out.")
         return {}
-
-
-def _is_stale(folder: Path) -> bool:
-    """The recipe is written when a pipeline begins to run, the results when all is done."""
-    recipe, results = folder / RECIPE, folder / RESULTS
-    return recipe.exists() and recipe.stat().st_mtime_ns > results.stat().st_mtime_ns
 
 
 def _stages(recipe: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -194,6 +187,8 @@ def _tiles(summary: ExperimentSummary | None, runs: Sequence[TrainingRun], secti
         ("Steps", format_count(sum(run.steps for run in runs)) if runs else "—", "of all runs"),
         ("Tokens trained", format_count(sum(tokens)) if tokens else "—", "of all runs"),
         ("Training time", format_duration(sum(seconds)) if seconds else "—", "of all runs, added up"),
+        ("Time of all jobs", format_duration(summary.job_seconds if summary else None), "sweeps and answers included"),
+        ("Time on the clock", format_duration(summary.wall_s if summary else None), "of all calls of opd run"),
     ]
     return [tile for tile in tiles if tile[1] != "—"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from opd_mesh.pipeline.store import DAMAGED
 from opd_mesh.report.data import mapping, number, read_run
 
 ARTEFACTS, ARTEFACT = "artefacts", "artefact.json"
@@ -40,6 +41,7 @@ class TrainingRun:
 def training_runs(pipeline_dir: Path) -> list[TrainingRun]:
     """In the order in which they were begun."""
     folders = [path.parent for path in (pipeline_dir / ARTEFACTS).glob("*/recipe.yaml")]
+    folders = [folder for folder in folders if folder.suffix != DAMAGED]
     return [_run(pipeline_dir, folder) for folder in sorted(folders, key=_begun)]
 
 

@@ -59,11 +59,17 @@ def percent(estimate: Estimate | None, digits: int = 1) -> tuple[str, str]:
     """0.843 → ("84.3", "82.1–86.4"); the second is empty where there is no interval."""
     if estimate is None:
         return "—", ""
-    value = f"{100 * estimate.mean:.{digits}f}"
+    value = _number(estimate.mean, digits)
     if estimate.low is None or estimate.high is None:
         return value, ""
-    ends = [f"{100 * end:.{digits}f}".replace("-", "−") for end in (estimate.low, estimate.high)]
-    return value.replace("-", "−"), f"{ends[0]}–{ends[1]}" if "−" not in "".join(ends) else f"{ends[0]} to {ends[1]}"
+    low, high = _number(estimate.low, digits), _number(estimate.high, digits)
+    return value, f"{low} to {high}" if "−" in low + high else f"{low}–{high}"
+
+
+def _number(share: float, digits: int) -> str:
+    """In percent, with a minus sign, and without one before what rounds to 0."""
+    value = f"{100 * share:z.{digits}f}"
+    return value.replace("-", "−")
 
 
 def accuracy_rows(summary: ExperimentSummary) -> list[Row]:
@@ -166,9 +172,8 @@ def verdict(summary: ExperimentSummary) -> tuple[str, str]:
             f"{headline} has {_told(student.mean_recovered)} of the experts' gain over the base in the mean, and "
             f"{100 * known[weakest].mean:.0f}\u00a0% in its weakest domain, {weakest}"
         )
-        tone = (
-            "good" if student.mean_recovered.mean >= 0.85 else "mixed" if student.mean_recovered.mean > 0.5 else "bad"
-        )
+        least = min(student.mean_recovered.mean, known[weakest].mean)
+        tone = "good" if least >= 0.85 else "mixed" if student.mean_recovered.mean > 0.5 else "bad"
     elif student.mean is not None:
         sentence = f"{headline} answers {_told(student.mean)} right in the mean over domains"
     soup = next((pair for pair in summary.paired if summary.systems[pair.b].kind == "soup"), None)

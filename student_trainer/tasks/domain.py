@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from opd_mesh.config.domains import DomainConfig
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.config.tasks import ExactVerifier, NumberVerifier, OthersConfig, SoftOverlongPenalty
+from opd_mesh.config.tasks import ExactVerifier, NumberVerifier, OthersConfig
 from opd_mesh.errors import ConfigError
 from student_trainer.tasks.items import Item, Messages, Prompt, Split
 from student_trainer.tasks.length_penalty import penalty
 from student_trainer.tasks.rendering import PLAIN, ResponseDecoder, render, render_answer
-from student_trainer.tasks.sources import Source, SourceConfig, open_source
+from student_trainer.tasks.sources import Lines, Source, SourceConfig, open_source
 from student_trainer.tasks.splits import split_of
 from student_trainer.tasks.templates import compiled
 from student_trainer.tasks.verifiers import VerifierSpec
@@ -62,7 +62,7 @@ class Domain:
         self.config = config
         self.effort = PLAIN if config.effort is None else recipe.efforts[config.effort]
         self.max_new_tokens = config.max_new_tokens or self.effort.max_new_tokens or recipe.rollout.max_new_tokens
-        self._check_length_penalty()
+        self._length_penalty = config.length_penalty or self.effort.length_penalty
         room = recipe.rollout.engine.max_context_tokens - self.max_new_tokens
         self._max_prompt_tokens = room if max_prompt_tokens is None else max_prompt_tokens
         self._tokenizer = tokenizer
@@ -80,23 +80,12 @@ class Domain:
     def _kept_out(self, recipe: Recipe) -> int:
         """Validation prompts that are looked for at once; without ``splits`` no others are kept out of the training."""
         count, accuracy = recipe.evaluation.prompts_per_domain, recipe.evaluation.accuracy
-        if accuracy is None or self.config.splits is not None or not self.has_verifier:
+        if accuracy is None or accuracy.split != "validation" or self.config.splits or not self.has_verifier:
             return count
         return max(count, accuracy.prompts_per_domain)
 
     def _key(self, key: str) -> str:
         return f"domains.{self.name}.{key}"
-
-    def _check_length_penalty(self) -> None:
-        self._length_penalty = self.config.length_penalty or self.effort.length_penalty
-        if isinstance(self._length_penalty, SoftOverlongPenalty):
-            buffer = self._length_penalty.buffer_tokens
-            if buffer > self.max_new_tokens:
-                raise ConfigError(
-                    f"{self._key('length_penalty')}: a buffer of {buffer} tokens is longer than the longest response "
-                    f"({self.max_new_tokens} tokens)",
-                    field=self._key("length_penalty.buffer_tokens"),
-                )
 
     def _open_templates(self) -> None:
         config = self.config
@@ -152,13 +141,23 @@ class Domain:
             return item.messages
         return [*item.messages[:-1], {**item.messages[-1], "content": template.of(item)}]
 
-    def _split_key(self, item: Item) -> str:
+    def _split_of(self, item: Item, *, other: bool) -> Split | None:
+        """None of one of the others that has no key, so that it is none of the domain's own."""
+        assert self.config.splits is not None
+        try:
+            return split_of(self._split_key(item, other=other), self.config.splits)
+        except ConfigError:
+            if other:
+                return None
+            raise
+
+    def _split_key(self, item: Item, *, other: bool) -> str:
         """Of an item; without a template the prompt's text, which is the same under every effort and chat template."""
         if self._key_template is not None:
             return self._key_template.of(item)
         if not item.messages:
             return " ".join(map(str, item.prompt_ids))
-        messages = self._messages(item, other=False)
+        messages = self._messages(item, other=other)
         return messages[0]["content"] if len(messages) == 1 else json.dumps(messages)
 
     def _rendered(self, index: int, item: Item, *, other: bool = False, split: Split = "train") -> Prompt:
@@ -200,10 +199,21 @@ class Domain:
     def _train_prompt(self, index: int) -> Prompt | None:
         other, item = self._train_item(index)
         splits = self.config.splits
-        if splits is not None and not other and split_of(self._split_key(item), splits) != "train":
+        if splits is not None and self._split_of(item, other=other) not in (None, "train"):
             return None
         prompt = self._rendered(index, item, other=other)
+        if splits is not None and not other and self._key_template is not None and isinstance(self._source, Lines):
+            self._check_key(prompt)
         return None if prompt.token_ids in self._heldout_ids else prompt
+
+    def _check_key(self, prompt: Prompt) -> None:
+        """Of items that anyone can read, what is trained on and what is held out may differ in the key alone."""
+        if any(prompt.token_ids in found.seen for found in self._held_out.values()):
+            raise ConfigError(
+                f"domain {self.name}: training prompt {prompt.index} is also held out, under another key; make "
+                f"{self._key('splits.key')} a function of the prompt",
+                field=self._key("splits.key"),
+            )
 
     def held_out(self, split: Literal["validation", "test"], count: int) -> list[Prompt]:
         """The first ``count`` prompts of a split, fewer where the source has no more.
@@ -248,7 +258,7 @@ class Domain:
         splits = self.config.splits
         keys: list[Any] = []
         if splits is not None:
-            key = self._split_key(item)
+            key = self._split_key(item, other=False)
             if split_of(key, splits) != split or key in found.seen:
                 return None
             keys.append(key)

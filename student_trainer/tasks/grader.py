@@ -16,7 +16,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections import Counter, deque
+import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,6 +31,7 @@ log = logging.getLogger("student_trainer")
 START_TIMEOUT_S = 120.0  # imports, and the families' word lists
 STOP_TIMEOUT_S = 5.0
 JOBS_AT_ONCE = 512
+READ_BYTES = 1 << 16
 
 
 def grade_here(domain: Domain, prompt: Prompt, text: str) -> Grade:
@@ -38,18 +40,11 @@ def grade_here(domain: Domain, prompt: Prompt, text: str) -> Grade:
 
 
 class Grader:
-    """Grades the answers of all domains that have a verifier, in one child process. For one event loop.
-
-    Attributes:
-        graded, unparsed, failures: by domain, how many answers there were, how many of them held none that could be
-            read, and how many have no score because the verifier failed.
-    """
+    """Grades the answers of all domains that have a verifier, in one child process. For one event loop."""
 
     def __init__(self, domains: Sequence[Domain]) -> None:
         self._domains = {domain.name: domain for domain in domains if domain.has_verifier}
-        self.graded: Counter[str] = Counter()
-        self.unparsed: Counter[str] = Counter()
-        self.failures: Counter[str] = Counter()
+        self._told: set[str] = set()  # domains whose verifier has failed
         # The one thread that starts, asks and replaces the child. Linux ends the child when this thread ends.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grader")
         self._child: _Child | None = None
@@ -79,16 +74,11 @@ class Grader:
         grades = await asyncio.get_running_loop().run_in_executor(
             self._thread, self._grade, self._domains[domain], entries
         )
-        self._count(domain, grades)
+        failure = next((grade.failure for grade in grades if grade.failure is not None), None)
+        if failure is not None and domain not in self._told:
+            self._told.add(domain)
+            log.warning("domain %s: an answer has no score, for %s (told once, then only counted)", domain, failure)
         return grades
-
-    def _count(self, domain: str, grades: Sequence[Grade]) -> None:
-        failed = [grade.failure for grade in grades if grade.failure is not None]
-        if failed and not self.failures[domain]:
-            log.warning("domain %s: an answer has no score, for %s (told once, then only counted)", domain, failed[0])
-        self.failures[domain] += len(failed)
-        self.unparsed[domain] += sum(grade.score is not None and not grade.parsed for grade in grades)
-        self.graded[domain] += sum(grade.score is not None or grade.failure is not None for grade in grades)
 
     async def close(self) -> None:
         """End the child; what is being graded is given up."""
@@ -106,7 +96,14 @@ class Grader:
         if self._closed:
             raise InternalError("the grader is closed")
         if self._child is None:
-            self._child = _Child([domain.verifier_spec for domain in self._domains.values()])
+            self._child = _Child()  # here before it is ready, so that close can end it
+            try:
+                if self._closed:
+                    raise InternalError("the grader is closed")
+                self._child.open([domain.verifier_spec for domain in self._domains.values()])
+            except Exception:
+                self._end_child()
+                raise
         return self._child
 
     def _end_child(self) -> None:
@@ -148,29 +145,35 @@ class _ChildFailedError(Exception):
 
 
 class _Child:
-    """The process, from the parent's side. Raises :class:`ConfigError` if a verifier cannot be opened there."""
+    """The process, from the parent's side. :meth:`open` comes first."""
 
-    def __init__(self, specs: list[VerifierSpec]) -> None:
+    def __init__(self) -> None:
         # Not by fork, which copies the trainer's threads and locks, nor as multiprocessing spawns, which imports the
         # trainer's main module, torch and all.
         self._connection, theirs = multiprocessing.Pipe()
         serve = f"from student_trainer.tasks.grading import serve; serve({theirs.fileno()}, {os.getpid()})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", serve],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
-        theirs.close()
+        self._received = b""  # of a line that is not whole
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", serve],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        except BaseException:
+            self._connection.close()
+            raise
+        finally:
+            theirs.close()
+
+    def open(self, specs: list[VerifierSpec]) -> None:
+        """Open the verifiers there. Raises :class:`ConfigError` if one cannot be opened."""
         try:
             self.send(specs)
             refusal = self._message(START_TIMEOUT_S)
         except _ChildFailedError as error:
-            self.kill()
-            self.join()
             raise ConfigError(f"the verifiers' process does not start: {error}", field="domains") from error
         if refusal is not None:
-            self.join()
             message, field = refusal
             raise ConfigError(message, field=field)
 
@@ -191,11 +194,18 @@ class _Child:
         return Grade(score, parsed, failure)
 
     def _message(self, timeout_s: float) -> Any:
-        """The pipe carries JSON this way, not pickles: what runs there may have been written by a model."""
+        """The pipe carries lines of JSON this way, not pickles: what runs there may have been written by a model, and
+        may write there itself. So the whole line has to be here in time, not only its beginning."""
+        ends_at = time.monotonic() + timeout_s
         try:
-            if not self._connection.poll(timeout_s):
-                raise _ChildFailedError(f"the verifier took longer than {timeout_s:g} s")
-            return json.loads(self._connection.recv_bytes())
+            while b"\n" not in self._received:
+                if not self._connection.poll(max(0.0, ends_at - time.monotonic())):
+                    raise _ChildFailedError(f"the verifier took longer than {timeout_s:g} s")
+                if not (more := os.read(self._connection.fileno(), READ_BYTES)):
+                    raise EOFError
+                self._received += more
+            line, _, self._received = self._received.partition(b"\n")
+            return json.loads(line)
         except (EOFError, OSError) as error:
             raise _ChildFailedError(self._end()) from error
         except ValueError as error:

@@ -9,6 +9,7 @@ import json
 import pickle
 import signal
 from multiprocessing.connection import Connection
+from typing import Any
 
 from opd_mesh.errors import ConfigError
 from opd_mesh.process import end_with_parent
@@ -20,18 +21,24 @@ def serve(descriptor: int, parent: int) -> None:
     """Answer on one end of a pipe.
 
     In come the list of :class:`VerifierSpec`, then lists of jobs, each a pickle of (domain, item, text), from our own
-    parent. Out goes JSON: null or a refusal [message, field], then [score, parsed, failure] job by job.
+    parent. Out go lines of JSON: null or a refusal [message, field], then [score, parsed, failure] job by job.
     """
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it, and closes
     connection: Connection = Connection(descriptor)
+    lines = open(descriptor, "wb", closefd=False)  # noqa: SIM115 - the connection's
+
+    def tell(value: Any) -> None:
+        lines.write(json.dumps(value).encode() + b"\n")
+        lines.flush()
+
     specs: list[VerifierSpec] = connection.recv()
     try:
         verifications = {spec.domain: Verification(spec) for spec in specs}
     except ConfigError as error:
-        connection.send_bytes(json.dumps([error.message, error.field]).encode())
+        tell([error.message, error.field])
         return
-    connection.send_bytes(b"null")
+    tell(None)
     while True:
         try:
             jobs: list[bytes] = connection.recv()
@@ -39,7 +46,7 @@ def serve(descriptor: int, parent: int) -> None:
             return
         for job in jobs:
             grade = _graded(verifications, job)
-            connection.send_bytes(json.dumps([grade.score, grade.parsed, grade.failure]).encode())
+            tell([grade.score, grade.parsed, grade.failure])
 
 
 def _graded(verifications: dict[str, Verification], job: bytes) -> Grade:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,24 @@ def _parquet(path: Path, split: str | None, field: str) -> Table:
             names = ", ".join(str(file.relative_to(path)) if path.is_dir() else file.name for file in files[:8])
             raise ConfigError(f"{path} has no files of split {split!r}, only {names}", field=f"{field}.split")
         files = chosen
+    elif len(several := sorted({name for file in files if (name := _split_named(file))})) > 1:
+        raise ConfigError(f"{path} has files of the splits {', '.join(several)}; name one", field=f"{field}.split")
     try:
         table = parquet.ParquetDataset(files).read()
     except (ArrowException, OSError) as error:
         raise ConfigError(f"cannot read {path}: {error}", field=f"{field}.path") from error
     return table.num_rows, list(table.column_names), lambda index: table.slice(index, 1).to_pylist()[0]
+
+
+_USUAL_SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-z])")
+
+
+def _split_named(file: Path) -> str | None:
+    """What :func:`_is_of` would find, where a name is plainly that of a split."""
+    if shard := re.fullmatch(r"(.+)-\d+-of-\d+", file.stem):
+        return shard[1]
+    found = _USUAL_SPLIT.match(file.stem) or _USUAL_SPLIT.fullmatch(file.parent.name)
+    return found[1] if found else None
 
 
 def _is_of(file: Path, split: str) -> bool:

@@ -114,8 +114,9 @@ def _without_the_last(
     """(items to train on, the last ``count``)."""
     if trained and count and len(items) <= count:
         raise ConfigError(
-            f"{path} has {len(items)} prompts, and {count} are held out for evaluation: none is "
-            "left to train on; add prompts, name a heldout file, or lower evaluation.prompts_per_domain",
+            f"{path} has {len(items)} prompts, and {count} are held out for evaluation: none is left to train on; add "
+            "prompts, lower evaluation.accuracy.prompts_per_domain and evaluation.prompts_per_domain (the larger "
+            "counts), or hold out others: a heldout file or split, or the domain's splits",
             field=field,
         )
     end = max(0, len(items) - count)

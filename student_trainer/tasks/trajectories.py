@@ -10,7 +10,7 @@ from typing import Any
 from opd_mesh.convert import trajectory_from_json
 from opd_mesh.errors import ConfigError, TokenizerMismatchError, TrajectoryError
 from opd_mesh.models.tokenizer import tokenizer_fingerprint, valid_vocab_size
-from opd_mesh.trajectory import Trajectory
+from opd_mesh.trajectory import FinishReason, Trajectory
 from student_trainer.tasks.items import Item
 from student_trainer.tasks.jsonl import lines_of
 
@@ -36,7 +36,7 @@ class TrajectoryItems(Sequence[Item]):
 
 
 def read_trajectories(path: Path, field: str, tokenizer: Any) -> TrajectoryItems:
-    """All lines of a trajectories file; what is no list in a line is the item's metadata.
+    """All lines of a trajectories file but those that were cancelled; what is no list in a line is the item's metadata.
 
     Args:
         tokenizer: the student's.
@@ -48,6 +48,8 @@ def read_trajectories(path: Path, field: str, tokenizer: Any) -> TrajectoryItems
     items = TrajectoryItems()
     fingerprint, vocab_size = tokenizer_fingerprint(tokenizer.get_vocab()), valid_vocab_size(tokenizer)
     for where, value in lines_of(path, field):
+        if isinstance(value, dict) and value.get("finish_reason") == FinishReason.CANCELLED:
+            continue  # cut short anywhere: nothing to learn
         try:
             trajectory = _trajectory(value, fingerprint, vocab_size)
         except TrajectoryError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import signal
 from collections import Counter
@@ -29,6 +30,7 @@ from opd_mesh.errors import (
     OverloadedError,
     RequestConflictError,
     RolloutUnavailableError,
+    StreamUnavailableError,
     UnavailableError,
 )
 from opd_mesh.models.checkpoint import served_tensors
@@ -38,6 +40,8 @@ from opd_mesh.rpc.status import error_of
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.torch_tensors import to_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams
+from opd_mesh.valkey import EmbeddedValkey
+from rollout_server import delivery
 
 Result = rollout_service_pb2.GenerateBatchResult
 SHORT = SamplingParams(seed=1, max_new_tokens=6)
@@ -110,7 +114,7 @@ class Call:
 async def test_the_answers_are_those_of_generate(served: Served) -> None:
     specs = [served.spec(f"b{number}", replace(SHORT, seed=number)) for number in range(9)]
     call = Call(served.client)
-    assert await call.credits() == 2048
+    assert await call.credits() == 2048 + 64
     await call.send(items_of(specs[:4]))
     await call.send(items_of(specs)[4:])
     results = await call.results(9)
@@ -219,10 +223,10 @@ async def test_beyond_the_credits_and_beyond_max_waiting_is_overload(checkpoint:
         await small.push(1, 0)
         await small.client.pause()
         call, other = Call(small.client), Call(small.client)
-        assert await call.credits() == await other.credits() == 3
-        await call.send(items_of([small.spec(f"r{number}", SHORT) for number in range(5)]))
+        assert await call.credits() == await other.credits() == 4
+        await call.send(items_of([small.spec(f"r{number}", SHORT) for number in range(6)]))
         refused = await call.results(2)
-        await until(lambda: small.servicer._generations.engine.waiting == 3)
+        await until(lambda: small.servicer._generations.engine.waiting == 4)
         await other.send(items_of([small.spec("late", SHORT)]))
         refused[9] = (await other.results(1))[0]
         for result in refused.values():
@@ -232,7 +236,7 @@ async def test_beyond_the_credits_and_beyond_max_waiting_is_overload(checkpoint:
         # Our client waits its turn: it asks for as much as it may at a time.
         writing = [asyncio.create_task(small.client.write(small.spec(f"s{number}", SHORT))) for number in range(20)]
         await small.client.resume()
-        assert len(await call.results(3)) == 3
+        assert len(await call.results(4)) == 4
         assert [(await task).num_scored for task in writing] == [6] * 20
 
 
@@ -333,6 +337,49 @@ async def test_a_client_that_gives_a_request_up_gets_it_when_it_asks_again(serve
     again = asyncio.create_task(served.client.generate(spec))
     await served.client.resume()
     assert (await again).num_scored == 6
+
+
+async def test_a_policy_that_comes_in_the_midst_disturbs_nobody(served: Served) -> None:
+    long = SamplingParams(seed=1, max_new_tokens=200)
+    await served.client.pause()
+    writing = [asyncio.create_task(served.client.generate(served.spec(f"u{number}", long))) for number in range(8)]
+    await until(lambda: known(served, "u7"))
+    await served.client.resume()
+    await until(lambda: len(known(served, "u0").tokens) > 3)  # type: ignore[union-attr]
+    await served.push(2, 1)
+    for trajectory in await asyncio.gather(*writing):
+        assert len(trajectory.scored_token_ids) == 200
+        assert sorted(trajectory.policy_versions) == list(trajectory.policy_versions)
+        assert set(trajectory.policy_versions) == {1, 2}
+
+
+async def test_redis_away_in_the_midst_each_is_published_once(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes while responses finish; who asks again meanwhile is told so, and after its return each is there once."""
+    monkeypatch.setattr(delivery, "FIRST_DELIVERY_DELAY_S", 0.05)
+    monkeypatch.setattr(delivery, "LAST_DELIVERY_DELAY_S", 0.05)
+    valkey = EmbeddedValkey(tmp_path / "valkey", tmp_path / "valkey.log")
+    valkey.start()
+    try:
+        async with serving(checkpoint, redis_url=valkey.url, stream_timeout_s=0.3) as server:
+            await server.push(1, 0)
+            specs = [replace(server.spec(f"p{number}", SHORT), publish=True) for number in range(12)]
+            for spec in specs[:4]:
+                await server.client.write(spec)
+            os.kill(valkey.pid, signal.SIGSTOP)
+            away = await asyncio.gather(*(server.client.write(spec) for spec in specs), return_exceptions=True)
+            assert [isinstance(answer, StreamUnavailableError) for answer in away] == [False] * 4 + [True] * 8
+            os.kill(valkey.pid, signal.SIGCONT)
+            await until(lambda: all(known(server, spec.request_id).delivered for spec in specs))  # type: ignore[union-attr]
+            written = await asyncio.gather(*(server.client.write(spec) for spec in specs))
+            assert all(answer.stream_entry_id for answer in written)
+            stream = TrajectoryStream(valkey.url, server.run_id, consumer="test", timeout_s=10)
+            entries = await stream.read(100, 0.1)
+            await stream.close()
+            assert Counter(entry.trajectory_id for entry in entries) == Counter(spec.request_id for spec in specs)
+    finally:
+        valkey.stop()
 
 
 # --- processes that die --------------------------------------------------------------------------------------------

@@ -275,3 +275,36 @@ def test_a_stop_and_a_failure_leave_nothing_running(tmp_path: Path, opd: Callabl
     assert processes_of(run_dir) == []
     assert list(folder.glob("checkpoints/step-*/state.json"))
     assert not (folder / "artefact.json").exists()
+
+
+@pytest.mark.slow
+def test_seeds_and_a_sweep(tmp_path: Path, opd: Callable[..., Opd]) -> None:
+    """Two seeds, and two learning rates of which the first seed chooses for both."""
+    run_dir = tmp_path / "run"
+    changes = {"pipeline.seeds": [0, 1], "stages.add.sweep": {"optimizer.lr": [1.0e-3, 2.0e-3]}}
+    recipe = recipe_file(tmp_path, changes)
+    call = opd(recipe, "--run-dir", run_dir)
+    assert call.wait() == 0, call.said()
+    assert processes_of(run_dir) == []
+    found = artefacts(run_dir)
+    trained = {}
+    for name, artefact in found.items():
+        if artefact["name"] == "add-sft":
+            settings = yaml.safe_load((run_dir / "artefacts" / name / "recipe.yaml").read_text())
+            trained[settings["run"]["seed"], settings["optimizer"]["lr"]] = name
+    (choice,) = [artefact["facts"] for artefact in found.values() if artefact["kind"] == "choose"]
+    chosen = choice["values"]["optimizer.lr"]
+    assert set(trained) == {(0, 1e-3), (0, 2e-3), (1, chosen)}
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["status"] == "finished"
+    assert results["systems"]["add"]["chosen"]["values"] == {"optimizer.lr": chosen}
+    for system in ("base", "add", "opd", "soup"):
+        assert [line["seed"] for line in results["systems"][system]["domains"]["add"]] == [0, 1]
+    total = sum(artefact["facts"]["seconds"] for artefact in found.values())
+    assert results["job_seconds"] == pytest.approx(total)
+    assert results["job_seconds"] > sum(
+        system["cost"]["seconds"] * 2 for system in results["systems"].values() if system["cost"]
+    )
+    again = opd("--resume", run_dir)
+    assert again.wait() == 0
+    assert set(states(again.said()).values()) == {"kept"}

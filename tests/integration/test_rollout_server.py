@@ -780,12 +780,12 @@ async def test_overload_is_refused_with_a_delay(checkpoint: Path) -> None:
         await small.client.pause()
         specs = [small.spec(f"r{number}") for number in range(12)]
         tasks = [asyncio.create_task(listen(small, spec)) for spec in specs]
-        await until(lambda: sum(task.done() for task in tasks) == 10)
+        await until(lambda: sum(task.done() for task in tasks) == 9)
         refused = [task.exception() for task in tasks if task.done()]
         assert all(isinstance(error, OverloadedError) and error.retry_delay_s == 2.0 for error in refused)
         await small.client.resume()
         done = await asyncio.gather(*tasks, return_exceptions=True)
-        assert sum(isinstance(answer, Heard) for answer in done) == 2
+        assert sum(isinstance(answer, Heard) for answer in done) == 3  # one has the slot that is free
         for spec in specs:  # a refused request left nothing behind
             heard = await listen(small, spec)
             assert len(heard.tokens or ()) == 12

@@ -22,6 +22,7 @@ from opd_mesh.config.base import dump_config, parse_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import RolloutServerConfig
 from opd_mesh.errors import ConfigError, VerifierError
+from opd_mesh.policy import PolicyId
 from opd_mesh.stream import TrajectoryStream
 from student_trainer.answering import Answering
 from student_trainer.trainer import Trainer
@@ -66,8 +67,8 @@ def recipe_of(student: Path, domains: dict[str, Any], objective: dict[str, Any],
 
 
 def copying(folder: Path) -> dict[str, Any]:
-    """Ten prompts; the answer is the prompt's digit, thrice."""
-    lines = [{"prompt": f"{digit}a", "answer": f"{digit}" * 3} for digit in range(10)]
+    """Twenty prompts; the answer is the prompt's digit, thrice."""
+    lines = [{"prompt": f"{digit}{letter}", "answer": f"{digit}" * 3} for letter in "ab" for digit in range(10)]
     return {"jsonl": {"path": str(jsonl(folder / "copying.jsonl", lines))}, "verifier": {"name": "exact"}}
 
 
@@ -150,11 +151,16 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
 
 # --- SFT -------------------------------------------------------------------------------------------------------
 async def test_sft_learns_without_servers_and_resumes_to_the_bit(student: Path, tmp_path: Path) -> None:
-    """Neither rollout server nor Redis: none is there, and none is asked for."""
+    """Neither rollout server nor Redis: none is there, none is asked for, and no policy is made for one."""
+
+    def refuse() -> None:
+        raise AssertionError("a policy was made")
+
     recipe = recipe_of(
         student, {"copying": copying(tmp_path)}, {"name": "sft"}, run={"steps": 6, "deterministic": True}
     )
     whole = await new_trainer(recipe, tmp_path / "whole")
+    whole.student.policy_weights = refuse  # type: ignore[method-assign,assignment]
     await whole.run()
     lines = lines_of(tmp_path / "whole")
     assert [line["samples"] for line in lines] == [4] * 6
@@ -177,9 +183,20 @@ async def test_sft_learns_what_is_asked_and_its_accuracy_is_measured(
         batch={"prompts_per_step": 10},
         optimizer={"lr": 1e-2},
         evaluation={"prompts_per_domain": 2, "accuracy": {"prompts_per_domain": 10}, "every_steps": 20},
+        max_staleness=1,  # of no account: nothing is written to be trained on
     )
+    pushed: list[int] = []
     async with serving(recipe, redis_url) as resolved:
-        await (await new_trainer(resolved.replace(redis_url=None), tmp_path / "run")).run()
+        trainer = await new_trainer(resolved.replace(redis_url=None), tmp_path / "run")
+        push = trainer.rollouts.push_policy
+
+        async def counted(policy: PolicyId, *args: Any, **options: Any) -> float:
+            pushed.append(policy.version)
+            return await push(policy, *args, **options)
+
+        trainer.rollouts.push_policy = counted  # type: ignore[method-assign]
+        await trainer.run()
+    assert pushed == [0, 20, 30]  # what is evaluated, once each
     losses = [line["loss"] for line in lines_of(tmp_path / "run")]
     assert losses[0] > 2.0
     assert losses[-1] < 0.3 * losses[0]
@@ -188,7 +205,7 @@ async def test_sft_learns_what_is_asked_and_its_accuracy_is_measured(
     assert [line["step"] for line in evaluations] == [0, 20, 30]
     for line in evaluations:
         for domain in domains:
-            assert line[f"graded/{domain}"] == 2
+            assert (line[f"graded/{domain}"], line[f"ungraded/{domain}"]) == (10, 0)
             assert 0 <= line[f"accuracy/{domain}"] <= line[f"score/{domain}"] <= 1
             assert 0 <= line[f"unparsed/{domain}"] <= 1
             assert 1 <= line[f"answer_length/{domain}"] <= 6
@@ -362,7 +379,7 @@ async def test_finished_models_answer_and_others_learn_from_it(student: Path, tm
 
 def test_answering_needs_a_rollout_server_and_no_redis(student: Path, tmp_path: Path) -> None:
     recipe = recipe_of(student, {"letters": letters(tmp_path)}, {"name": "grpo"}, batch={"responses_per_prompt": 2})
-    value = {"recipe": recipe.model_dump(mode="json"), "models": {"student": str(student)}}
+    value = {"recipe": recipe.model_dump(mode="json"), "models": {"student": str(student)}, "split": "validation"}
     with pytest.raises(ConfigError) as error:
         Answering(parse_config(AnswersConfig, value, source="test"), tmp_path)
     assert error.value.field == "rollout.peers.addresses"

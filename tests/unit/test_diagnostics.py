@@ -72,6 +72,20 @@ def test_metrics_that_are_absent_in_some_steps_are_no_trouble():
     assert len(diagnostics.take_all(lines)) == 1
 
 
+def test_what_is_kept_does_not_grow_with_the_run():
+    diagnostics = Diagnostics(CONFIG)
+    diagnostics.take_all(
+        {"step": step, "loss": 1.0, "kl/a": 1.0, "response_length/code": 10.0} for step in range(1, 500)
+    )
+    assert {key: len(series._newest) for key, series in diagnostics._series.items()} == {
+        "kl/a": 6,
+        "response_length/code": 6,
+    }
+    # The first window is still that of the first steps.
+    found = [diagnostics.take({"step": 500 + step, "response_length/code": 30.0}) for step in range(3)]
+    assert "from 10.0 to 23.3 tokens" in " ".join(text for texts in found for text in texts)
+
+
 @given(st.lists(st.floats(0, 1), max_size=30), st.lists(st.floats(0, 50), max_size=30))
 def test_any_metrics_are_read(overlap: list[float], kl: list[float]):
     steps = min(len(overlap), len(kl))

@@ -33,6 +33,7 @@ EQUAL, HALF, UNGRADED = (1.0, 1.0), (1.0, 0.0), (None, None)
 
 class FakeDomain:
     name = "d"
+    has_verifier = True
     config = SimpleNamespace(share=1.0)
 
     def after(self, cursor: int, count: int) -> tuple[list[Prompt], int]:
@@ -205,7 +206,8 @@ async def test_rounds_are_bounded_and_what_is_missing_makes_the_step_smaller(tmp
 
 
 async def test_a_step_of_nothing_but_degenerate_groups_is_taken_as_it_is(tmp_path: Path) -> None:
-    """It moves nothing but towards the reference; a step must have samples."""
+    """A step must have samples. Their gradient is that of the KL alone; without one the optimizer's momentum still
+    moves the weights."""
     run = Run(tmp_path, dict.fromkeys(range(9), EQUAL), rounds=1)
     run.start()
     gathered = await run.take(1)

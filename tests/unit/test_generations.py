@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from opd.v1 import rollout_service_pb2
 
 from opd_mesh.config.services import TokenLogConfig
-from opd_mesh.errors import InternalError, OverloadedError, StreamUnavailableError, UnavailableError
+from opd_mesh.errors import InternalError, OpdError, OverloadedError, StreamUnavailableError, UnavailableError
 from opd_mesh.policy import PolicyId
 from opd_mesh.trajectory import FinishReason, SamplingParams
-from rollout_server import generations as module
+from rollout_server import delivery as module
+from rollout_server.batch_call import BatchCall
 from rollout_server.engine import EngineCounters, GenerationRequest, PreparedPolicy, RolloutEngine, TokenEvent
 from rollout_server.generations import Generations
 from rollout_server.request_log import states_of
@@ -81,8 +84,10 @@ class Stream:
     def __init__(self) -> None:
         self.away = False
         self.taken: list[str] = []
+        self.asked: list[int] = []  # entries, call by call
 
     async def publish_many(self, entries: Sequence[tuple[str, bytes]]) -> list[str]:
+        self.asked.append(len(entries))
         if self.away:
             raise StreamUnavailableError("away")
         self.taken += [name for name, _ in entries]
@@ -101,7 +106,7 @@ async def opened(
     token_log, recovered = TokenLog.open(TokenLogConfig(path=folder, durability="os"))
     failures: list[BaseException] = []
     made = Generations(
-        engine, token_log=token_log, tokenizer_fingerprint="f", finished_kept=8, max_waiting=8,
+        engine, token_log=token_log, tokenizer_fingerprint="f", finished_kept=8, max_slots=8, max_waiting=8,
         stream_of=lambda run_id: stream or Stream(), on_failure=failures.append,  # type: ignore[arg-type,return-value]
     )  # fmt: skip
     made.recover(states_of(recovered))
@@ -201,6 +206,80 @@ async def test_a_response_that_redis_does_not_take_is_published_when_it_does(
     async with opened(tmp_path, Scripted(), stream) as (made, _):
         assert made.table.get("r").stream_entry_id == "entry of r"
     assert stream.taken == ["r"]
+
+
+async def test_what_redis_does_not_take_is_tried_again_together_and_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "FIRST_DELIVERY_DELAY_S", 3600.0)
+    stream = Stream()
+    stream.away = True
+    async with opened(tmp_path, Scripted(), stream) as (made, _):
+        states = [(await made.attach(params_of(f"r{number}", publish=True), 0, POLICY))[0] for number in range(5)]
+        for state in states:
+            await ended(state)
+        lines = [record.getMessage() for record in caplog.records if "could not be published" in record.getMessage()]
+        assert sum(int(line.split()[0]) for line in lines) == 5
+        assert len(lines) == len(stream.asked)
+        stream.away, stream.asked = False, []
+        await made.attach(params_of("r3", publish=True), 0, POLICY)  # asked for again: all of the run are tried
+        async with asyncio.timeout(20):
+            while not all(state.delivered for state in states):
+                await asyncio.sleep(0.001)
+        assert stream.asked == [5]
+        assert sorted(stream.taken) == [f"r{number}" for number in range(5)]
+        stream.away = True
+        late, _ = await made.attach(params_of("late", publish=True), 0, POLICY)
+        await ended(late)
+        stream.away = False
+        await made.attach(params_of("newer", publish=True), 0, POLICY)  # what Redis takes wakes what it did not
+        async with asyncio.timeout(20):
+            while not late.delivered:
+                await asyncio.sleep(0.001)
+
+
+async def test_free_slots_are_room_beside_max_waiting(tmp_path: Path) -> None:
+    token_log, _ = TokenLog.open(TokenLogConfig(path=tmp_path, durability="os"))
+    made = Generations(
+        Scripted(), token_log=token_log, tokenizer_fingerprint="f", finished_kept=8, max_slots=3, max_waiting=1,
+        stream_of=lambda run_id: Stream(), on_failure=lambda error: None,  # type: ignore[arg-type,return-value]
+    )  # fmt: skip
+    await made.driver.pause()
+    told: list[RequestState | OpdError] = []
+    await made.begin_many([(params_of(f"r{number}"), told.append) for number in range(6)], POLICY)
+    refused = [outcome for outcome in told if isinstance(outcome, RequestState)]
+    assert [state.params.request_id for state in refused] == ["r4", "r5"]
+    assert all(isinstance(state.error, OverloadedError) for state in refused)
+    await made.stop()
+    token_log.close()
+
+
+async def test_a_client_that_does_not_read_is_not_read_on(tmp_path: Path) -> None:
+    """What it asks for beyond its credits does not pile up; once it reads, everything is answered."""
+    taken: list[int] = []
+
+    async def messages() -> AsyncIterator[rollout_service_pb2.GenerateBatchRequest]:
+        for tag in range(100):
+            taken.append(tag)
+            yield rollout_service_pb2.GenerateBatchRequest(items=[rollout_service_pb2.GenerateBatchItem(tag=tag)])
+
+    async with opened(tmp_path, Scripted()) as (made, _):
+        await made.driver.pause()
+        names = itertools.count()
+        call = BatchCall(
+            made, check=lambda request: params_of(f"r{next(names)}"), policy=lambda: POLICY, credits=3,
+            idle_timeout_s=3600,
+        )  # fmt: skip
+        async with aclosing(call.answers(messages())) as answers:
+            assert (await anext(answers)).credits == 3
+            found = [result.tag for result in (await anext(answers)).results]  # refused, and no more is read here
+            for _ in range(300):
+                await asyncio.sleep(0)
+            assert len(taken) <= len(found) + 3 + 1
+            await made.driver.resume()
+            async for response in answers:
+                found += [result.tag for result in response.results]
+        assert sorted(found) == list(range(100))
 
 
 async def test_a_server_that_stops_while_redis_is_away_publishes_when_it_comes_back(tmp_path: Path) -> None:

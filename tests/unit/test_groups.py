@@ -72,6 +72,7 @@ async def test_the_graded_get_advantages_and_the_others_are_left_out_and_counted
     assert groups.last_failure == "the verifier raised: no"
     assert groups.take_counted() == {
         "groups_taught": 1, "groups_equal": 0, "groups_single": 0, "samples_dropped": 0, "ungraded": 1, "unparsed": 1,
+        "ungraded/d": 0.25, "unparsed/d": pytest.approx(1 / 3),
         "reward/d": 0.5, "score/d": pytest.approx((1.0 + 0.5 + 0.25) / 3), "length_penalty/d": pytest.approx(-0.25 / 3),
     }  # fmt: skip
 
@@ -89,8 +90,20 @@ async def test_degenerate_groups_are_told_and_counted_by_kind() -> None:
     assert {key: value for key, value in counted.items() if "/" not in key} == {
         "groups_taught": 0, "groups_equal": 1, "groups_single": 2, "samples_dropped": 2, "ungraded": 3, "unparsed": 0,
     }  # fmt: skip
+    assert (counted["ungraded/b"], counted["ungraded/c"], counted["unparsed/b"]) == (0.5, 1.0, 0.0)
+    assert "unparsed/c" not in counted
     assert counted["reward/a"] == 0.5
     assert "reward/c" not in counted  # what was never graded has no mean, and certainly not 0
+
+
+@pytest.mark.parametrize("sampling", [None, {"max_rounds": 1}])
+async def test_what_lengths_alone_tell_apart_is_no_group_for_dynamic_sampling(sampling: Any) -> None:
+    known = {"a": reward(1.0), "b": reward(0.5, penalty=-0.5)}  # both are right, one is long
+    groups = new_groups(known, dynamic_sampling=sampling)
+    samples, degenerate = await groups.with_advantages([sample("a"), sample("b")])
+    assert degenerate == (sampling is not None)
+    assert [one.advantage for one in samples] == [0.25, -0.25]
+    assert (groups.taught, groups.take_counted()["groups_equal"]) == ((0, 1) if sampling else (1, 0))
 
 
 async def test_counts_are_those_of_one_step() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd_mesh.config.recipe import StudentConfig
 from opd_mesh.config.training import DapoConfig, DrGrpoConfig, GrpoConfig, PolicyGradientConfig
+from opd_mesh.errors import InternalError
 from opd_mesh.signals import SignalKind
 from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import HeldAnswer, Mark, Sample, plan_batch
@@ -210,6 +211,12 @@ def test_the_cases_tell_the_temperature_and_the_reference(case: Case) -> None:
         for config in (with_kl, without)
     ]
     assert abs(losses[0] - losses[1]) > 1e-2
+
+
+def test_a_response_without_an_advantage_is_a_mistake_of_ours(case: Case) -> None:
+    samples = [replace(sample, advantage=None) for sample in case.samples(case.logprobs_R(1.0).detach())]
+    with pytest.raises(InternalError, match="without an advantage"):
+        case.gradients(PolicyGradient(GrpoConfig(), 1.0, LONGEST), samples, WHOLE)
 
 
 def test_a_response_of_no_advantage_moves_nothing(case: Case) -> None:

@@ -58,6 +58,25 @@ async def test_asking_waits_for_room_and_goes_on_when_something_is_used_up() -> 
 
 
 @pytest.mark.asyncio
+async def test_what_is_released_while_it_waits_is_never_asked_for() -> None:
+    buffer, teacher = MarkBuffer(50), Teacher()
+    answers = [teacher.ask(buffer, number, 40) for number in range(3)]
+    await settle()
+    answers[1].release()
+    await settle()
+    assert len(buffer._tasks) == 1  # that of the one which still waits
+    with pytest.raises(InternalError, match="has been released"):
+        answers[1].tensors()
+    answers[0].release()
+    await settle()
+    assert teacher.asked == [0, 2]
+    assert buffer.bytes_in_memory == 40
+    answers[2].release()
+    await settle()
+    assert (buffer.bytes_in_memory, buffer._tasks) == (0, set())
+
+
+@pytest.mark.asyncio
 async def test_what_is_waited_for_passes_the_bound_and_the_rest_comes_in_the_order_of_use() -> None:
     buffer, teacher = MarkBuffer(50), Teacher()
     answers = [teacher.ask(buffer, number, 40) for number in range(5)]

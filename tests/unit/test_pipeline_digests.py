@@ -29,6 +29,30 @@ def changed_by(changes: dict[str, Any], before: dict[str, Any] | None = None) ->
     return {job_id for job_id in old if old[job_id] != new[job_id]}
 
 
+def test_a_file_that_changes_meanwhile_is_noticed_by_the_jobs_that_read_it(tmp_path: Path) -> None:
+    prompts, model = tmp_path / "prompts.jsonl", tmp_path / "model"
+    prompts.write_text('{"prompt": "1="}\n')
+    model.mkdir()
+    (model / "weights").write_bytes(b"1")
+    changes = {"domains.bare": {"jsonl": {"path": str(prompts)}}, "model": {"path": str(model)}}
+    changes["stages.bare"] = {"kind": "base", "domains": ["bare"], "recipe": {"run": {"steps": 2}}}
+    files = FileDigests()
+    found = resolve(plan(pipeline(changes)), {}.get, files)
+    assert set(found["seed0/bare"].files) == {prompts, model}
+    assert set(found["seed0/base"].files) == {model}
+    assert found["seed0/add/sft"].files == ()
+    prompts.touch()
+    for job in found.values():
+        files.check(job.files)
+    prompts.write_text('{"prompt": "2="}\n')
+    files.check(found["seed0/base"].files)
+    with pytest.raises(ConfigError, match=r"prompts\.jsonl has changed while a job was reading it"):
+        files.check(found["seed0/bare"].files)
+    (model / "weights").unlink()
+    with pytest.raises(ConfigError, match="model has changed"):
+        files.check(found["seed0/base"].files)
+
+
 EVALUATED = {"seed0/evaluate/answers", "seed0/evaluate"}
 AFTER_ADD = {"seed0/add/sft", "seed0/cold/answers", "seed0/cold", "seed0/opd", "seed0/soup"} | EVALUATED
 

@@ -223,8 +223,16 @@ def test_combinations_of_nothing_are_one() -> None:
         ({"domains.reverse.verifier": None}, "domains.reverse.verifier", "trains by rewards"),
         ({"domains.add.splits": None}, "domains.add.splits", "asks for test prompts"),
         ({"stages.add.sft": None}, "stages.add", "`sft`, `grpo` or both"),
-        ({"stages.reverse.grpo.objective": {"name": "sft"}}, "stages.reverse.grpo.objective.name", "grpo or dapo"),
-        ({"stages.opd.recipe.objective": {"name": "grpo"}}, "stages.opd.recipe", "responses_per_prompt"),
+        (
+            {"stages.reverse.grpo.objective": {"name": "sft"}, "stages.reverse.grpo.batch": {}},
+            "stages.reverse.grpo.objective.name",
+            "grpo or dapo",
+        ),
+        (
+            {"stages.opd.recipe.objective": {"name": "grpo"}},
+            "stages.opd.recipe.objective.name",
+            "must be reverse_kl or",
+        ),
         ({"stages.add.sft.optimizer": {"lrr": 1}}, "stages.add.sft.optimizer.lrr", "did you mean 'lr'"),
         ({"defaults.batch.prompts": 1}, "defaults.batch.prompts", "unknown key 'prompts'"),
         ({"stages.opd.recipe.run": {}}, "stages.opd.recipe.run.steps", "Field required"),
@@ -264,7 +272,7 @@ def test_a_mistake_is_found_by_planning_and_names_its_field(changes: dict[str, A
         ({"stages.add.form": "base"}, "stages.add.form", "did you mean 'from"),
         ({"stages.add.from": None}, "stages.add.from", "Field required"),
         ({"stages.model": {"kind": "soup", "of": ["a", "b"]}}, "stages", "choose another name"),
-        ({"stages.a/b": {"kind": "soup", "of": ["a", "b"]}}, "stages", "a name has letters"),
+        ({"stages.a/b": {"kind": "soup", "of": ["a", "b"]}}, "stages", "a name has up to 48 letters"),
         ({"model": {}}, "model", "exactly one of path"),
         ({"model.init.vocab_size": 5}, "model.init", "44 tokens, 5 are fewer"),
         ({"model.init.characters": "abca"}, "model.init.characters", "'a' occur more than once"),
@@ -296,7 +304,7 @@ def test_later_parts_go_over_earlier_ones() -> None:
         "run": {"name": "b", "steps": 1},
     }
     assert below["optimizer"]["lr"] == 1.0
-    assert merged(below, {"optimizer": {"name": "muon"}})["optimizer"]["schedule"] == "cosine"
+    assert merged(below, {"optimizer": {"name": "muon"}})["optimizer"] == {"name": "muon"}  # below it was AdamW
 
 
 def test_another_objective_takes_over_nothing_of_the_one_below() -> None:
@@ -315,3 +323,73 @@ def test_the_recipe_in_the_documentation_is_planned() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     result = plan(parse_config(PipelineRecipe, yaml.safe_load(block), source="docs/pipelines.md"))
     assert {job.stage for job in result.jobs.values()} == {"model", *yaml.safe_load(block)["stages"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "said"),
+    [
+        ({"defaults.rollout.log": {"path": "log"}}, "defaults.rollout.log.path", "in its own folder"),
+        (
+            {"stages.add.sft.rollout": {"peers": {"addresses": ["a:1"]}}},
+            "stages.add.sft.rollout.peers.addresses",
+            "pipeline.jobs: 1",
+        ),
+        (
+            {"defaults.rollout.peers": {"addresses": ["a:1"]}, "defaults.rollout.log": {}, "pipeline.jobs": 1},
+            "defaults.rollout.log",
+            "leave it out",
+        ),
+        ({"stages.add.sft.rollout": {"max_new_tokens": 5}}, "stages.add.sft.rollout.max_new_tokens", "in defaults"),
+        (
+            {"stages.opd.sweep": {"rollout.engine.max_context_tokens": [64, 96]}},
+            "stages.opd.recipe.rollout.engine.max_context_tokens",
+            "max_context_tokens: 64",
+        ),
+    ],
+)
+def test_rollout_settings_that_a_pipeline_cannot_keep_are_refused(
+    changes: dict[str, Any], field: str, said: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        planned(changes)
+    assert said in str(error.value)
+    assert error.value.field == field
+
+
+def test_answers_may_differ_where_nobody_else_asks_for_them() -> None:
+    same = {"stages.add.sft.rollout": {"max_new_tokens": 6}}  # as in defaults
+    assert planned(same).jobs.keys() == planned().jobs.keys()
+    alone = {"stages.alone": {"kind": "specialist", "from": "base", "domains": ["add"], "sft": {"run": {"steps": 1}}}}
+    alone |= {"stages.alone.sft.rollout": {"max_new_tokens": 5}}
+    (recipe,) = train_of(planned(alone).jobs["seed0/alone/sft"]).options
+    assert recipe.rollout.max_new_tokens == 5
+
+
+def test_the_other_settings_of_the_token_log_are_taken() -> None:
+    (recipe,) = train_of(planned({"defaults.rollout.log": {"durability": "os"}}).jobs["seed0/opd"]).options
+    assert recipe.rollout.log is not None
+    assert recipe.rollout.log.durability == "os"
+
+
+def test_a_part_without_a_name_is_of_the_default() -> None:
+    muon = {"name": "muon", "lr": 0.02}
+    assert merged({"optimizer": {"lr": 1.0, "betas": [0.9, 0.99]}}, {"optimizer": muon}) == {"optimizer": muon}
+    assert merged({"optimizer": muon}, {"optimizer": {"lr": 1.0}}) == {"optimizer": muon | {"lr": 1.0}}
+    adamw = {"name": "adamw", "eps": 1e-6}
+    assert merged({"optimizer": {"lr": 1.0}}, {"optimizer": adamw}) == {"optimizer": adamw | {"lr": 1.0}}
+
+
+def test_jobs_of_a_sweep_are_told_apart() -> None:
+    """By values as YAML has them: the text "64" is not the number."""
+    jobs = planned({"stages.opd.sweep": {"objective.name": ["jsd", "forward_kl"]}}).jobs
+    assert {'seed0/opd[objective.name="jsd"]', 'seed0/opd[objective.name="forward_kl"]'} <= jobs.keys()
+    twice = planned({"stages.opd.sweep": {"optimizer.lr": ["1e-3", 1e-3]}}).jobs
+    assert {'seed0/opd[optimizer.lr="1e-3"]', "seed0/opd[optimizer.lr=0.001]"} <= twice.keys()
+
+
+@pytest.mark.parametrize("name", ["ä", "a/b", "-a", "a" * 49, ""])
+def test_a_stage_is_named_as_a_folder_may_be(name: str) -> None:
+    value = changed()
+    value["stages"] = {name: value["stages"]["base"]}
+    with pytest.raises(ConfigError, match="a name has up to 48 letters"):
+        parse_config(PipelineRecipe, value, source="test")

@@ -25,11 +25,11 @@ CHANGES: dict[str, Any] = {
 class Folder:
     """A pipeline's folder in which jobs are done by hand."""
 
-    def __init__(self, path: Path) -> None:
-        self.pipeline = pipeline(CHANGES)
+    def __init__(self, path: Path, changes: dict[str, Any] | None = None) -> None:
+        self.pipeline = pipeline(CHANGES if changes is None else changes)
         self.plan: Plan = plan(self.pipeline)
         self.store = Store(path / "artefacts")
-        self.store.root.mkdir()
+        self.store.root.mkdir(exist_ok=True)
         self.resolved: Mapping[str, Resolved] = {}
         self.look()
 
@@ -45,8 +45,9 @@ class Folder:
         self.store.finish(self.store.folder(kind, digest), digest, kind=kind, name=kind, files=[], facts=facts)
 
     def trained(self, job_id: str, after: float, *, before: float = 0.1, steps: int = 2) -> None:
-        facts = {"seconds": 10.0 * steps, "tokens_trained": 100 * steps, "steps": steps}
-        accuracies = {"before": {"add": before}, "after": {"add": after}}
+        facts: dict[str, Any] = {"seconds": 10.0 * steps, "tokens_trained": 100 * steps, "steps": steps}
+        facts["looked_at"] = dict(self.resolved[job_id].looked_at)
+        accuracies = {"before": {"add": before, "reverse": 0.9}, "after": {"add": after, "reverse": 0.8}}
         self.done(self.resolved[job_id].digest, "train", **facts, accuracies=accuracies)
 
     def answered(self, seed: int, model: str, accuracy: float | None) -> None:
@@ -58,7 +59,7 @@ class Folder:
         self.done(part, "answers", scores={"add": scores})
 
     def results(self) -> dict[str, Any]:
-        text = Results(self.pipeline, self.plan, self.resolved, self.store).text(12.5)
+        text = Results(self.pipeline, self.plan, self.resolved, self.store).text("running", 12.5)
         value: dict[str, Any] = json.loads(text)
         return value
 
@@ -90,20 +91,54 @@ def test_cost_and_phases_are_of_what_the_sweep_chose(tmp_path: Path) -> None:
     folder.trained("seed0/add/grpo[optimizer.lr=0.001]", 0.4, before=0.3, steps=4)
     folder.trained("seed0/add/grpo[optimizer.lr=0.002]", 0.8, before=0.3, steps=4)
     assert folder.results()["phases"] == {}  # not chosen yet
-    folder.done(folder.resolved["seed0/add/choose"].digest, "choose", option=1, values={"grpo.optimizer.lr": 2e-3})
+    folder.done(
+        folder.resolved["seed0/add/choose"].digest, "choose", option=1, values={"grpo.optimizer.lr": 2e-3}, seconds=0.5
+    )
     folder.look()
     results = folder.results()
     assert results["systems"]["add"]["chosen"]["values"] == {"grpo.optimizer.lr": 2e-3}
     assert results["systems"]["add"]["cost"] == {"seconds": 60.0, "tokens_trained": 600.0, "steps": 6.0}
     assert results["phases"] == {
         "add": {
-            "before": {"add": [{"seed": 0, "accuracy": 0.1}]},
-            "sft": {"add": [{"seed": 0, "accuracy": 0.3}]},
-            "grpo": {"add": [{"seed": 0, "accuracy": 0.8}]},
+            "before": {"add": [{"seed": 0, "accuracy": 0.1}], "reverse": [{"seed": 0, "accuracy": 0.9}]},
+            "sft": {"add": [{"seed": 0, "accuracy": 0.3}], "reverse": [{"seed": 0, "accuracy": 0.8}]},
+            "grpo": {"add": [{"seed": 0, "accuracy": 0.8}], "reverse": [{"seed": 0, "accuracy": 0.8}]},
         }
     }
+    assert results["job_seconds"] == 20.0 + 2 * 40.0 + 0.5  # with what was tried and not chosen
+    assert "seconds" not in results["systems"]["add"]["chosen"]
     folder.trained("seed1/add/sft", 0.2)
     folder.trained("seed1/add/grpo", 0.6, steps=8)
     results = folder.results()
     assert results["phases"]["add"]["grpo"]["add"] == [{"seed": 0, "accuracy": 0.8}, {"seed": 1, "accuracy": 0.6}]
     assert results["systems"]["add"]["cost"]["steps"] == (6 + 10) / 2
+
+
+def test_an_accuracy_on_a_domain_that_was_another_then_is_left_out(tmp_path: Path) -> None:
+    """A run that only looks at a domain is kept when that changes, but what it saw there is of the old one."""
+    extra = {
+        "reasoning_gym": {"task": "spell_backward", "params": {"min_word_len": 3, "max_word_len": 6}},
+        "prompt": "{{ metadata.word }}:",
+        "verifier": {"name": "reasoning_gym"},
+        "splits": {"validation": 0.2, "test": 0.2},
+    }
+    before = Folder(tmp_path, {"domains.extra": extra})
+    assert before.resolved["seed0/add/sft"].looked_at.keys() == {"reverse", "extra"}
+    facts = {"seconds": 1.0, "tokens_trained": 1, "steps": 1, "looked_at": before.resolved["seed0/add/sft"].looked_at}
+    after = {"add": 0.3, "reverse": 0.8, "extra": 0.7}
+    before.done(before.resolved["seed0/add/sft"].digest, "train", accuracies={"before": {}, "after": after}, **facts)
+    assert set(before.results()["phases"]["add"]["sft"]) == {"add", "reverse", "extra"}
+    harder = Folder(tmp_path, {"domains.extra": extra | {"prompt": "{{ metadata.word }}?"}})
+    assert set(harder.results()["phases"]["add"]["sft"]) == {"add", "reverse"}
+    assert set(Folder(tmp_path, {}).results()["phases"]["add"]["sft"]) == {"add", "reverse"}
+
+
+def test_what_an_earlier_version_has_made_is_told_as_it_is(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    digest = folder.resolved["seed0/reverse/grpo"].digest
+    accuracies = {"before": {}, "after": {"add": 0.5, "reverse": 0.25}}
+    folder.done(digest, "train", seconds=1.0, tokens_trained=1, steps=1, accuracies=accuracies)
+    folder.answered(0, "base", 0.25)  # without its seconds
+    results = folder.results()
+    assert set(results["phases"]["reverse"]["grpo"]) == {"add", "reverse"}
+    assert results["job_seconds"] == 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,27 @@ def test_what_is_begun_is_no_artefact_and_is_gone_on_with(tmp_path: Path) -> Non
     assert Store(tmp_path).find(DIGEST) is None
     assert Store(tmp_path).folder("add", DIGEST) == folder
     assert (folder / "checkpoint").exists()
+
+
+def test_a_crash_while_what_is_damaged_is_removed_leaves_nothing_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(Store(tmp_path))
+    (made.path / "model" / "weights").write_bytes(b"damage")
+
+    def crash(path: Path, **_: object) -> None:
+        if path.exists():  # the removal has come as far as the one file that tells of the damage
+            (path / FILE).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).folder("add", DIGEST)
+    monkeypatch.undo()
+    store = Store(tmp_path)
+    assert store.find(DIGEST) is None
+    assert list(store.folder("add", DIGEST).iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [made.path.name]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 99}'])

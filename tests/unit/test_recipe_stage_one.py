@@ -19,11 +19,12 @@ SUMS = {"reasoning_gym": {"task": "chain_sum"}, "verifier": {"name": "reasoning_
 
 def recipe_value(objective: Any, **sections: Any) -> dict[str, Any]:
     """A small valid recipe of a policy gradient, or of SFT; ``sections`` replace whole sections."""
+    writes = not isinstance(objective, dict) or objective.get("name") != "sft"
     return {
         "run": {"steps": 3},
         "student": {"path": "models/student"},
         "domains": {"sums": SUMS},
-        "batch": {"responses_per_prompt": 4},
+        "batch": {"responses_per_prompt": 4} if writes else {},
         "objective": objective,
         **sections,
     }
@@ -124,6 +125,7 @@ def test_a_changed_recipe_is_checked_again() -> None:
 # --- what is refused -------------------------------------------------------------------------------------------
 KL = {"name": "grpo", "kl": {"reference": "base"}}
 BASE = {"base": {"path": "b"}}
+SOFT = {"name": "soft_overlong", "buffer_tokens": 9}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,21 @@ BASE = {"base": {"path": "b"}}
          "domains: share is 0 in all of them, so there is nothing to train on"),
         ({"name": "sft"}, {"domains": {"sums": {**SUMS, "effort": "hihg"}}},
          "domains.sums.effort: 'hihg' is none of non_think, high, max"),
+        ({"name": "sft"}, {"batch": {"responses_per_prompt": 2}}, "batch.responses_per_prompt: sft learns the one "
+         "answer that the domain holds, not 2; leave it out, and set batch.prompts_per_step"),
+        ({"name": "grpo"}, {"evaluation": {"accuracy": {"split": "test"}}},
+         "evaluation.accuracy.split: domain sums has no test prompts; give it a share of them "
+         "(domains.sums.splits.test), or set split to validation"),
+        ({"name": "sft"}, {"evaluation": {"accuracy": {"split": "test"}},
+                           "domains": {"sums": {**SUMS, "splits": {"test": 0.0}}}}, "domain sums has no test prompts"),
+        ({"name": "grpo"}, {"rollout": {"max_new_tokens": 40, "engine": {"max_context_tokens": 40}}},
+         "domains.sums: responses of up to 40 tokens (max_new_tokens) leave no room for a prompt in "
+         "rollout.engine.max_context_tokens (40); lower the one or raise the other"),
+        ({"name": "grpo"}, {"domains": {"sums": {**SUMS, "max_new_tokens": 8, "length_penalty": SOFT}}},
+         "domains.sums.length_penalty.buffer_tokens: a buffer of 9 tokens is longer than the longest response (8 "
+         "tokens); lower it or raise max_new_tokens"),
+        ({"name": "grpo"}, {"domains": {"sums": {**SUMS, "max_new_tokens": 8, "effort": "e"}},
+                            "efforts": {"e": {"length_penalty": SOFT}}}, "domains.sums.length_penalty.buffer_tokens"),
         ({"name": "grpo", "length": 9}, {}, "length: sequence_mean does not use it; leave it out, or choose "
          "constant_length"),
         ({"name": "grpo", "clip_low": 1.0}, {}, "objective.clip_low: Input should be less than 1"),
@@ -173,7 +190,8 @@ def test_a_refusal_names_the_field_and_the_remedy(objective: Any, sections: dict
 
 # --- answers ---------------------------------------------------------------------------------------------------
 def test_who_answers_what() -> None:
-    value = {"recipe": recipe_value({"name": "sft"}, domains={"a": SUMS, "b": SUMS}), "models": {"x": "x", "y": "y"}}
+    sums = {**SUMS, "splits": {}}
+    value = {"recipe": recipe_value({"name": "sft"}, domains={"a": sums, "b": sums}), "models": {"x": "x", "y": "y"}}
     config = parse_config(AnswersConfig, {**value, "domains": {"x": ["b"]}}, source="answers.yaml")
     assert (config.domains_of("x"), config.domains_of("y")) == (["b"], ["a", "b"])
     assert (config.split, config.temperature, config.responses_per_prompt) == ("test", 0.0, 1)
@@ -184,3 +202,26 @@ def test_who_answers_what() -> None:
         with pytest.raises(ConfigError) as error:
             parse_config(AnswersConfig, {**value, "domains": domains}, source="answers.yaml")
         assert message in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": {"x/y": "x"}}, "models: 'x/y' names a folder of answers"),
+        ({"models": {"..": "x"}}, "models: '..' names a folder"),
+        ({"models": {"": "x"}}, "models: '' names a folder"),
+        (
+            {"split": "test"},
+            "split: domain a has no test prompts; give it a share of them (recipe.domains.a.",
+        ),
+        ({"responses_per_prompt": 2}, "responses_per_prompt: at temperature 0 the 2 responses to a prompt are all the"),
+    ],
+)
+def test_answers_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    domains = {"a": SUMS, "b": {**SUMS, "splits": {}}}
+    value = {"recipe": recipe_value({"name": "sft"}, domains=domains), "models": {"x": "x"}, "split": "validation"}
+    parse_config(AnswersConfig, {**value, "responses_per_prompt": 2, "temperature": 1.0}, source="answers.yaml")
+    parse_config(AnswersConfig, {**value, "split": "test", "domains": {"x": ["b"]}}, source="answers.yaml")
+    with pytest.raises(ConfigError) as error:
+        parse_config(AnswersConfig, {**value, **change}, source="answers.yaml")
+    assert message in error.value.message

@@ -23,6 +23,7 @@ def test_the_tables_in_markdown(tmp_path: Path) -> None:
     assert "| adder (add) | 25.0 | 45.0 | 85.0 |" in text
     assert "| opd | optimizer.lr = 0.002 | 75.0 | yes |" in text
     assert "| adder | 40 | 3,000 | 12.5 s |" in text
+    assert "took 6 min 40 s; on the clock it was 1 min 1 s." in text
     for part in text.split("\n\n"):  # every row of a table is as wide as its head
         if part.startswith("|"):
             assert len({line.count("|") for line in part.splitlines()}) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_pipeline(tmp_path_factory.mktemp("a pipeline"))
     write_training(folder, "adder-sft", warnings=["step 3: <b>overlap</b> low: begin with a cold start"])
     write_training(folder, "adder-grpo", ended=False)
-    os.utime(folder / "results.json")
     return build_report(folder)
 
 
@@ -149,15 +147,51 @@ def test_a_pipeline_in_progress_is_told_as_far_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_results_of_an_earlier_state_are_told_as_such(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("running", "in progress, or interrupted"),
+        ("failed", "failed"),
+        ("stopped", "stopped"),
+        ("finished", "finished"),
+    ],
+)
+def test_the_status_is_that_of_the_results(tmp_path: Path, status: str, said: str) -> None:
     folder = write_pipeline(tmp_path)
-    recipe, results = folder / "pipeline.yaml", folder / "results.json"
-    os.utime(recipe, ns=(0, results.stat().st_mtime_ns + 1))
+    results = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(results | {"status": status}))
+    page = build_report(folder).read_text()
+    assert re.findall(r'<span class="pill \w+">([^<]+)</span>', page)[0] == said
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_before_anything_is_evaluated_the_page_tells_how_far_it_is(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path)
+    results = json.loads((folder / "results.json").read_text())
+    systems = {name: system | {"domains": {}} for name, system in results["systems"].items()}
+    (folder / "results.json").write_text(json.dumps(results | {"systems": systems, "status": "running"}))
+    assert "Nothing has been trained yet." in text_of(build_report(folder).read_text())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_domain_without_answers_is_told_and_the_rest_is_shown(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path)
+    for path in folder.glob("artefacts/*/answers/sort.jsonl"):
+        path.write_text("")
     text = text_of(build_report(folder).read_text())
-    assert "The recipe has been run again since" in text
-    assert "in progress, or interrupted" in text
-    os.utime(recipe, ns=(0, results.stat().st_mtime_ns - 1))
-    assert "run again since" not in text_of(build_report(folder).read_text())
+    assert "opd, sort, seed 1: there are no answers" in text
+    assert re.search(r"adder expert of add 90\.0", text)
+
+
+def test_a_verdict_is_good_where_the_weakest_domain_is(tmp_path: Path) -> None:
+    right = RIGHT | {"opd": {"add": (10, 10), "sort": (7, 7)}}  # 7/6 and 4/5 of what the experts gained
+    summary = summarize(write_pipeline(tmp_path, right), resamples=100)
+    mean = summary.systems["opd"].mean_recovered
+    assert mean is not None
+    assert mean.mean > 0.85
+    assert tables.verdict(summary)[1] == "mixed"
+    right = RIGHT | {"opd": {"add": (9, 9), "sort": (8, 8)}}
+    assert tables.verdict(summarize(write_pipeline(tmp_path, right), resamples=100))[1] == "good"
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -215,6 +249,8 @@ def test_estimates_in_words() -> None:
     assert tables.percent(Estimate(0.8431)) == ("84.3", "")
     assert tables.percent(Estimate(0.8431, 0.8, 0.9)) == ("84.3", "80.0–90.0")
     assert tables.percent(Estimate(-0.05, -0.1, 0.02)) == ("−5.0", "−10.0 to 2.0")
+    assert tables.percent(Estimate(-0.0001, -0.05)) == ("0.0", "")
+    assert tables.percent(Estimate(-0.05)) == ("−5.0", "")
     assert tables.percent(Estimate(0.956, 0.9, 1.01), 0) == ("96", "90–101")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from mesh import tiny_recipe
 
+from opd_mesh.config.paths import resolve_paths
 from opd_mesh.errors import ConfigError
-from opd_mesh.supervisor import resolve_paths
 
 
 def test_the_token_logs_folder_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

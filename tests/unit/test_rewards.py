@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from opd_mesh.errors import ConfigError
-from opd_mesh.trajectory import Trajectory
+from opd_mesh.trajectory import FinishReason, Trajectory
 from student_trainer.rewards import Rewards, reward_of
 from student_trainer.tasks import Grade, Prompt
 
 
 class FakeDomain:
     """Text: the response's ids; every token costs a tenth."""
+
+    has_verifier = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -104,6 +107,18 @@ async def test_a_verifier_that_fails_takes_nobody_else_with_it() -> None:
     bad, good = await rewards.take(["bad", "good"])
     assert (bad.total, bad.grade.failure) == (None, "raised")
     assert good.total == pytest.approx(0.4)
+    await rewards.close()
+
+
+async def test_what_was_cancelled_midway_is_not_graded() -> None:
+    rewards, grader = new_rewards()
+    cut = replace(response("cut", (7, 7)), finish_reason=FinishReason.CANCELLED)
+    rewards.ask(Prompt("a", 0, (1,)), cut)
+    ask(rewards, "whole", (5,))
+    found, whole = await rewards.take(["cut", "whole"])
+    assert (found.total, found.grade.failure) == (None, "it was cancelled")
+    assert whole.total == pytest.approx(0.4)
+    assert grader.batches == [("a", ["5"])]
     await rewards.close()
 
 

@@ -15,7 +15,7 @@ from opd_mesh.errors import NotFoundError, PreconditionError
 from opd_mesh.pipeline.statistics import Roles, summarize
 from opd_mesh.report import bootstrap
 from opd_mesh.report.bootstrap import Answers, Comparison, Estimate, read_answers
-from student_trainer import accuracy
+from student_trainer.answers import CORRECT
 
 RECIPE: dict[str, Any] = {
     "pipeline": {"name": "tiny", "seeds": [0, 1]},
@@ -49,7 +49,9 @@ RIGHT: dict[str, dict[str, tuple[int, int]]] = {
 def answers(right: Sequence[bool | float | None], first: int = 0) -> Answers:
     """One answer per prompt."""
     return Answers.of(
-        {"prompt_index": first + place, "score": None if value is None else float(value), "parsed": value is not None}
+        {"prompt_index": first + place, "score": float(value), "parsed": True}
+        if value is not None
+        else {"prompt_index": first + place, "score": None, "parsed": False, "failure": "the verifier raised"}
         for place, value in enumerate(right)
     )
 
@@ -83,14 +85,15 @@ def write_pipeline(folder: Path, right: Mapping[str, Mapping[str, Sequence[int]]
             for phase, low in (("before", 0.2), ("sft", 0.4), ("grpo", 0.8))
         }
     }
-    results = {"pipeline": "tiny", "seeds": [0, 1], "systems": systems, "phases": phases, "wall_s": 61.4}
+    results = {"pipeline": "tiny", "seeds": [0, 1], "systems": systems, "phases": phases}
+    results |= {"status": "finished", "wall_s": 61.4, "job_seconds": 400.0}
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(RECIPE, sort_keys=False))
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
 
 def test_what_counts_as_right_is_what_the_trainer_counts() -> None:
-    assert bootstrap.CORRECT == accuracy.CORRECT
+    assert bootstrap.CORRECT == CORRECT
 
 
 def test_answers_are_counted_by_prompt() -> None:
@@ -98,10 +101,11 @@ def test_answers_are_counted_by_prompt() -> None:
         {"prompt_index": 3, "score": 1.0, "parsed": True},
         {"prompt_index": 3, "score": 0.5, "parsed": True},
         {"prompt_index": 4, "score": 0.0, "parsed": False},
-        {"prompt_index": 5, "score": None, "parsed": None},
+        {"prompt_index": 5, "score": None, "parsed": False, "failure": "it was cancelled"},
+        {"prompt_index": 6, "score": None, "parsed": False, "failure": None},  # not to be verified
     ]
     found = Answers.of(lines)
-    assert (found.correct, found.graded) == ({3: 1, 4: 0, 5: 0}, {3: 2, 4: 1, 5: 0})
+    assert (found.correct, found.graded) == ({3: 1, 4: 0, 5: 0, 6: 0}, {3: 2, 4: 1, 5: 0, 6: 0})
     assert (found.unparsed, found.ungraded) == (1, 1)
     assert found.accuracy == pytest.approx(1 / 3)
     assert Answers.of([]).accuracy is None
@@ -127,7 +131,7 @@ def test_the_mean_over_seeds_is_of_their_accuracies() -> None:
     assert found is not None
     assert found.mean == pytest.approx((1.0 + 0.25) / 2)
     assert comparison.by_seed("a", "d") == {0: 1.0, 1: 0.25}
-    assert comparison.counts("a", "d") == {"answers": 8, "graded": 6, "unparsed": 2, "ungraded": 2}
+    assert comparison.counts("a", "d") == {"answers": 8, "graded": 6, "unparsed": 0, "ungraded": 2}
 
 
 def test_a_difference_is_paired_by_prompt() -> None:

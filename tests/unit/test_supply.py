@@ -87,6 +87,21 @@ async def test_the_place_in_the_data_moves_only_with_the_step(tmp_path: Path) ->
     assert (progress.cursors, progress.drawn) == ({}, {})
 
 
+async def test_an_item_that_is_too_long_is_told(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path)
+    whole = max(len(one.trajectory.token_ids) for one in (await new_supply(recipe, TrainerState()).take(1)).samples)
+
+    def within(tokens: int) -> AnswerSupply:
+        engine = recipe.rollout.engine.replace(max_context_tokens=tokens)
+        rollout = recipe.rollout.replace(engine=engine, max_new_tokens=1)
+        return new_supply(recipe.replace(rollout=rollout), TrainerState())
+
+    assert len((await within(whole).take(1)).samples) == 4
+    with pytest.raises(ConfigError, match=rf"domain sort: item \d is {whole} tokens long.*allows {whole - 1}") as error:
+        await within(whole - 1).take(1)
+    assert error.value.field == "domains.sort"
+
+
 async def test_an_item_without_an_answer_is_told(tmp_path: Path) -> None:
     supply = new_supply(recipe_of(tmp_path, answer=None), TrainerState())
     with pytest.raises(ConfigError, match="has no gold answer to learn") as error:

@@ -13,9 +13,9 @@ from tiny_models import tiny_tokenizer
 
 from opd_mesh.config.base import dump_config, load_config, parse_config
 from opd_mesh.config.domains import DEFAULT_EFFORTS, DomainConfig
+from opd_mesh.config.paths import with_absolute_paths
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError
-from opd_mesh.supervisor import with_absolute_paths
 from student_trainer.tasks import Domain
 from student_trainer.tasks.grader import grade_here
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from task_cases import SPELL, domain_of, jsonl, make_domain, recipe_of
 from tiny_models import EOS_ID, tiny_tokenizer
 
+from opd_mesh.config.recipe import EvaluationConfig
 from opd_mesh.config.tasks import SplitsConfig
 from opd_mesh.errors import ConfigError
 from student_trainer.tasks import Domain, Prompt, allot, next_prompts
@@ -128,6 +129,47 @@ def test_accuracy_without_splits_keeps_its_own_prompts_out_of_the_training(tmp_p
     assert len(kept_out) == 6
     assert domain.heldout == kept_out[:2]
     assert not {prompt.token_ids for prompt in domain.after(0, 14)[0]} & {prompt.token_ids for prompt in kept_out}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "verifier", "count"),
+    [({"split": "test"}, {"verifier": {"name": "exact"}}, 2), ({}, {}, 2), ({}, {"verifier": {"name": "exact"}}, 6)],
+)
+def test_only_accuracy_of_validation_prompts_keeps_some_out(
+    tmp_path: Path, accuracy: dict[str, Any], verifier: dict[str, Any], count: int
+) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{index}", "answer": "1"} for index in range(20)])
+    evaluation = {"prompts_per_domain": 2, "accuracy": {"prompts_per_domain": 6, **accuracy}}
+    recipe = recipe_of({"jsonl": {"path": path}, **verifier}, evaluation={"prompts_per_domain": 2})
+    section = EvaluationConfig.model_validate(evaluation)
+    domain = domain_of(recipe.model_copy(update={"evaluation": section}))
+    assert len(domain.held_out("validation", 20)) == count
+
+
+def test_a_key_that_is_no_function_of_the_prompt_is_told(tmp_path: Path) -> None:
+    lines = [{"prompt": f"q{index % 5}", "metadata": {"n": index}} for index in range(100)]
+    path = jsonl(tmp_path / "p.jsonl", lines)
+    splits = {"validation": 0.3, "key": "{{ metadata.n }}"}
+    domain = make_domain({"jsonl": {"path": path}, "splits": splits})
+    with pytest.raises(ConfigError, match=r"training prompt \d+ is also held out, under another key") as caught:
+        domain.after(0, 50)
+    assert caught.value.field == "domains.d.splits.key"
+    make_domain({"jsonl": {"path": path}, "splits": {**splits, "key": "{{ question }}"}}, heldout=1).after(0, 50)
+
+
+@pytest.mark.parametrize("key", [None, "{{ metadata.n }}"])
+def test_others_that_belong_to_what_is_held_out_are_passed_over(tmp_path: Path, key: str | None) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": f"q{n}", "metadata": {"n": n}} for n in range(40)])
+    unlike = jsonl(tmp_path / "o.jsonl", [{"prompt": f"other {n}"} for n in range(20)])
+    splits = {"validation": 0.3, "test": 0.3, "key": key}
+    domain = make_domain({"jsonl": {"path": path}, "splits": splits, "others": {"jsonl": {"path": path}, "share": 0.5}})
+    held = {prompt.token_ids for split in ("validation", "test") for prompt in domain.held_out(split, 40)}  # type: ignore[arg-type]
+    prompts = drawn(domain, 60)
+    assert held
+    assert {prompt.other for prompt in prompts} == {True, False}
+    assert not held & {prompt.token_ids for prompt in prompts}
+    domain = make_domain({**SPELL, "splits": {"key": "{{ metadata.word }}"}, "others": {"jsonl": {"path": unlike}}})
+    assert any(prompt.other for prompt in drawn(domain, 20))  # they have no such key
 
 
 def test_a_source_whose_prompts_are_all_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

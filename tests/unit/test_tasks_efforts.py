@@ -190,6 +190,5 @@ def test_a_domains_own_length_wins_over_the_efforts() -> None:
     assert domain.length_penalty(1) == -0.5
     assert make_domain(SPELL).length_penalty(10_000) == 0
     assert make_domain(SPELL, rollout={"max_new_tokens": 9}).max_new_tokens == 9
-    with pytest.raises(ConfigError, match="a buffer of 10 tokens is longer than the longest response") as caught:
+    with pytest.raises(ConfigError, match="a buffer of 10 tokens is longer than the longest response"):
         make_domain({**SPELL, "effort": "high", "max_new_tokens": 9}, efforts=efforts)
-    assert caught.value.field == "domains.d.length_penalty.buffer_tokens"

@@ -78,7 +78,9 @@ def test_a_heldout_file_is_used_and_leaves_all_lines_for_training(tmp_path: Path
 
 def test_too_few_lines_to_hold_any_out(tmp_path: Path) -> None:
     path = prompts_file(tmp_path, 3)
-    with pytest.raises(ConfigError, match="has 3 prompts, and 3 are held out"):
+    with pytest.raises(
+        ConfigError, match=r"has 3 prompts, and 3 are held out.*evaluation\.accuracy\.prompts_per_domain.*splits"
+    ):
         lines_source(JsonlSource(path=path), 0, 3)
     source = open_source(
         JsonlSource(path=path), seed=0, field="f", tokenizer=None, heldout_count=5, trained=False
@@ -246,6 +248,7 @@ def test_a_datasets_turns_and_its_own_heldout_split(tmp_path: Path) -> None:
         (saved_with_splits, {"split": None}, "split", "no split is named; .* has train, test"),
         (saved_with_splits, {"heldout_split": "dev"}, "split", "there is no split 'dev'"),
         (parquet_folder, {"split": "dev"}, "split", "no files of split 'dev', only data/test-0.parquet"),
+        (parquet_folder, {"split": None}, "split", "files of the splits test, train; name one"),
         (parquet_file, {"prompt_field": "level"}, "", 'row 0: "prompt" must be text'),
     ],
 )
@@ -256,6 +259,30 @@ def test_a_dataset_that_is_not_as_named(
     with pytest.raises(ConfigError, match=message) as caught:
         make_domain({"dataset": source})
     assert caught.value.field == "domains.d.dataset" + (f".{field}" if field else "")
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (["train/0000", "test/0000"], "test, train"),
+        (["a-00000-of-00001", "b-00000-of-00001"], "a, b"),
+        (["validation", "train_2"], "train, validation"),
+        (["train-0", "train-1"], None),
+        (["part0", "part1", "other/part0"], None),  # parts of one
+    ],
+)
+def test_a_folder_of_several_splits_is_not_read_as_one(tmp_path: Path, names: list[str], splits: str | None) -> None:
+    for name in names:
+        file = tmp_path / f"{name}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.table(ROWS), file)
+    source = {"path": tmp_path, **FIELDS}
+    if splits is None:
+        assert len(make_domain({"dataset": source}, heldout=1).heldout) == 1
+    else:
+        with pytest.raises(ConfigError, match=f"files of the splits {splits}; name one") as caught:
+            make_domain({"dataset": source})
+        assert caught.value.field == "domains.d.dataset.split"
 
 
 def test_files_that_are_no_dataset(tmp_path: Path) -> None:
@@ -296,6 +323,13 @@ def test_trajectories_are_prompts_with_their_own_responses(tmp_path: Path) -> No
         assert domain.solution(prompt) == (6, 7, 2)
         assert domain.item(prompt).metadata["domain"] == "sums"
     assert domain.item(domain.heldout[0]).metadata["score"] == 0.5
+
+
+def test_what_was_cancelled_is_not_learned(tmp_path: Path) -> None:
+    cut = [trajectory(1, finish_reason="cancelled"), trajectory(2, finish_reason="cancelled", scored_spans=[])]
+    path = jsonl(tmp_path / "t.jsonl", [*cut, trajectory(3, finish_reason="stop")])
+    domain = make_domain({"trajectories": {"path": path}}, heldout=0)
+    assert {domain.item(prompt).metadata["trajectory_id"] for prompt in domain.after(0, 3)[0]} == {"t3"}
 
 
 def test_trajectories_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
