@@ -23,6 +23,7 @@ from opd_mesh.config.answers import AnswersConfig
 from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
 from opd_mesh.models.runtime import configure_torch
 from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, valid_vocab_size
+from opd_mesh.pipeline.store import write_durably
 from opd_mesh.policy import PolicyId
 from opd_mesh.policy_weights import PolicyWeights
 from opd_mesh.process import ServiceArguments
@@ -99,12 +100,10 @@ class Answering:
         for domain in domains:
             answers = await self._answers(name, number, domain, grader)
             lines = (json.dumps(answer.to_json(self._fingerprint)) + "\n" for answer in answers)
-            (folder / f"{domain.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_durably(folder / f"{domain.name}.jsonl", "".join(lines))
             scores[domain.name] = figures(answers)
             log.info("%s on %s: %s", name, domain.name, scores[domain.name])
-        partial = folder / f"{SCORES}.partial"
-        partial.write_text(json.dumps(scores, indent=1), encoding="utf-8")
-        partial.replace(folder / SCORES)
+        write_durably(folder / SCORES, json.dumps(scores, indent=1))
 
     def _prompts(self, domain: Domain) -> list[Prompt]:
         count = self._config.prompts_per_domain

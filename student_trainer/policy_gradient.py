@@ -19,9 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Added to a group's standard deviation; rewards that differ by so little as this are a verifier's rounding.
-STD_EPS = 1e-6
-EQUAL_WITHIN = 1e-9
+STD_EPS = 1e-6  # added to a group's standard deviation
+EQUAL_WITHIN = 1e-9  # rewards that differ by no more are equal but for a verifier's rounding
 
 Scale = Literal["group_std", "none"]
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length"]

@@ -14,7 +14,8 @@ from tiny_models import tiny_tokenizer
 
 from opd_mesh.config.base import parse_config
 from opd_mesh.config.recipe import Recipe
-from student_trainer.tasks import Domain
+from student_trainer.tasks import Domain, Grade, Prompt
+from student_trainer.tasks.verifiers import Verification
 
 SPELL = {"reasoning_gym": {"task": "spell_backward", "params": {"min_word_len": 3, "max_word_len": 4}}}
 
@@ -87,3 +88,8 @@ def behave(answer: str, item: Mapping[str, Any]) -> Any:
 
 
 NOT_A_FUNCTION = 3
+
+
+def grade_here(domain: Domain, prompt: Prompt, text: str) -> Grade:
+    """Grade in this process."""
+    return Verification(domain.verifier_spec).grade(domain.item(prompt), text)

@@ -27,7 +27,7 @@ class JsonlSource(Strict):
     """
 
     path: Path
-    # Lines held out for evaluation, from the end of the file; unset: as many as evaluation asks for.
+    # A file of prompts for evaluation; unset: as many lines from the end of `path` as evaluation asks for.
     heldout: Path | None = None
 
 

@@ -25,18 +25,13 @@ from typing import Any
 from opd_mesh.errors import ConfigError, InternalError
 from student_trainer.tasks.domain import Domain
 from student_trainer.tasks.items import Prompt
-from student_trainer.tasks.verifiers import Grade, Verification, VerifierSpec
+from student_trainer.tasks.verifiers import Grade, VerifierSpec
 
 log = logging.getLogger("student_trainer")
 START_TIMEOUT_S = 120.0  # imports, and the families' word lists
 STOP_TIMEOUT_S = 5.0
 JOBS_AT_ONCE = 512
 READ_BYTES = 1 << 16
-
-
-def grade_here(domain: Domain, prompt: Prompt, text: str) -> Grade:
-    """Grade in this process, which the verifier can hang or end."""
-    return Verification(domain.verifier_spec).grade(domain.item(prompt), text)
 
 
 class Grader:

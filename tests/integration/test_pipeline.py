@@ -281,8 +281,11 @@ def test_a_stop_and_a_failure_leave_nothing_running(tmp_path: Path, opd: Callabl
 def test_seeds_and_a_sweep(tmp_path: Path, opd: Callable[..., Opd]) -> None:
     """Two seeds, and two learning rates of which the first seed chooses for both."""
     run_dir = tmp_path / "run"
-    changes = {"pipeline.seeds": [0, 1], "stages.add.sweep": {"optimizer.lr": [1.0e-3, 2.0e-3]}}
-    recipe = recipe_file(tmp_path, changes)
+    value = changed({"pipeline.seeds": [0, 1], "stages.add.sweep": {"optimizer.lr": [1.0e-3, 2.0e-3]}})
+    value["stages"] = {name: value["stages"][name] for name in ("base", "add", "soup", "evaluate")}
+    value["stages"]["soup"]["of"], value["stages"]["evaluate"]["models"] = ["base", "add"], ["base", "add", "soup"]
+    recipe = tmp_path / "pipeline-recipe.yaml"
+    recipe.write_text(yaml.safe_dump(value, sort_keys=False))
     call = opd(recipe, "--run-dir", run_dir)
     assert call.wait() == 0, call.said()
     assert processes_of(run_dir) == []
@@ -298,7 +301,7 @@ def test_seeds_and_a_sweep(tmp_path: Path, opd: Callable[..., Opd]) -> None:
     results = json.loads((run_dir / "results.json").read_text())
     assert results["status"] == "finished"
     assert results["systems"]["add"]["chosen"]["values"] == {"optimizer.lr": chosen}
-    for system in ("base", "add", "opd", "soup"):
+    for system in ("base", "add", "soup"):
         assert [line["seed"] for line in results["systems"][system]["domains"]["add"]] == [0, 1]
     total = sum(artefact["facts"]["seconds"] for artefact in found.values())
     assert results["job_seconds"] == pytest.approx(total)

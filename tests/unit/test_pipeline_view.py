@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 
+import pytest
 from opd.v1 import trainer_service_pb2
 from rich.console import Console
 
+from opd_mesh.pipeline import view as view_module
 from opd_mesh.pipeline.view import JobView, PipelineView, accuracies_line
 from opd_mesh.progress import told
 
@@ -96,3 +99,18 @@ def test_of_too_many_jobs_those_are_shown_that_run_and_their_neighbours() -> Non
     for job in view.jobs.values():
         job.change("done")
     assert [job.job_id for job in view._shown(8)] == [f"job{number}" for number in range(52, 60)]
+
+
+async def test_that_progress_is_no_longer_told_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "LINE_EVERY_S", 0.0)
+    console, text = console_of(terminal=False)
+    view = PipelineView(console, ["job"])
+    view.jobs["job"].state = "running"
+
+    def broken() -> str:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(view.jobs["job"], "line", broken)
+    async with view:
+        await asyncio.sleep(0.01)
+    assert "progress was no longer told: RuntimeError('a defect')" in text.getvalue()

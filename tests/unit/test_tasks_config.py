@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from task_cases import SPELL, recipe_of
+from task_cases import SPELL, grade_here, recipe_of
 from tiny_models import tiny_tokenizer
 
 from opd_mesh.config.base import dump_config, load_config, parse_config
@@ -17,7 +17,6 @@ from opd_mesh.config.paths import with_absolute_paths
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError
 from student_trainer.tasks import Domain
-from student_trainer.tasks.grader import grade_here
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "tasks.md"
 EXAMPLES: dict[str, dict[str, Any]] = {

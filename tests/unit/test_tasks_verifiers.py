@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
-from task_cases import make_domain
+from task_cases import grade_here, make_domain
 
 from opd_mesh.config.tasks import Extract, ReasoningGymSource, VerifierConfig
 from opd_mesh.errors import ConfigError
 from student_trainer.tasks import Grade, Item
 from student_trainer.tasks.extraction import extract, parse_number
-from student_trainer.tasks.grader import grade_here
 from student_trainer.tasks.items import item_of
 from student_trainer.tasks.sources import create_reasoning_gym
 from student_trainer.tasks.verifiers import Verification, VerifierSpec
