@@ -85,6 +85,10 @@ def opd(tmp_path: Path) -> Iterator[Callable[..., Opd]]:
             call.process.wait(WAIT_S)
 
 
+# What every `make test` runs: every kind of stage but the cold start, without evaluations in between.
+SMALL = {"defaults.evaluation.accuracy": None, "stages.cold": None, "stages.opd.from": "base"}
+
+
 def recipe_file(folder: Path, changes: dict[str, Any] | None = None) -> Path:
     path = folder / "pipeline-recipe.yaml"
     path.write_text(yaml.safe_dump(changed(STEPS | (changes or {})), sort_keys=False))
@@ -113,6 +117,29 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_a_small_pipeline_goes_from_nothing_to_its_table_once(tmp_path: Path, opd: Callable[..., Opd]) -> None:
+    run_dir = tmp_path / "run"
+    call = opd(recipe_file(tmp_path, SMALL), "--run-dir", run_dir)
+    assert call.wait() == 0, call.said()
+    assert processes_of(run_dir) == []
+    assert "Traceback" not in call.said()
+    assert "right answers to held-out prompts" in call.said()
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["status"] == "finished"
+    for system in ("base", "add", "reverse", "opd", "soup"):
+        for domain in ("add", "reverse"):
+            (line,) = results["systems"][system]["domains"][domain]
+            answers = [json.loads(answer) for answer in (run_dir / line["answers"]).read_text().splitlines()]
+            assert sum(answer["score"] == 1 for answer in answers) == line["correct"]
+            assert len(answers) == line["graded"] == 4
+    before = files_below(run_dir / "artefacts")
+    again = opd("--resume", run_dir)
+    assert again.wait() == 0, again.said()
+    assert set(states(again.said()).values()) == {"kept"}
+    assert files_below(run_dir / "artefacts") == before
+
+
+@pytest.mark.slow
 def test_a_pipeline_goes_from_nothing_to_its_table(whole: Path) -> None:
     names = {name.rpartition("-")[0] for name in artefacts(whole)}
     assert names == {
@@ -138,6 +165,7 @@ def test_a_pipeline_goes_from_nothing_to_its_table(whole: Path) -> None:
     assert "right answers to held-out prompts" in said
 
 
+@pytest.mark.slow
 def test_every_run_began_with_the_model_of_the_stage_before(whole: Path) -> None:
     models = {name.rpartition("-")[0]: whole / "artefacts" / name for name in artefacts(whole)}
     for name, before in (("base", "model/model"), ("add-sft", "base/student"), ("opd", "cold/student")):
@@ -152,6 +180,7 @@ def test_every_run_began_with_the_model_of_the_stage_before(whole: Path) -> None
         assert (found == ((one[name].double() + other[name].double()) / 2).float()).all(), name
 
 
+@pytest.mark.slow
 def test_what_is_done_is_kept(whole: Path, opd: Callable[..., Opd]) -> None:
     before = files_below(whole / "artefacts")
     again = opd("--resume", whole)
