@@ -157,7 +157,7 @@ class DiagnosticsConfig(Strict):
     window_steps: int = Field(25, ge=1)
     # Overlap of the likeliest tokens below this, that rose by less than `flat_overlap` from one window to the next,
     # while the KL to that teacher stays above `high_kl` (nats a token) and falls by less than the share `flat_kl`.
-    low_overlap: float = Field(0.7, ge=0, le=1)
+    low_overlap: float = Field(0.65, ge=0, le=1)
     flat_overlap: float = Field(0.02, ge=0, le=1)
     high_kl: float = Field(0.5, ge=0, allow_inf_nan=False)
     flat_kl: float = Field(0.1, ge=0, le=1)
