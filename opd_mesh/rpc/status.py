@@ -30,7 +30,8 @@ _BY_CODE: dict[str, type[OpdError]] = {
     "FAILED_PRECONDITION": errors.PreconditionError,
     "RESOURCE_EXHAUSTED": errors.OverloadedError,
     "DEADLINE_EXCEEDED": errors.DeadlineError,
-    "CANCELLED": errors.CancelledByCallerError,
+    # Who gives a call up himself gets asyncio.CancelledError: this is a stream that a stopping server reset.
+    "CANCELLED": errors.UnavailableError,
     "UNAVAILABLE": errors.UnavailableError,
     "UNIMPLEMENTED": errors.UnimplementedError,
     "DATA_LOSS": errors.CorruptWeightsError,

@@ -74,7 +74,14 @@ async def test_the_reason_arrives_though_the_client_is_writing(address: str) -> 
     assert heard == {"FAILED_PRECONDITION: too old": TRIES}
 
 
-def test_a_status_lost_in_a_write_is_one_to_ask_again_for() -> None:
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        pytest.param(grpc.StatusCode.INTERNAL, WRITE_FAILED, id="lost in a write"),
+        pytest.param(grpc.StatusCode.CANCELLED, "CANCELLED", id="reset by a server that stops"),
+    ],
+)
+def test_a_status_that_is_not_the_servers_word_is_one_to_ask_again_for(code: grpc.StatusCode, details: str) -> None:
     empty = grpc.aio.Metadata()
-    lost = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, empty, empty, details=WRITE_FAILED)
+    lost = grpc.aio.AioRpcError(code, empty, empty, details=details)
     assert isinstance(error_of_rpc(lost, target="x"), UnavailableError)
