@@ -25,13 +25,15 @@ PartialRecipe: TypeAlias = dict[str, Any]
 
 # --- the model that everything begins with ---------------------------------------------------------------------
 class InitConfig(Strict):
-    """A model with random weights, drawn from the pipeline's seed, and a tokenizer with one token per character."""
+    """A model with random weights, drawn from the pipeline's seed, and a tokenizer of characters and whole numbers."""
 
     # Of transformers: `model_type`, and what is to differ from its defaults. The vocabulary's size and the ids of BOS,
     # EOS and padding come from the tokenizer.
     config: dict[str, Any]
     # <pad>, <bos>, <eos> and <unk> come before them.
     characters: str = Field(min_length=1)
+    # The whole numbers below this are one token each, after the characters, which have no digits then.
+    numbers: int = Field(0, ge=0, le=100_000)
     # Special tokens of more than one character, for instance "<think>".
     extra_tokens: list[str] = Field(default_factory=list)
     # Above the tokenizer's own size, ids that no text holds fill the rest; unset: the tokenizer's.
@@ -55,6 +57,12 @@ class InitConfig(Strict):
         return characters
 
     @model_validator(mode="after")
+    def _digits_are_tokens_once(self) -> Self:
+        if self.numbers and (digits := sorted(set(self.characters) & set("0123456789"))):
+            raise ValueError(f"characters: take {''.join(digits)} out: with numbers, a run of digits is one token")
+        return self
+
+    @model_validator(mode="after")
     def _there_is_room(self) -> Self:
         if self.vocab_size is not None and self.vocab_size < self.tokenizer_size:
             raise ValueError(f"vocab_size: the tokenizer has {self.tokenizer_size} tokens, {self.vocab_size} are fewer")
@@ -63,7 +71,7 @@ class InitConfig(Strict):
     @property
     def tokenizer_size(self) -> int:
         """Tokens that the tokenizer knows."""
-        return 4 + len(self.characters) + len(self.extra_tokens)
+        return 4 + len(self.characters) + self.numbers + len(self.extra_tokens)
 
 
 class ModelConfig(Strict):

@@ -24,10 +24,12 @@ PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
 # --- random ----------------------------------------------------------------------------------------------------
-def character_tokenizer(characters: str, extra_tokens: Sequence[str] = ()) -> Any:
-    """One token per character; padding, BOS, EOS and the unknown come first, then ``extra_tokens`` as special ones.
+def character_tokenizer(characters: str, extra_tokens: Sequence[str] = (), numbers: int = 0) -> Any:
+    """One token per character, and per whole number below ``numbers``.
 
-    It adds nothing to a text by itself, and what it knows survives encode and decode.
+    Padding, BOS, EOS and the unknown come first; ``extra_tokens`` are special ones, and last. It adds nothing to a text
+    by itself, and what it knows survives encode and decode. With ``numbers``, a run of digits is one token: unknown
+    where it is larger, or begins with a needless 0.
 
     Raises:
         ConfigError: an extra token that is one already.
@@ -35,13 +37,13 @@ def character_tokenizer(characters: str, extra_tokens: Sequence[str] = ()) -> An
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = [PAD, BOS, EOS, UNK, *characters]
+    tokens = [PAD, BOS, EOS, UNK, *characters, *map(str, range(numbers))]
     for extra in extra_tokens:
         if extra in tokens or list(extra_tokens).count(extra) > 1:
             raise ConfigError(f"the token {extra!r} stands there twice", field="model.init.extra_tokens")
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[0-9]+|[\s\S]" if numbers else r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast: Any = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -66,7 +68,7 @@ def make_random(config: InitConfig, seed: int, out: Path) -> None:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = character_tokenizer(config.characters, config.extra_tokens)
+    tokenizer = character_tokenizer(config.characters, config.extra_tokens, config.numbers)
     fields = {key: value for key, value in config.config.items() if key != "model_type"}
     fields |= {
         "vocab_size": config.vocab_size or len(tokenizer),

@@ -37,6 +37,22 @@ def test_a_character_tokenizer_keeps_every_text_and_adds_nothing() -> None:
         character_tokenizer("ab", ["a"])
 
 
+def test_with_numbers_a_run_of_digits_is_one_token() -> None:
+    tokenizer = character_tokenizer("a -", ["<think>"], 1000)
+    text = "<think>7a -999 10 0"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<think>", "7", "a", " ", "-", "999", " ", "10", " ", "0"]
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == init(characters="a -", extra_tokens=["<think>"], numbers=1000).tokenizer_size == 1008
+    for unknown in ("1000", "07", "٣"):
+        assert tokenizer(unknown)["input_ids"] == [3]
+
+
+def test_digits_among_the_characters_are_refused_beside_numbers() -> None:
+    with pytest.raises(ValueError, match="take 13 out"):
+        init(characters="a31", numbers=10)
+
+
 def test_a_random_model_is_that_of_its_seed(tmp_path: Path) -> None:
     config = init(extra_tokens=["<think>"], vocab_size=64)
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
