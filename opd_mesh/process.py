@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -100,6 +100,14 @@ def fail(error: OpdError) -> None:
     """Print one clear message, no stack, and exit."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
+
+
+def error_in(lines: Sequence[str]) -> str | None:
+    """The message that :func:`fail` printed last, found again in a process's log."""
+    for number in range(len(lines) - 1, -1, -1):
+        if lines[number].startswith("error: "):
+            return "\n".join(lines[number:]).removeprefix("error: ")
+    return None
 
 
 def run(main: Coroutine[Any, Any, int | None]) -> None:

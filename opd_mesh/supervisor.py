@@ -26,6 +26,7 @@ from opd_mesh.config.base import dump_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig, TokenLogConfig
 from opd_mesh.errors import OpdError, UnavailableError
+from opd_mesh.process import error_in
 from opd_mesh.progress import MeshView
 from opd_mesh.valkey import EmbeddedValkey
 
@@ -72,11 +73,7 @@ class Child:
 
     def said_error(self) -> str:
         """The one clear message that a service ends with, or the tail of its log."""
-        lines = self._log_lines()
-        for number in range(len(lines) - 1, -1, -1):
-            if lines[number].startswith("error: "):
-                return "\n".join(lines[number:]).removeprefix("error: ")
-        return f"the end of {self.log_path}:\n{self.log_tail()}"
+        return error_in(self._log_lines()) or f"the end of {self.log_path}:\n{self.log_tail()}"
 
 
 class LocalMesh:

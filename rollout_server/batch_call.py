@@ -15,13 +15,12 @@ from opd_mesh.errors import InvalidInputError, OpdError, OverloadedError, Unavai
 from opd_mesh.policy import PolicyId
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.rpc.status import status_of
+from opd_mesh.rpc.writer import MESSAGE_BYTES
 from rollout_server.generations import RETRY_DELAY_S, Generations
 from rollout_server.requests import RequestParams, RequestState
 
 Response = rollout_service_pb2.GenerateBatchResponse
 Result = rollout_service_pb2.GenerateBatchResult
-# Answers are sent together up to this; a single one may be larger.
-MESSAGE_BYTES = 1 << 20
 _OK = status_pb2.Status()
 
 

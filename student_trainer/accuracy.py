@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from opd_mesh.config.recipe import AccuracyConfig, Recipe
 from opd_mesh.errors import ConfigError, VerifierError
-from student_trainer.answers import Answer, drawn_at, figures, read_answers
+from student_trainer.answers import Answer, answers_to, drawn_at, figures
 from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grader
 
@@ -62,14 +62,12 @@ class AccuracyEvaluator:
 
     async def _answers(self, domain: Domain, grader: Grader, config: AccuracyConfig, name: str) -> list[Answer]:
         prompts = await asyncio.to_thread(domain.held_out, config.split, config.prompts_per_domain)
-        specs = [
-            self._rollouts.spec(
+        asked = [
+            (
                 f"{name}-{domain.name}-{config.split}-{place}",
                 prompt,
                 drawn_at(self._rollouts.sampling(domain.name, config.split, prompt.index), config.temperature),
-                publish=False,
             )
             for place, prompt in enumerate(prompts)
         ]
-        written = await self._rollouts.write_unpublished(specs)
-        return await read_answers(domain, grader, list(zip(prompts, written, strict=True)))
+        return await answers_to(asked, domain, self._rollouts, grader)

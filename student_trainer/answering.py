@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from opd_mesh.config.answers import AnswersConfig
-from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
+from opd_mesh.files import write_durably
+from opd_mesh.models.checkpoint import ADAPTER_CONFIG, load_causal_lm, served_tensors
 from opd_mesh.models.runtime import configure_torch
 from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, valid_vocab_size
-from opd_mesh.pipeline.store import write_durably
 from opd_mesh.policy import PolicyId
 from opd_mesh.policy_weights import PolicyWeights
 from opd_mesh.process import ServiceArguments
 from opd_mesh.torch_tensors import TORCH_DTYPES, to_numpy
-from student_trainer.answers import Answer, drawn_at, figures, read_answers
+from student_trainer.answers import Answer, answers_to, drawn_at, figures
 from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grader, Prompt, open_domains
 
@@ -84,13 +84,13 @@ class Answering:
 
     def _weights(self, path: Path) -> PolicyWeights:
         student = self._config.recipe.student
-        adapter = path if (path / "adapter_config.json").exists() else None
-        base = student.path if adapter else path
-        model: Any = load_causal_lm(base, dtype=TORCH_DTYPES[student.dtype], device=self._device).model
-        if adapter:
-            import peft
-
-            model = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        adapter = path if (path / ADAPTER_CONFIG).exists() else None
+        model = load_causal_lm(
+            student.path if adapter else path,
+            adapter=adapter,
+            dtype=TORCH_DTYPES[student.dtype],
+            device=self._device,
+        ).model
         return PolicyWeights.of({name: to_numpy(tensor) for name, tensor in served_tensors(model)})
 
     async def _answer(self, name: str, number: int, domains: list[Domain], grader: Grader) -> None:
@@ -113,27 +113,25 @@ class Answering:
 
     async def _answers(self, name: str, number: int, domain: Domain, grader: Grader) -> list[Answer]:
         config = self._config
-        asked = await asyncio.to_thread(self._prompts, domain)
-        if len(asked) < config.prompts_per_domain:
+        prompts = await asyncio.to_thread(self._prompts, domain)
+        if len(prompts) < config.prompts_per_domain:
             log.warning(
                 "domain %s has %d %s prompts, fewer than the %d asked for (prompts_per_domain)",
                 domain.name,
-                len(asked),
+                len(prompts),
                 config.split,
                 config.prompts_per_domain,
             )
-        prompts = [prompt for prompt in asked for _ in range(config.responses_per_prompt)]
-        specs = [
-            self._rollouts.spec(
+        repeated = [prompt for prompt in prompts for _ in range(config.responses_per_prompt)]
+        asked = [
+            (
                 f"e{number:04d}-{name}-{domain.name}-{place}",
                 prompt,
                 drawn_at(self._rollouts.sampling(domain.name, config.split, prompt.index, place), config.temperature),
-                publish=False,
             )
-            for place, prompt in enumerate(prompts)
+            for place, prompt in enumerate(repeated)
         ]
-        written = await self._rollouts.write_unpublished(specs)
-        return await read_answers(domain, grader, list(zip(prompts, written, strict=True)))
+        return await answers_to(asked, domain, self._rollouts, grader)
 
     def _tell(self, model: str, done: int, total: int) -> None:
         partial = self._out / "progress.partial"

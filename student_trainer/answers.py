@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
+from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grade, Grader, Prompt
 
 CORRECT = 1.0 - 1e-9  # scores are shares of a right answer
@@ -39,6 +40,21 @@ class Answer:
             "parsed": self.grade.parsed if self.grade else None,
             "failure": self.grade.failure if self.grade else None,
         }
+
+
+async def answers_to(
+    asked: Sequence[tuple[str, Prompt, SamplingParams]], domain: Domain, rollouts: Rollouts, grader: Grader
+) -> list[Answer]:
+    """What the served model answers to prompts of one domain, for no training, graded; in the order asked.
+
+    Args:
+        asked: request id, prompt, and how its answer is drawn.
+    """
+    specs = [rollouts.spec(request_id, prompt, sampling, publish=False) for request_id, prompt, sampling in asked]
+    written = await rollouts.write_unpublished(specs)
+    return await read_answers(
+        domain, grader, [(prompt, answer) for (_, prompt, _), answer in zip(asked, written, strict=True)]
+    )
 
 
 async def read_answers(domain: Domain, grader: Grader, responses: Sequence[tuple[Prompt, Trajectory]]) -> list[Answer]:

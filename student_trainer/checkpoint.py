@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opd_mesh.errors import CorruptWeightsError, NotFoundError
+from opd_mesh.files import sha256, sync
 
 log = logging.getLogger("student_trainer")
 STUDENT, OPTIMIZER, STATE = "student.safetensors", "optimizer.safetensors", "state.json"
@@ -44,19 +43,6 @@ class TrainerState:
     wall_s: float = 0.0
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def save_checkpoint(
     folder: Path, student: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: TrainerState, *, keep: int
 ) -> Path:
@@ -69,16 +55,16 @@ def save_checkpoint(
     digests = {}
     for name, tensors in ((STUDENT, student), (OPTIMIZER, optimizer)):
         save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial / name)
-        _sync(partial / name)
-        digests[name] = _sha256(partial / name)
+        sync(partial / name)
+        digests[name] = sha256(partial / name)
     body = {"format": FORMAT, "sha256": digests, "state": asdict(state)}
     (partial / STATE).write_text(json.dumps(body, indent=1), encoding="utf-8")
-    _sync(partial / STATE)
-    _sync(partial)
+    sync(partial / STATE)
+    sync(partial)
     if final.exists():  # a run that passed over it, damaged or unreadable then, has come to its step again
         shutil.rmtree(final)
     partial.replace(final)
-    _sync(folder)
+    sync(folder)
     # Later ones are none of ours: this run passed over them because they are damaged.
     for old in [path for path in complete_checkpoints(folder) if _step_of(path) <= state.step][:-keep]:
         shutil.rmtree(old)
@@ -131,7 +117,7 @@ def _load(path: Path) -> LoadedCheckpoint:
     if body["format"] != FORMAT:
         raise CorruptWeightsError(f"format {body['format']}, this release reads {FORMAT}")
     for name in (STUDENT, OPTIMIZER):
-        expected, found = body["sha256"][name], _sha256(path / name)
+        expected, found = body["sha256"][name], sha256(path / name)
         if found != expected:
             raise CorruptWeightsError(f"{name} hashes to {found[:16]}…, {expected[:16]}… was written")
     return LoadedCheckpoint(

@@ -219,8 +219,8 @@ class _PassDivergence:
             "entropy_gap_domain": gap_NR,
         }
         for prefix, values_NR in per_domain.items():
-            for domain, values in zip(share.domains, values_NR.split(share.lengths, dim=1), strict=True):
-                means.add(f"{prefix}/{domain}", values)
+            for domain, rows in share.rows_of_domain.items():
+                means.add(f"{prefix}/{domain}", values_NR[:, rows])
 
     def close(self) -> None:
         """See :class:`student_trainer.objective.PassLoss`."""

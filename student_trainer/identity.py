@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from opd_mesh.errors import CorruptWeightsError, PreconditionError
+from opd_mesh.files import write_durably
 
 FILE = "run.json"
 
@@ -63,9 +63,4 @@ class RunIdentity:
                 )
 
     def _write(self, run_dir: Path) -> None:
-        partial = run_dir / f"{FILE}.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(run_dir / FILE)
+        write_durably(run_dir / FILE, json.dumps(asdict(self), indent=1))

@@ -64,5 +64,5 @@ def build_objective(recipe: Recipe) -> Objective:
         case SftConfig() as config:
             return Sft(config.implementation, deterministic)
         case PolicyGradientConfig() as config:
-            longest = max(recipe.max_new_tokens(name) for name in recipe.trained_domains)
+            longest = max(recipe.max_new_tokens(domain) for domain in recipe.trained_domains.values())
             return PolicyGradient(config, recipe.rollout.temperature, longest, deterministic)

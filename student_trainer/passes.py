@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,7 @@ class OpenPass:
     def __init__(self, batch: Sequence[Sample], student: Student, *, keep_graph: bool) -> None:
         self.batch = batch
         self._student = student
+        self._rows_of_domain: Mapping[str, Tensor] | None = None
         with contextlib.nullcontext() if keep_graph else torch.no_grad():
             rows = self._forward()
         self.lengths = [len(part) for part in rows]
@@ -68,9 +69,11 @@ class OpenPass:
         return self.leaf_Rd.device
 
     def by_domain(self, values_R: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The rows of each sample, with its domain."""
-        for sample, part in zip(self.batch, values_R.split(self.lengths), strict=True):
-            yield sample.trajectory.domain, part
+        """The values of each domain's rows."""
+        if self._rows_of_domain is None:
+            self._rows_of_domain = rows_by_domain(self.batch, self.device)
+        for domain, rows in self._rows_of_domain.items():
+            yield domain, values_R[rows]
 
     def close(self) -> None:
         """Send the collected gradients through the trunk."""
@@ -78,6 +81,17 @@ class OpenPass:
             hidden_Rd = torch.cat(self._forward()) if self._hidden_Rd is None else self._hidden_Rd
             if hidden_Rd.requires_grad:
                 hidden_Rd.backward(self.leaf_Rd.grad)
+
+
+def rows_by_domain(samples: Sequence[Sample], device: torch.device) -> dict[str, Tensor]:
+    """Domain → [R_domain] int64, which of the samples' rows, one sample after the other, are its own."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    start = 0
+    for sample in samples:
+        end = start + sample.trajectory.num_scored
+        rows[sample.trajectory.domain].extend(range(start, end))
+        start = end
+    return {domain: torch.tensor(own, device=device) for domain, own in rows.items()}
 
 
 def sampled_ids(samples: Sequence[Sample], device: torch.device) -> Tensor:

@@ -139,7 +139,7 @@ class Rollouts:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            max_new_tokens=self._recipe.max_new_tokens(domain),
+            max_new_tokens=self._recipe.max_new_tokens(self._recipe.domains[domain]),
             stop_token_ids=self._stop_token_ids,
         )
 

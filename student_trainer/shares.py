@@ -17,7 +17,7 @@ from opd_mesh.signals import SignalKind
 from opd_mesh.torch_tensors import from_numpy
 from student_trainer.batch import Mark, Sample
 from student_trainer.heads import HeadStore
-from student_trainer.passes import sampled_ids
+from student_trainer.passes import rows_by_domain, sampled_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,7 @@ class Share:
     sampled_ids_R: Tensor
     weights_NR: Tensor  # w_i of each row
     marks: tuple[Mark, ...]
-    domains: tuple[str, ...]  # of each sample
-    lengths: tuple[int, ...]  # rows of each sample
+    rows_of_domain: Mapping[str, Tensor]  # which of the R are a domain's
 
     def release(self) -> None:
         """Nobody asks for what these marks say again."""
@@ -75,8 +74,7 @@ def shares_of(
                 for mark, sample in zip(marks, samples, strict=True)
                 if sample.reference is None or mark.answer is not sample.reference.answer
             ),
-            domains=tuple(sample.trajectory.domain for sample in samples),
-            lengths=tuple(lengths),
+            rows_of_domain=rows_by_domain(samples, device),
         )
 
 

@@ -8,13 +8,13 @@ from typing import TypeAlias
 
 from opd.v1 import teacher_service_pb2
 
+from opd_mesh.rpc.writer import MESSAGE_BYTES
+
 Response = teacher_service_pb2.ScoreTrajectoriesResponse
 Answer = teacher_service_pb2.ScoreAnswer
 Outgoing: TypeAlias = Response | bytes  # chunks are serialized already
 # Computed and not yet taken by gRPC, per stream.
 MAX_BYTES = 8 << 20
-# Answers are sent together up to this.
-MESSAGE_BYTES = 1 << 20
 
 
 class Outbox:

@@ -13,13 +13,10 @@ from opd.v1 import rollout_service_pb2
 
 from opd_mesh.errors import DeadlineError, InternalError, OpdError, UnavailableError, UnimplementedError
 from opd_mesh.rpc.status import error_of, error_of_rpc
+from opd_mesh.rpc.writer import MESSAGE_BYTES, write_when_woken
 
 Item = rollout_service_pb2.GenerateBatchItem
 Result = rollout_service_pb2.GenerateBatchResult
-# Items are sent together up to this; a single one may be larger.
-MESSAGE_BYTES = 1 << 20
-# For which a writer that failed waits for the reader to learn why.
-BREAK_S = 0.1
 
 
 class GenerationStream:
@@ -70,23 +67,12 @@ class GenerationStream:
         return await future
 
     async def _write(self) -> None:
-        try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                while items := self._next_items():
-                    await self._call.write(rollout_service_pb2.GenerateBatchRequest(items=items))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-            # The reader may have more to say of it, in a moment.
-            await asyncio.wait({self._tasks[0]}, timeout=BREAK_S)
-            self._break(UnavailableError(f"{self._target}: the stream is broken: {error}"))
-        except Exception as error:  # noqa: BLE001 - handed to every request, with its cause
-            failure = InternalError(f"{self._target}: a request could not be sent: {error}")
-            failure.__cause__ = error
-            self._call.cancel()
-            self._break(failure)
+        reader = self._tasks[0]
+        self._break(
+            await write_when_woken(self._call, self._wake, self._next_message, reader=reader, target=self._target)
+        )
 
-    def _next_items(self) -> list[Item]:
+    def _next_message(self) -> rollout_service_pb2.GenerateBatchRequest | None:
         """As many as there are credits for, and as fit a message."""
         items: list[Item] = []
         size = 0
@@ -96,7 +82,7 @@ class GenerationStream:
                 self._sent[item.tag] = future
                 items.append(item)
                 size += item.ByteSize()
-        return items
+        return rollout_service_pb2.GenerateBatchRequest(items=items) if items else None
 
     async def _read(self) -> None:
         failure: OpdError = UnavailableError(f"{self._target} ended the stream")

@@ -18,12 +18,8 @@ from opd.v1 import common_pb2, teacher_service_pb2
 from opd_mesh.chunk_codec import RawChunk, decode_response
 from opd_mesh.errors import DeadlineError, InternalError, OpdError, TensorDecodeError, UnavailableError
 from opd_mesh.rpc.status import error_of, error_of_rpc
+from opd_mesh.rpc.writer import MESSAGE_BYTES, write_when_woken
 from opd_mesh.tensors import Chunk, TensorAssembler, dtype_code
-
-# Items are sent together up to this; a single one may be larger.
-MESSAGE_BYTES = 1 << 20
-# For which a writer that failed waits for the reader to learn why.
-BREAK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,22 +154,14 @@ class ScoringStream:
                 self._wake.set()
 
     async def _write(self) -> None:
-        try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                while (message := self._next_message()) is not None:
-                    self._wire.sent += message.ByteSize()
-                    await self._call.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-            # The reader may have more to say of it, in a moment.
-            await asyncio.wait({self._reader}, timeout=BREAK_S)
-            self._break(UnavailableError(f"{self._target}: the stream is broken: {error}"))
-        except Exception as error:  # noqa: BLE001 - handed to every request, with its cause
-            failure = InternalError(f"{self._target}: a request could not be sent: {error}")
-            failure.__cause__ = error
-            self._call.cancel()
-            self._break(failure)
+        def next_message() -> teacher_service_pb2.ScoreTrajectoriesRequest | None:
+            message = self._next_message()
+            self._wire.sent += 0 if message is None else message.ByteSize()
+            return message
+
+        self._break(
+            await write_when_woken(self._call, self._wake, next_message, reader=self._reader, target=self._target)
+        )
 
     def _next_message(self) -> teacher_service_pb2.ScoreTrajectoriesRequest | None:
         """Items given up first, for their credits are used again; then as many as there are credits for."""

@@ -45,7 +45,7 @@ class AnswersConfig(Strict):
     def _prompts_are_there(self) -> AnswersConfig:
         answered = {name for model in self.models for name in self.domains_of(model)}
         for name, domain in self.recipe.domains.items():
-            if self.split == "test" and name in answered and (domain.splits is None or not domain.splits.test):
+            if self.split == "test" and name in answered and not domain.has_test_prompts:
                 raise ValueError(
                     f"split: domain {name} has no test prompts; give it a share of them "
                     f"(recipe.domains.{name}.splits.test), or answer validation or train"

@@ -60,6 +60,11 @@ class DomainConfig(Strict):
     # Of a response; unset: the effort's, else rollout.max_new_tokens.
     max_new_tokens: int | None = Field(None, ge=1)
 
+    @property
+    def has_test_prompts(self) -> bool:
+        """``splits`` keeps some out, beside those for validation."""
+        return self.splits is not None and self.splits.test > 0
+
     @model_validator(mode="after")
     def _one_source(self) -> DomainConfig:
         sources = (self.reasoning_gym, self.jsonl, self.dataset, self.trajectories)

@@ -21,7 +21,7 @@ from opd_mesh.config.services import (
     TokenLogConfig,
     require_addresses,
 )
-from opd_mesh.config.tasks import SoftOverlongPenalty
+from opd_mesh.config.tasks import LengthPenalty, SoftOverlongPenalty
 from opd_mesh.config.training import (
     AdamWConfig,
     DivergenceConfig,
@@ -249,11 +249,14 @@ class Recipe(Strict):
                 return reference
         return None
 
-    def max_new_tokens(self, domain: str) -> int:
+    def max_new_tokens(self, domain: DomainConfig) -> int:
         """Of a response in a domain: its own, that of its effort, or that of all."""
-        config = self.domains[domain]
-        effort = self.efforts[config.effort].max_new_tokens if config.effort is not None else None
-        return config.max_new_tokens or effort or self.rollout.max_new_tokens
+        effort = None if domain.effort is None else self.efforts[domain.effort].max_new_tokens
+        return domain.max_new_tokens or effort or self.rollout.max_new_tokens
+
+    def length_penalty(self, domain: DomainConfig) -> LengthPenalty | None:
+        """Of a response in a domain: its own, or that of its effort."""
+        return domain.length_penalty or (self.efforts[domain.effort].length_penalty if domain.effort else None)
 
     @property
     def trained_domains(self) -> dict[str, DomainConfig]:
@@ -276,13 +279,13 @@ class Recipe(Strict):
     def _responses_fit(self) -> Recipe:
         context = self.rollout.engine.max_context_tokens
         for name, domain in self.domains.items():
-            longest = self.max_new_tokens(name)
+            longest = self.max_new_tokens(domain)
             if longest >= context:
                 raise ValueError(
                     f"domains.{name}: responses of up to {longest} tokens (max_new_tokens) leave no room for a prompt "
                     f"in rollout.engine.max_context_tokens ({context}); lower the one or raise the other"
                 )
-            penalty = domain.length_penalty or (self.efforts[domain.effort].length_penalty if domain.effort else None)
+            penalty = self.length_penalty(domain)
             if isinstance(penalty, SoftOverlongPenalty) and penalty.buffer_tokens > longest:
                 raise ValueError(
                     f"domains.{name}.length_penalty.buffer_tokens: a buffer of {penalty.buffer_tokens} tokens is "
@@ -297,7 +300,7 @@ class Recipe(Strict):
             return self
         verified = {name: domain for name, domain in self.domains.items() if domain.verifier is not None}
         for name, domain in verified.items():
-            if accuracy.split == "test" and (domain.splits is None or not domain.splits.test):
+            if accuracy.split == "test" and not domain.has_test_prompts:
                 raise ValueError(
                     f"evaluation.accuracy.split: domain {name} has no test prompts; give it a share of them "
                     f"(domains.{name}.splits.test), or set split to validation"

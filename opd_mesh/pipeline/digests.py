@@ -17,6 +17,7 @@ from typing import Any
 from opd_mesh.config.pipeline import InitConfig
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError, InternalError, ModelNotFoundError
+from opd_mesh.files import sha256
 from opd_mesh.pipeline.jobs import Answers, Choose, Evaluate, Init, Job, Plan, Soup, Train
 from opd_mesh.pipeline.partial import has
 
@@ -93,12 +94,6 @@ def _state(path: Path) -> list[Any]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     found = [(str(file), file.stat()) for file in files if file.is_file()]
     return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found]
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -382,8 +382,7 @@ class _Planner:
             if known[domain].verifier is None:
                 field = f"domains.{domain}.verifier"
                 raise ConfigError(f"{field}: stage {name} grades answers; name a verifier", field=field)
-            splits = known[domain].splits
-            if stage.split == "test" and (splits is None or not splits.test):
+            if stage.split == "test" and not known[domain].has_test_prompts:
                 field = f"domains.{domain}.splits"
                 raise ConfigError(
                     f"{field}: stage {name} asks for test prompts; write for example splits: {{validation: 0.1, test: "

@@ -19,12 +19,13 @@ from opd_mesh.config.base import dump_config
 from opd_mesh.config.paths import with_absolute_paths
 from opd_mesh.config.pipeline import PipelineRecipe
 from opd_mesh.errors import ConfigError, UnavailableError
+from opd_mesh.files import write_durably
 from opd_mesh.pipeline.digests import FileDigests, Resolved, resolve
 from opd_mesh.pipeline.jobs import Plan
 from opd_mesh.pipeline.plan import plan
 from opd_mesh.pipeline.results import Results, Status
 from opd_mesh.pipeline.scheduler import JobFailedError, JobStoppedError, run_jobs
-from opd_mesh.pipeline.store import Store, write_durably
+from opd_mesh.pipeline.store import Store
 from opd_mesh.pipeline.view import PipelineView, accuracies_line
 from opd_mesh.pipeline.work import Worker, cause_of
 

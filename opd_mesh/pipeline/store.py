@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd_mesh.pipeline.digests import FORMAT, sha256
+from opd_mesh.files import sha256, sync, write_durably
+from opd_mesh.pipeline.digests import FORMAT
 
 log = logging.getLogger("opd_mesh.pipeline")
 FILE = "artefact.json"
@@ -85,7 +85,7 @@ class Store:
             # Half removed it might look like one that was begun: first it loses its name.
             shutil.rmtree(old, ignore_errors=True)
             path.replace(old)
-            _sync(self.root)
+            sync(self.root)
         if old.exists():
             shutil.rmtree(old)
         path.mkdir(parents=True, exist_ok=True)
@@ -115,11 +115,11 @@ class Store:
             whole = path / part
             for file in sorted(whole.rglob("*")) if whole.is_dir() else [whole]:
                 if file.is_file():
-                    _sync(file)
+                    sync(file)
                     stat = file.stat()
                     listed[str(file.relative_to(path))] = [stat.st_size, stat.st_mtime_ns, sha256(file)]
             if whole.is_dir():
-                _sync(whole)
+                sync(whole)
         body = {
             "format": FORMAT,
             "digest": digest,
@@ -131,26 +131,7 @@ class Store:
             "files": listed,
         }
         write_durably(path / FILE, json.dumps(body, indent=1) + "\n")
-        _sync(self.root)
+        sync(self.root)
         artefact = self.find(digest)
         assert artefact is not None  # it has just been written
         return artefact
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Whole or not at all, whatever happens to the machine."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

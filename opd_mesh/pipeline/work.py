@@ -17,11 +17,13 @@ from opd_mesh.config.answers import AnswersConfig
 from opd_mesh.config.base import dump_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import InternalError, OpdError, PreconditionError, UnavailableError
+from opd_mesh.files import write_durably
 from opd_mesh.pipeline.digests import FileDigests, Resolved
 from opd_mesh.pipeline.jobs import Answers, Choose, Evaluate, Init, Soup, Train
 from opd_mesh.pipeline.scheduler import JobStoppedError
-from opd_mesh.pipeline.store import Artefact, Store, write_durably
+from opd_mesh.pipeline.store import Artefact, Store
 from opd_mesh.pipeline.view import JobView
+from opd_mesh.process import error_in
 from opd_mesh.supervisor import LocalMesh, run_mesh, run_training
 
 MODEL, STUDENT, ANSWERS, SCORES, CHOICE = "model", "student", "answers", "scores.json", "choice.json"
@@ -152,7 +154,8 @@ class Worker:
                 process.kill()  # what it leaves is thrown away
                 await ended
         if process.returncode:
-            raise PreconditionError(_last_error(log_path) or f"it ended with code {process.returncode}: see {log_path}")
+            said = error_in(log_path.read_text(encoding="utf-8", errors="replace").splitlines())
+            raise PreconditionError(said or f"it ended with code {process.returncode}: see {log_path}")
 
     # --- training ----------------------------------------------------------------------------------------------
     def _concrete(self, recipe: Recipe, resolved: Resolved, train: Train) -> Recipe:
@@ -342,14 +345,6 @@ def _accuracies(folder: Path) -> dict[str, dict[str, float]]:
         part = {key.removeprefix("accuracy/"): value for key, value in line.items() if key.startswith("accuracy/")}
         found["before" if line["step"] == 0 else "after"] = part
     return found
-
-
-def _last_error(log_path: Path) -> str | None:
-    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number in range(len(lines) - 1, -1, -1):
-        if lines[number].startswith("error: "):
-            return "\n".join(lines[number:]).removeprefix("error: ")
-    return None
 
 
 def _read_json(path: Path) -> Any:

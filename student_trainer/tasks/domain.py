@@ -61,8 +61,8 @@ class Domain:
         self.name = name
         self.config = config
         self.effort = PLAIN if config.effort is None else recipe.efforts[config.effort]
-        self.max_new_tokens = config.max_new_tokens or self.effort.max_new_tokens or recipe.rollout.max_new_tokens
-        self._length_penalty = config.length_penalty or self.effort.length_penalty
+        self.max_new_tokens = recipe.max_new_tokens(config)
+        self._length_penalty = recipe.length_penalty(config)
         room = recipe.rollout.engine.max_context_tokens - self.max_new_tokens
         self._max_prompt_tokens = room if max_prompt_tokens is None else max_prompt_tokens
         self._tokenizer = tokenizer
@@ -221,20 +221,13 @@ class Domain:
         Without ``splits`` that is at most as many validation prompts as ``evaluation`` asks for: no others are kept
         out of the training.
         """
-        splits = self.config.splits
-        if splits is None:
-            if split == "test":
-                raise ConfigError(
-                    f"domain {self.name} has no test prompts; give it splits, for example "
-                    "splits: {validation: 0.1, test: 0.1}",
-                    field=self._key("splits"),
-                )
-            return self._kept[:count]
-        if split == "test" and not splits.test:
+        if split == "test" and not self.config.has_test_prompts:
             raise ConfigError(
-                f"{self._key('splits.test')} is 0; give it a share to have test prompts", field=self._key("splits.test")
+                f"domain {self.name} has no test prompts; give it a share of them, for example "
+                "splits: {validation: 0.1, test: 0.1}",
+                field=self._key("splits.test"),
             )
-        return self._found(split, count)
+        return self._kept[:count] if self.config.splits is None else self._found(split, count)
 
     def _found(self, split: Split, count: int) -> list[Prompt]:
         with self._lock:

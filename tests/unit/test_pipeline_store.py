@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from opd_mesh.files import write_durably
 from opd_mesh.pipeline.digests import digest_of
-from opd_mesh.pipeline.store import FILE, Artefact, Store, write_durably
+from opd_mesh.pipeline.store import FILE, Artefact, Store
 
 DIGEST, OTHER = digest_of("one"), digest_of("other")
 

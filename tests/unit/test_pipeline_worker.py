@@ -19,6 +19,7 @@ from pipeline_cases import files_below, pipeline
 from rich.console import Console
 
 from opd_mesh.errors import UnavailableError
+from opd_mesh.files import write_durably
 from opd_mesh.pipeline import run as run_module
 from opd_mesh.pipeline import store as store_module
 from opd_mesh.pipeline import work as work_module
@@ -143,7 +144,7 @@ async def test_killed_at_any_step_it_ends_with_the_same_artefacts(
             case "sync":
                 patch.setattr(os, "fsync", after(os.fsync, count))
             case "write":
-                crashing = after(store_module.write_durably, count)
+                crashing = after(write_durably, count)
                 for module in (store_module, work_module, run_module):
                     patch.setattr(module, "write_durably", crashing)
             case "remove":

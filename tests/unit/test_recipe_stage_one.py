@@ -97,7 +97,7 @@ def test_the_longest_response_of_a_domain_is_its_own_or_its_efforts_or_that_of_a
         "none": SUMS,
     }
     recipe = parsed({"name": "grpo"}, domains=domains, efforts=efforts, rollout={"max_new_tokens": 99})
-    assert [recipe.max_new_tokens(name) for name in domains] == [7, 20, 99, 99]
+    assert [recipe.max_new_tokens(domain) for domain in recipe.domains.values()] == [7, 20, 99, 99]
     assert set(recipe.efforts) == {"non_think", "high", "max", "short", "plain"}
 
 
