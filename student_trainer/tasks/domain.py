@@ -12,9 +12,9 @@ from opd_mesh.config.domains import DomainConfig
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.tasks import ExactVerifier, NumberVerifier, OthersConfig
 from opd_mesh.errors import ConfigError
+from opd_mesh.rendering import PLAIN, ResponseDecoder, render, render_answer
 from student_trainer.tasks.items import Item, Messages, Prompt, Split
 from student_trainer.tasks.length_penalty import penalty
-from student_trainer.tasks.rendering import PLAIN, ResponseDecoder, render, render_answer
 from student_trainer.tasks.sources import Lines, Source, SourceConfig, open_source
 from student_trainer.tasks.splits import split_of
 from student_trainer.tasks.templates import compiled

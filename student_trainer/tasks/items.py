@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Messages = list[dict[str, str]]
+from opd_mesh.rendering import Messages
+
 Split = Literal["train", "validation", "test"]
 
 

@@ -1,43 +1,13 @@
-"""Templates of a recipe: Jinja in its sandbox, where a name that is not there is an error and never empty text."""
+"""A domain's templates, of an item's question, metadata and gold answer."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
-
-from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from opd_mesh.errors import ConfigError
+from opd_mesh.templates import TextTemplate
 from student_trainer.tasks.items import Item
 
 
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    # The text is a model's input, not HTML; a trailing newline is part of it.
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True)
-
-
-class TextTemplate:
-    """One template, compiled. Raises :class:`ConfigError` naming ``field``, now or when it is rendered."""
-
-    def __init__(self, text: str, field: str) -> None:
-        self._field = field
-        try:
-            self._template: Template = _environment().from_string(text)
-        except TemplateError as error:
-            raise ConfigError(f"{field}: not a template: {error}", field=field) from error
-
-    def render(self, **values: Any) -> str:
-        """The text."""
-        try:
-            return self._template.render(**values)
-        except Exception as error:  # a template can raise whatever its filters and the values' methods raise
-            known = ", ".join(values)
-            raise ConfigError(
-                f"{self._field}: cannot be rendered ({type(error).__name__}: {error}); it knows {known}",
-                field=self._field,
-            ) from error
+class ItemTemplate(TextTemplate):
+    """One template of a domain."""
 
     def of(self, item: Item) -> str:
         """The text for an item. ``answer`` is not among the names where the item has none."""
@@ -45,6 +15,6 @@ class TextTemplate:
         return self.render(**known if item.answer is None else known | {"answer": item.answer})
 
 
-def compiled(text: str | None, field: str) -> TextTemplate | None:
+def compiled(text: str | None, field: str) -> ItemTemplate | None:
     """Of a key that may be unset."""
-    return None if text is None else TextTemplate(text, field)
+    return None if text is None else ItemTemplate(text, field)

@@ -22,9 +22,9 @@ from opd_mesh.config.tasks import (
     VerifierConfig,
 )
 from opd_mesh.errors import ConfigError
+from opd_mesh.rendering import split_reasoning
 from student_trainer.tasks.extraction import extract, parse_number
 from student_trainer.tasks.items import Item
-from student_trainer.tasks.rendering import split_reasoning
 from student_trainer.tasks.sources import create_reasoning_gym
 from student_trainer.tasks.templates import compiled
 

@@ -27,35 +27,47 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from opd.v1 import common_pb2 as opd_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&opd/v1/generative_reward_service.proto\x12\x06opd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x13opd/v1/common.proto\"L\n\x06Rubric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\x08\x63riteria\x18\x03 \x03(\x0b\x32\x11.opd.v1.Criterion\"\x9f\x01\n\tCriterion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x11\n\tscale_min\x18\x03 \x01(\x01\x12\x11\n\tscale_max\x18\x04 \x01(\x01\x12\x1f\n\x07\x61nchors\x18\x05 \x03(\x0b\x32\x0e.opd.v1.Anchor\x12\x0e\n\x06weight\x18\x06 \x01(\x01\x12\x18\n\x10hard_requirement\x18\x07 \x01(\x08\",\n\x06\x41nchor\x12\r\n\x05score\x18\x01 \x01(\x01\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\xf0\x01\n\tJudgeItem\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x02 \x03(\t\x12\x15\n\x0brubric_name\x18\x03 \x01(\tH\x00\x12\'\n\rrubric_inline\x18\x04 \x01(\x0b\x32\x0e.opd.v1.RubricH\x00\x12\x11\n\treference\x18\x05 \x01(\t\x12\x0f\n\x07samples\x18\x06 \x01(\r\x12(\n\x08sampling\x18\x07 \x01(\x0b\x32\x16.opd.v1.SamplingParams\x12*\n\x07timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06rubric\"\x9c\x01\n\x07Verdict\x12(\n\x08\x63riteria\x18\x01 \x03(\x0b\x32\x16.opd.v1.CriterionScore\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x16\n\x0escore_variance\x18\x03 \x01(\x01\x12\x11\n\tagreement\x18\x04 \x01(\x01\x12\x16\n\x0esamples_parsed\x18\x05 \x01(\r\x12\x15\n\rsamples_asked\x18\x06 \x01(\r\"=\n\x0e\x43riterionScore\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"/\n\x0cJudgeRequest\x12\x1f\n\x04item\x18\x01 \x01(\x0b\x32\x11.opd.v1.JudgeItem\"h\n\rJudgeResponse\x12!\n\x08verdicts\x18\x01 \x03(\x0b\x32\x0f.opd.v1.Verdict\x12\x1d\n\x05judge\x18\x02 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x15\n\rrubric_digest\x18\x03 \x01(\t\"`\n\x11JudgeBatchRequest\x12&\n\x04item\x18\x01 \x01(\x0b\x32\x16.opd.v1.JudgeBatchItemH\x00\x12\x18\n\x0e\x63\x61ncel_item_id\x18\x02 \x01(\tH\x00\x42\t\n\x07payload\"B\n\x0eJudgeBatchItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x1f\n\x04item\x18\x02 \x01(\x0b\x32\x11.opd.v1.JudgeItem\"\x95\x01\n\x12JudgeBatchResponse\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\x07\x63redits\x18\x02 \x01(\rH\x00\x12*\n\tjudgement\x18\x03 \x01(\x0b\x32\x15.opd.v1.JudgeResponseH\x00\x12$\n\x06status\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07payload2\x98\x01\n\x17GenerativeRewardService\x12\x34\n\x05Judge\x12\x14.opd.v1.JudgeRequest\x1a\x15.opd.v1.JudgeResponse\x12G\n\nJudgeBatch\x12\x19.opd.v1.JudgeBatchRequest\x1a\x1a.opd.v1.JudgeBatchResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&opd/v1/generative_reward_service.proto\x12\x06opd.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x17google/rpc/status.proto\x1a\x13opd/v1/common.proto\"\xdf\x01\n\x06Rubric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12#\n\x08\x63riteria\x18\x03 \x03(\x0b\x32\x11.opd.v1.Criterion\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12 \n\x07reasons\x18\x05 \x01(\x0e\x32\x0f.opd.v1.Reasons\x12\x18\n\x10max_reason_chars\x18\x06 \x01(\r\x12\x13\n\x0bscore_alone\x18\x07 \x01(\x08\x12\x10\n\x08template\x18\x08 \x01(\t\x12\x19\n\x11pairwise_template\x18\t \x01(\t\"\xb3\x01\n\tCriterion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x11\n\tscale_min\x18\x03 \x01(\x01\x12\x11\n\tscale_max\x18\x04 \x01(\x01\x12\x1f\n\x07\x61nchors\x18\x05 \x03(\x0b\x32\x0e.opd.v1.Anchor\x12\x0e\n\x06weight\x18\x06 \x01(\x01\x12\x18\n\x10hard_requirement\x18\x07 \x01(\x08\x12\x12\n\nscale_step\x18\x08 \x01(\x01\",\n\x06\x41nchor\x12\r\n\x05score\x18\x01 \x01(\x01\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\x91\x02\n\tJudgeItem\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x0f\n\x07\x61nswers\x18\x02 \x03(\t\x12\x15\n\x0brubric_name\x18\x03 \x01(\tH\x00\x12\'\n\rrubric_inline\x18\x04 \x01(\x0b\x32\x0e.opd.v1.RubricH\x00\x12\x11\n\treference\x18\x05 \x01(\t\x12\x0f\n\x07samples\x18\x06 \x01(\r\x12(\n\x08sampling\x18\x07 \x01(\x0b\x32\x16.opd.v1.SamplingParams\x12*\n\x07timeout\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x04mode\x18\t \x01(\x0e\x32\x11.opd.v1.JudgeModeB\x08\n\x06rubric\"\xc7\x01\n\x07Verdict\x12(\n\x08\x63riteria\x18\x01 \x03(\x0b\x32\x16.opd.v1.CriterionScore\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x16\n\x0escore_variance\x18\x03 \x01(\x01\x12\x11\n\tagreement\x18\x04 \x01(\x01\x12\x16\n\x0esamples_parsed\x18\x05 \x01(\r\x12\x15\n\rsamples_asked\x18\x06 \x01(\r\x12\x18\n\x10samples_repaired\x18\x07 \x01(\r\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\"=\n\x0e\x43riterionScore\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\"o\n\x04Vote\x12\x14\n\x0c\x61nswer_index\x18\x01 \x01(\r\x12\x0f\n\x07swapped\x18\x02 \x01(\x08\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05score\x18\x04 \x01(\x01\x12\x0f\n\x07\x66\x61ilure\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\"/\n\x0cJudgeRequest\x12\x1f\n\x04item\x18\x01 \x01(\x0b\x32\x11.opd.v1.JudgeItem\"\x95\x01\n\rJudgeResponse\x12!\n\x08verdicts\x18\x01 \x03(\x0b\x32\x0f.opd.v1.Verdict\x12\x1d\n\x05judge\x18\x02 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x15\n\rrubric_digest\x18\x03 \x01(\t\x12\x1b\n\x05votes\x18\x04 \x03(\x0b\x32\x0c.opd.v1.Vote\x12\x0e\n\x06\x63\x61\x63hed\x18\x05 \x01(\x08\"\x11\n\x0fGetJudgeRequest\"\xde\x01\n\x10GetJudgeResponse\x12\x1e\n\x06policy\x18\x01 \x01(\x0b\x32\x0e.opd.v1.Policy\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12#\n\x07rubrics\x18\x03 \x03(\x0b\x32\x12.opd.v1.RubricName\x12\x13\n\x0b\x63onstrained\x18\x04 \x01(\x08\x12\x14\n\x0citems_judged\x18\x05 \x01(\x04\x12\x14\n\x0citems_cached\x18\x06 \x01(\x04\x12\r\n\x05votes\x18\x07 \x01(\x04\x12\x16\n\x0evotes_unparsed\x18\x08 \x01(\x04\"*\n\nRubricName\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"`\n\x11JudgeBatchRequest\x12&\n\x04item\x18\x01 \x01(\x0b\x32\x16.opd.v1.JudgeBatchItemH\x00\x12\x18\n\x0e\x63\x61ncel_item_id\x18\x02 \x01(\tH\x00\x42\t\n\x07payload\"B\n\x0eJudgeBatchItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x1f\n\x04item\x18\x02 \x01(\x0b\x32\x11.opd.v1.JudgeItem\"\x95\x01\n\x12JudgeBatchResponse\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x11\n\x07\x63redits\x18\x02 \x01(\rH\x00\x12*\n\tjudgement\x18\x03 \x01(\x0b\x32\x15.opd.v1.JudgeResponseH\x00\x12$\n\x06status\x18\x04 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x42\t\n\x07payload*G\n\x07Reasons\x12\x17\n\x13REASONS_UNSPECIFIED\x10\x00\x12\x11\n\rREASONS_BRIEF\x10\x01\x12\x10\n\x0cREASONS_NONE\x10\x02*Z\n\tJudgeMode\x12\x1a\n\x16JUDGE_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14JUDGE_MODE_POINTWISE\x10\x01\x12\x17\n\x13JUDGE_MODE_PAIRWISE\x10\x02\x32\xd7\x01\n\x17GenerativeRewardService\x12=\n\x08GetJudge\x12\x17.opd.v1.GetJudgeRequest\x1a\x18.opd.v1.GetJudgeResponse\x12\x34\n\x05Judge\x12\x14.opd.v1.JudgeRequest\x1a\x15.opd.v1.JudgeResponse\x12G\n\nJudgeBatch\x12\x19.opd.v1.JudgeBatchRequest\x1a\x1a.opd.v1.JudgeBatchResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'opd.v1.generative_reward_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUBRIC']._serialized_start=128
-  _globals['_RUBRIC']._serialized_end=204
-  _globals['_CRITERION']._serialized_start=207
-  _globals['_CRITERION']._serialized_end=366
-  _globals['_ANCHOR']._serialized_start=368
-  _globals['_ANCHOR']._serialized_end=412
-  _globals['_JUDGEITEM']._serialized_start=415
-  _globals['_JUDGEITEM']._serialized_end=655
-  _globals['_VERDICT']._serialized_start=658
-  _globals['_VERDICT']._serialized_end=814
-  _globals['_CRITERIONSCORE']._serialized_start=816
-  _globals['_CRITERIONSCORE']._serialized_end=877
-  _globals['_JUDGEREQUEST']._serialized_start=879
-  _globals['_JUDGEREQUEST']._serialized_end=926
-  _globals['_JUDGERESPONSE']._serialized_start=928
-  _globals['_JUDGERESPONSE']._serialized_end=1032
-  _globals['_JUDGEBATCHREQUEST']._serialized_start=1034
-  _globals['_JUDGEBATCHREQUEST']._serialized_end=1130
-  _globals['_JUDGEBATCHITEM']._serialized_start=1132
-  _globals['_JUDGEBATCHITEM']._serialized_end=1198
-  _globals['_JUDGEBATCHRESPONSE']._serialized_start=1201
-  _globals['_JUDGEBATCHRESPONSE']._serialized_end=1350
-  _globals['_GENERATIVEREWARDSERVICE']._serialized_start=1353
-  _globals['_GENERATIVEREWARDSERVICE']._serialized_end=1505
+  _globals['_REASONS']._serialized_start=2043
+  _globals['_REASONS']._serialized_end=2114
+  _globals['_JUDGEMODE']._serialized_start=2116
+  _globals['_JUDGEMODE']._serialized_end=2206
+  _globals['_RUBRIC']._serialized_start=129
+  _globals['_RUBRIC']._serialized_end=352
+  _globals['_CRITERION']._serialized_start=355
+  _globals['_CRITERION']._serialized_end=534
+  _globals['_ANCHOR']._serialized_start=536
+  _globals['_ANCHOR']._serialized_end=580
+  _globals['_JUDGEITEM']._serialized_start=583
+  _globals['_JUDGEITEM']._serialized_end=856
+  _globals['_VERDICT']._serialized_start=859
+  _globals['_VERDICT']._serialized_end=1058
+  _globals['_CRITERIONSCORE']._serialized_start=1060
+  _globals['_CRITERIONSCORE']._serialized_end=1121
+  _globals['_VOTE']._serialized_start=1123
+  _globals['_VOTE']._serialized_end=1234
+  _globals['_JUDGEREQUEST']._serialized_start=1236
+  _globals['_JUDGEREQUEST']._serialized_end=1283
+  _globals['_JUDGERESPONSE']._serialized_start=1286
+  _globals['_JUDGERESPONSE']._serialized_end=1435
+  _globals['_GETJUDGEREQUEST']._serialized_start=1437
+  _globals['_GETJUDGEREQUEST']._serialized_end=1454
+  _globals['_GETJUDGERESPONSE']._serialized_start=1457
+  _globals['_GETJUDGERESPONSE']._serialized_end=1679
+  _globals['_RUBRICNAME']._serialized_start=1681
+  _globals['_RUBRICNAME']._serialized_end=1723
+  _globals['_JUDGEBATCHREQUEST']._serialized_start=1725
+  _globals['_JUDGEBATCHREQUEST']._serialized_end=1821
+  _globals['_JUDGEBATCHITEM']._serialized_start=1823
+  _globals['_JUDGEBATCHITEM']._serialized_end=1889
+  _globals['_JUDGEBATCHRESPONSE']._serialized_start=1892
+  _globals['_JUDGEBATCHRESPONSE']._serialized_end=2041
+  _globals['_GENERATIVEREWARDSERVICE']._serialized_start=2209
+  _globals['_GENERATIVEREWARDSERVICE']._serialized_end=2424
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,6 @@ if _version_not_supported:
 
 class GenerativeRewardServiceStub:
     """The generative reward model: the actor judges answers against rubrics and writes its reasons.
-    In this release every call answers UNIMPLEMENTED.
     """
 
     def __init__(self, channel):
@@ -36,6 +35,11 @@ class GenerativeRewardServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetJudge = channel.unary_unary(
+                '/opd.v1.GenerativeRewardService/GetJudge',
+                request_serializer=opd_dot_v1_dot_generative__reward__service__pb2.GetJudgeRequest.SerializeToString,
+                response_deserializer=opd_dot_v1_dot_generative__reward__service__pb2.GetJudgeResponse.FromString,
+                _registered_method=True)
         self.Judge = channel.unary_unary(
                 '/opd.v1.GenerativeRewardService/Judge',
                 request_serializer=opd_dot_v1_dot_generative__reward__service__pb2.JudgeRequest.SerializeToString,
@@ -50,11 +54,18 @@ class GenerativeRewardServiceStub:
 
 class GenerativeRewardServiceServicer:
     """The generative reward model: the actor judges answers against rubrics and writes its reasons.
-    In this release every call answers UNIMPLEMENTED.
     """
 
+    def GetJudge(self, request, context):
+        """What judges, and by which rubrics. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Judge(self, request, context):
-        """Judges one item. Idempotent: the same (judge, rubric, prompt, answers, seed) gives the same verdict.
+        """Judges one item. Idempotent: the same (judge's policy, rubric, prompt, answers, reference, votes, sampling) gives
+        the same verdicts. All answers of an item are judged by one policy, also where another one comes meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,7 +73,8 @@ class GenerativeRewardServiceServicer:
 
     def JudgeBatch(self, request_iterator, context):
         """Judges many. Every item carries its own id and status; answers come in any order. The first response grants
-        credits, as in TeacherService.ScoreTrajectories.
+        credits: a client keeps at most that many items unanswered. After a broken stream send again what was not answered:
+        what was being judged goes on and is not judged twice.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,6 +83,11 @@ class GenerativeRewardServiceServicer:
 
 def add_GenerativeRewardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetJudge': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJudge,
+                    request_deserializer=opd_dot_v1_dot_generative__reward__service__pb2.GetJudgeRequest.FromString,
+                    response_serializer=opd_dot_v1_dot_generative__reward__service__pb2.GetJudgeResponse.SerializeToString,
+            ),
             'Judge': grpc.unary_unary_rpc_method_handler(
                     servicer.Judge,
                     request_deserializer=opd_dot_v1_dot_generative__reward__service__pb2.JudgeRequest.FromString,
@@ -91,8 +108,34 @@ def add_GenerativeRewardServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GenerativeRewardService:
     """The generative reward model: the actor judges answers against rubrics and writes its reasons.
-    In this release every call answers UNIMPLEMENTED.
     """
+
+    @staticmethod
+    def GetJudge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/opd.v1.GenerativeRewardService/GetJudge',
+            opd_dot_v1_dot_generative__reward__service__pb2.GetJudgeRequest.SerializeToString,
+            opd_dot_v1_dot_generative__reward__service__pb2.GetJudgeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Judge(request,

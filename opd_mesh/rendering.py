@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd_mesh.config.tasks import EffortConfig
-from student_trainer.tasks.items import Messages
 
+Messages = list[dict[str, str]]
 PLAIN = EffortConfig()  # adds nothing
 
 
