@@ -28,6 +28,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
         top_k=sampling.top_k,
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=sampling.stop_token_ids,
+        grammar=sampling.grammar,
     )
 
 
@@ -40,6 +41,7 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
         top_k=message.top_k,
         max_new_tokens=message.max_new_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
+        grammar=message.grammar,
     )
     sampling.validate()
     return sampling

@@ -228,6 +228,12 @@ class RolloutUnavailableError(UnavailableError):
     reason = "ROLLOUT_UNAVAILABLE"
 
 
+class JudgeUnavailableError(UnavailableError):
+    """The reward model did not answer within the time allowed, or no one policy judged a whole item."""
+
+    reason = "JUDGE_UNAVAILABLE"
+
+
 class StreamUnavailableError(UnavailableError):
     """The Redis stream cannot be reached."""
 

@@ -2,15 +2,16 @@
 
 Letters: B rows, V vocabulary rows of the head (padding included).
 
-A draw depends on (logits of the row, sampling parameters, position) and on nothing else: not on the batch around it,
-not on torch's or numpy's global generators, not on what was drawn before. The randomness is Philox4x32-10 (Salmon et
-al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with the seed as key and the position as counter; it is part
-of the protocol, so known-answer tests pin it for ever.
+A draw depends on (logits of the row, ids allowed, sampling parameters, position) and on nothing else: not on the batch
+around it, not on torch's or numpy's global generators, not on what was drawn before. The randomness is Philox4x32-10
+(Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011) with the seed as key and the position as counter;
+it is part of the protocol, so known-answer tests pin it for ever.
 
 The work runs in numpy, row by row: a row of 49k fp32 logits stays in the second-level cache, numpy's loops are
 vectorised, and one thread on one row cannot depend on its neighbours. Torch's kernels would wait for their thread
 team at every one of a dozen small operations. Rows of a small vocabulary that nothing truncates are drawn together, by
-the same operations on the same numbers in the same order, so to the same bits.
+the same operations on the same numbers in the same order, so to the same bits. Where a grammar allows some ids only,
+the others' logits are −inf for the draw, and as they are for the policy's log-probability.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from opd_mesh.trajectory import SamplingParams
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 UInt64Array = npt.NDArray[np.uint64]
+BoolArray = npt.NDArray[np.bool_]
 
 _MASK32 = np.uint64(0xFFFFFFFF)
 _SHIFT32 = np.uint64(32)
@@ -41,6 +43,7 @@ _CDF_BLOCK = 256
 # that they stay in the cache.
 _SMALL_VOCAB = 4096
 _CELLS_TOGETHER = 1 << 18
+_NEVER = np.float32(-np.inf)  # the logit of what is not allowed
 
 
 def philox4x32(counter: Sequence[UInt64Array], key: Sequence[UInt64Array]) -> tuple[UInt64Array, ...]:
@@ -86,8 +89,8 @@ class SampledTokens:
 
     Attributes:
         token_ids_B: int64 [B]; −1 where the row failed.
-        sampling_logprobs_B: fp32 [B], nats, under the distribution drawn from (temperature, top-k, top-p applied);
-            0 when greedy; NaN where the row failed.
+        sampling_logprobs_B: fp32 [B], nats, under the distribution drawn from (ids allowed, temperature, top-k, top-p
+            applied); 0 when greedy; NaN where the row failed.
         policy_logprobs_B: fp32 [B], nats, log-softmax of the raw logits over the valid vocabulary; NaN where failed.
         errors: per row None, or why nothing could be drawn.
     """
@@ -99,30 +102,39 @@ class SampledTokens:
 
 
 def sample_tokens(
-    logits_BV: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], valid_vocab_size: int
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    valid_vocab_size: int,
+    allowed: Sequence[BoolArray | None] | None = None,
 ) -> SampledTokens:
     """Draw one token per row.
 
-    Temperature first, then top-k, then top-p over what top-k left; ties at a cut are kept from the lowest id upwards,
-    and the nucleus always keeps a token. The draw inverts the CDF in order of id, summed in float64, so that a
-    last-bit change of a logit moves the boundaries by some 1e-7 and seldom changes the token. Temperature 0 takes the
-    largest logit, the lowest id among equals.
+    Ids that are not allowed have no probability. Temperature first, then top-k, then top-p over what top-k left; ties
+    at a cut are kept from the lowest id upwards, and the nucleus always keeps a token. The draw inverts the CDF in
+    order of id, summed in float64, so that a last-bit change of a logit moves the boundaries by some 1e-7 and seldom
+    changes the token. Temperature 0 takes the largest logit, the lowest id among equals.
 
     Args:
         logits_BV: [B, V] raw logits, any float dtype and device; ids ≥ ``valid_vocab_size`` are never read.
         params: per row.
         positions: per row, index of the token in its response.
         valid_vocab_size: ids at or above it are padding.
+        allowed: per row [valid_vocab_size] the ids that may be drawn, or None for all of them.
 
     Raises:
         InvalidInputError: the arguments do not fit each other. A row whose logits are not finite (NaN, +inf, or all
-            −inf) raises nothing: it gets an error of its own in the result.
+            −inf, also of those allowed alone), or that is allowed no id, raises nothing: it gets an error of its own in
+            the result.
     """
     rows, width = logits_BV.shape
     if not 1 <= valid_vocab_size <= width:
         raise InvalidInputError(f"must be from 1 to {width}, got {valid_vocab_size}", field="valid_vocab_size")
     if len(params) != rows or len(positions) != rows:
         raise InvalidInputError(f"{rows} rows, {len(params)} params, {len(positions)} positions", field="params")
+    allowed = [None] * rows if allowed is None else allowed
+    if len(allowed) != rows or any(mask is not None and mask.shape != (valid_vocab_size,) for mask in allowed):
+        raise InvalidInputError(f"must be one mask of {valid_vocab_size} ids, or None, per row", field="allowed")
     logits: Float32Array = logits_BV[:, :valid_vocab_size].detach().to("cpu", torch.float32).numpy()
     draws_B = uniforms([row.seed for row in params], positions)
     token_ids, sampling, policy = np.full(rows, -1, np.int64), np.full(rows, np.nan), np.full(rows, np.nan)
@@ -135,26 +147,45 @@ def sample_tokens(
             finite_B = np.isfinite(largest_B)
             truncates = [row.temperature != 0 and (0 < row.top_k < valid_vocab_size or row.top_p < 1) for row in params]
             together = [row for row in range(rows) if finite_B[row] and not truncates[row]]
-            alone = [row for row in range(rows) if not finite_B[row] or truncates[row]]
+            free = [row for row in together if allowed[row] is None]
+            masked = [row for row in together if allowed[row] is not None]
+            masked_BV = logits[:0]
+            if masked:
+                mask_BV = np.stack([mask for row in masked if (mask := allowed[row]) is not None])
+                masked_BV = np.where(mask_BV, logits[masked], _NEVER)
+                drawable_B = np.isfinite(masked_BV.max(axis=1))
+                masked_BV = masked_BV[drawable_B]
+                masked = [row for row, drawable in zip(masked, drawable_B, strict=True) if drawable]
+            alone = sorted({*range(rows)} - {*free, *masked})
             step = max(1, _CELLS_TOGETHER // valid_vocab_size)
-            for start in range(0, len(together), step):
-                some = together[start : start + step]
-                whole = len(some) == rows
-                token_ids[some], sampling[some], policy[some] = _draw_together(
-                    logits if whole else logits[some],
-                    largest_B[some],
-                    np.array([params[row].temperature for row in some], dtype=np.float64),
-                    draws_B[some],
-                )
+            for group, group_BV in ((free, None), (masked, masked_BV)):
+                for start in range(0, len(group), step):
+                    some = group[start : start + step]
+                    token_ids[some], sampling[some], policy[some] = _draw_together(
+                        logits if len(some) == rows else logits[some],
+                        largest_B[some],
+                        np.array([params[row].temperature for row in some], dtype=np.float64),
+                        draws_B[some],
+                        None if group_BV is None else group_BV[start : start + step],
+                    )
         for row in alone:
             # NaN and +inf reach the maximum, so one pass over the row finds every bad one.
-            largest = logits[row].max()
-            if not np.isfinite(largest):
-                errors[row] = DivergedError(
-                    f"the logits for response token {positions[row]} are not finite (largest is {largest})"
+            largest, mask = logits[row].max(), allowed[row]
+            masked_V = None if mask is None else np.where(mask, logits[row], _NEVER)
+            best = largest if masked_V is None or not np.isfinite(largest) else masked_V.max()
+            if mask is not None and not mask.any():
+                errors[row] = InvalidInputError(
+                    f"allows nothing at response token {positions[row]} that a token says, or is too complex to go on",
+                    field="sampling.grammar",
                 )
-                continue
-            token_ids[row], sampling[row], policy[row] = _draw(logits[row], largest, params[row], float(draws_B[row]))
+            elif not np.isfinite(best):
+                errors[row] = DivergedError(
+                    f"the logits for response token {positions[row]} are not finite (largest is {best})"
+                )
+            else:
+                token_ids[row], sampling[row], policy[row] = _draw(
+                    logits[row], largest, params[row], float(draws_B[row]), masked_V
+                )
     return SampledTokens(
         token_ids_B=torch.from_numpy(token_ids),
         sampling_logprobs_B=torch.from_numpy(sampling).float(),
@@ -163,32 +194,45 @@ def sample_tokens(
     )
 
 
-def _draw(logits_V: Float32Array, largest: np.float32, params: SamplingParams, draw: float) -> tuple[int, float, float]:
-    """One row → (token id, sampling log-probability, policy log-probability)."""
+def _draw(
+    logits_V: Float32Array, largest: np.float32, params: SamplingParams, draw: float, masked_V: Float32Array | None
+) -> tuple[int, float, float]:
+    """One row → (token id, sampling log-probability, policy log-probability).
+
+    Args:
+        masked_V: −inf where an id is not allowed; None: all are.
+    """
     shifted_V = logits_V - largest
     mass_V = np.exp(shifted_V)
     cdf = _BlockedCdf(mass_V)
     log_normalizer = float(np.log(cdf.total))
     if params.temperature == 0:
-        token = int(logits_V.argmax())
+        token = int((logits_V if masked_V is None else masked_V).argmax())
         return token, 0.0, float(shifted_V[token]) - log_normalizer
 
-    scaled_V = shifted_V
+    # What is drawn from, before temperature and truncation.
+    open_V = shifted_V if masked_V is None else masked_V - masked_V.max()
+    scaled_V = open_V
     truncated = 0 < params.top_k < logits_V.size or params.top_p < 1
-    if params.temperature != 1 or truncated:
+    if params.temperature != 1 or truncated or masked_V is not None:
         if params.temperature != 1:
             # In float64 before rounding: a temperature of 1e-40 is 0 in fp32 and would give 0 / 0.
-            scaled_V = (shifted_V / np.float64(params.temperature)).astype(np.float32)
+            scaled_V = (open_V / np.float64(params.temperature)).astype(np.float32)
+        if scaled_V is not shifted_V:
             mass_V = np.exp(scaled_V)
         if truncated:
-            mass_V = np.where(_kept(shifted_V, params), mass_V, np.float32(0))
+            mass_V = np.where(_kept(open_V, params), mass_V, np.float32(0))
         cdf = _BlockedCdf(mass_V)
     token = cdf.invert(draw)
     return token, float(scaled_V[token]) - float(np.log(cdf.total)), float(shifted_V[token]) - log_normalizer
 
 
 def _draw_together(
-    logits_BV: Float32Array, largest_B: Float32Array, temperatures_B: Float64Array, draws_B: Float64Array
+    logits_BV: Float32Array,
+    largest_B: Float32Array,
+    temperatures_B: Float64Array,
+    draws_B: Float64Array,
+    masked_BV: Float32Array | None,
 ) -> tuple[npt.NDArray[np.int64], Float64Array, Float64Array]:
     """:func:`_draw` for rows that nothing truncates: [B] token ids, sampling and policy log-probabilities."""
     rows = np.arange(len(draws_B))
@@ -196,11 +240,13 @@ def _draw_together(
     mass_BV = np.exp(shifted_BV)
     cumulative_BK = _block_sums(mass_BV)
     log_normalizer_B = np.log(cumulative_BK[:, -1])
-    scaled_BV = shifted_BV
+    open_BV = shifted_BV if masked_BV is None else masked_BV - masked_BV.max(axis=1)[:, None]
+    scaled_BV = open_BV
     if (temperatures_B != 1).any():
         # 0 draws nothing: any other number will do.
         divisor_B = np.where(temperatures_B == 0, 1.0, temperatures_B)
-        scaled_BV = (shifted_BV / divisor_B[:, None]).astype(np.float32)
+        scaled_BV = (open_BV / divisor_B[:, None]).astype(np.float32)
+    if scaled_BV is not shifted_BV:
         mass_BV = np.exp(scaled_BV)
         cumulative_BK = _block_sums(mass_BV)
     totals_B = cumulative_BK[:, -1]
@@ -216,7 +262,9 @@ def _draw_together(
     for row in np.flatnonzero(offsets_B == inside_BI.shape[1]):  # as in _BlockedCdf.invert
         offsets_B[row] = np.flatnonzero(inside_BI[row])[-1]
     greedy_B = temperatures_B == 0
-    tokens_B = np.where(greedy_B, logits_BV.argmax(axis=1), blocks_B * _CDF_BLOCK + offsets_B)
+    tokens_B = np.where(
+        greedy_B, (logits_BV if masked_BV is None else masked_BV).argmax(axis=1), blocks_B * _CDF_BLOCK + offsets_B
+    )
     sampling_B = np.where(greedy_B, 0.0, scaled_BV[rows, tokens_B].astype(np.float64) - np.log(totals_B))
     return tokens_B, sampling_B, shifted_BV[rows, tokens_B].astype(np.float64) - log_normalizer_B
 

@@ -1,7 +1,8 @@
 """``opd run``: a local mesh as child processes, watched, and nothing left behind.
 
 Each child gets an ephemeral loopback port, one log file in ``RUN_DIR/logs/``, and a session of its own, so that Ctrl-C
-reaches the supervisor alone, which then ends the children in order: trainer, rollout server, teacher server, Valkey.
+reaches the supervisor alone, which then ends the children in order: trainer, reward model and its judge, rollout
+server, teacher server, Valkey.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from pydantic import BaseModel
 
 from opd_mesh.config.answers import AnswersConfig
 from opd_mesh.config.base import dump_config
+from opd_mesh.config.judging import FrozenJudgeConfig, GrmConfig
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.config.services import RolloutServerConfig, TeacherConfig, TeacherServerConfig, TokenLogConfig
+from opd_mesh.config.services import (
+    GrmServerConfig,
+    PeerConfig,
+    RolloutServerConfig,
+    TeacherConfig,
+    TeacherServerConfig,
+    TokenLogConfig,
+)
 from opd_mesh.errors import OpdError, UnavailableError
 from opd_mesh.process import error_in
 from opd_mesh.progress import MeshView
@@ -36,7 +45,8 @@ START_TIMEOUT_S = 600.0  # without a word in its log; a large teacher takes minu
 STOP_TIMEOUT_S = 60.0
 LOG_TAIL_LINES = 12
 # A rollout server that ends is started again on its address: its log and the trainer's policy bring it back to where it
-# was. Not for ever: what ends it every time is not mended by starting it.
+# was. A reward model and its judge are asked again. Not for ever: what ends it every time is not mended by starting it.
+RESTARTED = ("rollout", "judge", "grm")
 MAX_RESTARTS = 5
 RESTARTS_WITHIN_S = 1800.0
 RESTART_DELAY_S = 1.0
@@ -45,6 +55,8 @@ RESTART_DELAY_S = 1.0
 MODULES = {
     "teacher": "teacher_server",
     "rollout": "rollout_server",
+    "judge": "rollout_server",
+    "grm": "grm_server",
     "trainer": "student_trainer",
     "answers": "student_trainer.answering",
 }
@@ -110,10 +122,12 @@ class LocalMesh:
             self._start("teacher", self._teacher_config())
         if self.recipe.needs_rollouts and not self.recipe.rollout.peers.addresses:
             self._start("rollout", self._rollout_config())
+        if self._serves_grm and isinstance(self.recipe.grm.judge, FrozenJudgeConfig):
+            self._start("judge", self._judge_config(self.recipe.grm.judge))
 
     async def start_trainer(self) -> str:
         """Wait for the servers' addresses, then start the trainer. Returns its address."""
-        resolved = await self._with_addresses()
+        resolved = await self._with_grm(await self._with_addresses())
         extra = ["--run-dir", str(self.run_dir)] + (["--resume"] if self._resume else [])
         self.trainer = self._start("trainer", resolved, *extra)
         return await self._address(self.trainer)
@@ -137,6 +151,50 @@ class LocalMesh:
         if "rollout" in addresses:
             peers = peers.replace(addresses=[addresses["rollout"]])
         return recipe.replace(teachers=teachers, rollout=recipe.rollout.replace(peers=peers), redis_url=self._redis_url)
+
+    @property
+    def _serves_grm(self) -> bool:
+        """Whether rewards come from a reward model that is ours to start."""
+        return bool(self.recipe.judged_domains) and not self.recipe.grm.peers.addresses
+
+    async def _with_grm(self, recipe: Recipe) -> Recipe:
+        """Start the reward model, once those who judge for it have their addresses, and put its own into the recipe."""
+        if not self._serves_grm:
+            return recipe
+        child = self._start("grm", self._grm_config(recipe))
+        peers = recipe.grm.peers.replace(addresses=[await self._address(child)])
+        # Its settings are the server's now.
+        return recipe.replace(grm=GrmConfig(peers=peers))
+
+    def _grm_config(self, recipe: Recipe) -> GrmServerConfig:
+        """Of a recipe with addresses."""
+        grm = recipe.grm
+        model, judge = recipe.student.path, recipe.rollout.peers
+        if isinstance(grm.judge, FrozenJudgeConfig):
+            address = next(child.address for child in self.children if child.name == "judge")
+            model, judge = grm.judge.model, PeerConfig(addresses=[address], channel=judge.channel)
+        return GrmServerConfig(
+            model=model,
+            judge=judge,
+            rubrics=grm.rubrics,
+            sampling=grm.sampling,
+            seed=recipe.run.seed,
+            constrained=grm.constrained,
+            max_verdict_tokens=grm.max_verdict_tokens,
+            max_prompt_chars=grm.max_prompt_chars,
+            max_answer_chars=grm.max_answer_chars,
+            system_prompt=grm.system_prompt,
+            item_timeout_s=recipe.rollout.timeout_s,
+        )
+
+    def _judge_config(self, judge: FrozenJudgeConfig) -> RolloutServerConfig:
+        threads = judge.engine.threads or self.recipe.run.threads
+        return RolloutServerConfig(
+            model=judge.model,
+            frozen=True,
+            engine=judge.engine.replace(threads=threads),
+            deterministic=self.recipe.run.deterministic,
+        )
 
     def _teacher_config(self) -> TeacherServerConfig:
         recipe = self.recipe
@@ -169,7 +227,7 @@ class LocalMesh:
     def may_restart(self, child: Child) -> bool:
         """Whether what has ended is to be started again."""
         recent = [at for at in self._restarted_at if at > time.monotonic() - RESTARTS_WITHIN_S]
-        return child.name == "rollout" and len(recent) < MAX_RESTARTS
+        return child.name in RESTARTED and len(recent) < MAX_RESTARTS
 
     def restart(self, child: Child) -> Child:
         """Start a server again on the address it had."""
@@ -268,7 +326,7 @@ async def run_training(mesh: LocalMesh, *, resume: bool, view: MeshView, stop: a
     from opd_mesh.clients.trainer import TrainerClient
 
     async def begin() -> Child:
-        view.activity("starting Valkey, teacher and rollout servers")
+        view.activity("starting Valkey and the servers")
         mesh.start(resume=resume)
         await mesh.start_trainer()
         assert mesh.trainer is not None  # start_trainer has returned

@@ -15,6 +15,7 @@ from enum import StrEnum
 from opd_mesh.errors import InvalidInputError, TooLongError, TrajectoryError
 
 UINT64_MAX = 2**64 - 1
+MAX_GRAMMAR_BYTES = 64 << 10
 
 
 class FinishReason(StrEnum):
@@ -31,6 +32,8 @@ class SamplingParams:
 
     ``seed`` keys a counter-based generator together with the token's position, so a response depends neither on the
     batch around it nor on interruptions. ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 are off.
+    ``grammar`` (:mod:`opd_mesh.grammar`) says which tokens may be drawn at all; "" is off. A stop token then ends a
+    response exactly where the grammar is complete.
     """
 
     seed: int = 0
@@ -39,6 +42,7 @@ class SamplingParams:
     top_k: int = 0
     max_new_tokens: int = 32
     stop_token_ids: tuple[int, ...] = ()
+    grammar: str = ""
 
     def validate(self) -> None:
         """Raises :class:`InvalidInputError` naming the field."""
@@ -52,6 +56,9 @@ class SamplingParams:
         require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         require(self.top_k >= 0, "top_k", "0 (off) or more")
         require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
+        size = len(self.grammar.encode("utf-8", "surrogatepass"))
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidInputError(f"{size} bytes, but at most {MAX_GRAMMAR_BYTES} are read", field="sampling.grammar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Trajectory:
         domain: routes the sample to its teacher(s).
         token_ids: [N] prompt and response (and, later, tool output between spans).
         scored_spans: half-open ``(start, end)`` intervals of ``token_ids`` that the student wrote, ascending, apart.
-        sampling_logprobs: [R] under the sampling distribution (temperature, top-p and top-k applied), nats.
+        sampling_logprobs: [R] under the sampling distribution (grammar, temperature, top-p and top-k applied), nats.
         policy_logprobs: [R] under the model itself (temperature 1, whole vocabulary), nats.
         policy_versions: [R] version that wrote each token.
     """

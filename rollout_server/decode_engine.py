@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from opd_mesh.errors import ConfigError, InternalError, OpdError, RequestConflictError, TooLongError
+from opd_mesh.grammar import GrammarMatcher, Grammars
 from opd_mesh.models.checkpoint import served_tensors
 from opd_mesh.sampling import sample_tokens
 from rollout_server.backends import Backend, make_backend
@@ -42,6 +43,7 @@ from rollout_server.generation import (
     SequenceState,
     TokenEvent,
     finish_reason_after,
+    matcher_of,
     most_tokens_read,
     validate_request,
 )
@@ -78,6 +80,7 @@ class DecodeEngine(RolloutEngine):
         keep_kv_on_update: running requests keep their keys and values under new weights. Inexact: their later tokens
             come from a mixture that no policy is. Nothing else outlives its weights: prompts, and what was read of
             waiting requests, are read again.
+        grammars: of the model's tokenizer; None: requests with a grammar are refused.
     """
 
     cache_mode: CacheMode
@@ -96,6 +99,7 @@ class DecodeEngine(RolloutEngine):
         cache_bytes: int = 4 << 30,
         keep_kv_on_update: bool = False,
         cache_proof: CacheModeProof | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """Raises :class:`ConfigError` naming the argument."""
         least = {"max_slots": max_slots, "prefill_token_budget": prefill_token_budget, "cache_bytes": cache_bytes}
@@ -121,6 +125,8 @@ class DecodeEngine(RolloutEngine):
         self._max_context_tokens = max_context_tokens
         self._cache_bytes = cache_bytes
         self._keep_kv_on_update = keep_kv_on_update
+        self._grammars = grammars
+        self.takes_grammars = grammars is not None
         self.deterministic = deterministic
         self.counters = EngineCounters()
         self.cache_proof = cache_proof or prove_cache_modes(
@@ -142,7 +148,7 @@ class DecodeEngine(RolloutEngine):
             num_cache_layers=len(self.cache_proof.layers),
             token_bytes=self.cache_proof.token_bytes,
         )
-        self._prompts = PromptStore(max_prompts=max_slots)
+        self._prompts = PromptStore(max_prompts=max_slots + 1)  # that many, and a prefix
         in_pieces = self.cache_proof.results[cache_mode].in_pieces
         self._reader = ContextReader(
             self._backend,
@@ -189,6 +195,10 @@ class DecodeEngine(RolloutEngine):
             TooLongError: prompt and ``max_new_tokens`` exceed ``max_context_tokens``, or their keys and values alone
                 ``cache_bytes``.
         """
+        self._checked(request)
+
+    def _checked(self, request: GenerationRequest) -> GrammarMatcher | None:
+        """Where what is written of it stands in its grammar, if it has one."""
         validate_request(request, valid_vocab_size=self._valid_vocab_size, max_context_tokens=self._max_context_tokens)
         most = most_tokens_read(request)
         if (needed := self._backend.needed_bytes([most])) > self._cache_bytes:
@@ -197,14 +207,15 @@ class DecodeEngine(RolloutEngine):
                 f"keys and values of {most} tokens take {needed} bytes, but cache_bytes is {self._cache_bytes}",
                 field="sampling.max_new_tokens" if prompt_fits else "prompt_ids",
             )
+        return matcher_of(request, self._grammars) if request.sampling.grammar else None
 
     @torch.inference_mode()
     def submit(self, request: GenerationRequest, kv: Mapping[str, Tensor] | None = None) -> None:
         if request.request_id in self._running or request.request_id in self._waiting:
             raise RequestConflictError(f"{request.request_id!r} is in progress", field="request_id")
-        self.check_request(request)
+        matcher = self._checked(request)
         self._arrivals += 1
-        sequence = SequenceState(request, self._arrivals)
+        sequence = SequenceState(request, self._arrivals, matcher, in_pieces=self._reader.in_pieces)
         if kv is not None:
             self._restore(sequence, kv)
         self._waiting[request.request_id] = sequence
@@ -292,7 +303,7 @@ class DecodeEngine(RolloutEngine):
             return self._cache_bytes - max(self._backend.held_bytes + being_read, reserved)
 
         events: list[TokenEvent] = []
-        for sequence, failure in self._reader.read(accepted, self._policy_version, make_room):
+        for sequence, failure in self._reader.read(accepted, self._waiting.values(), self._policy_version, make_room):
             self._raise_if_broken(failure)
             del self._waiting[sequence.request.request_id]
             events.append(self._failure(sequence, failure))
@@ -352,6 +363,7 @@ class DecodeEngine(RolloutEngine):
             [sequence.request.sampling for sequence in sequences],
             [len(sequence.tokens) for sequence in sequences],
             self._valid_vocab_size,
+            [sequence.allowed() for sequence in sequences],
         )
         rows = zip(
             sequences,
@@ -367,8 +379,7 @@ class DecodeEngine(RolloutEngine):
             if error is not None:
                 event = self._failure(sequence, error)
             else:
-                sequence.tokens.append(token)
-                sequence.versions.append(self._policy_version)
+                sequence.append(token, self._policy_version)
                 self.counters.tokens += 1
                 event = TokenEvent(
                     request_id=sequence.request.request_id,

@@ -29,11 +29,13 @@ class RolloutEngine(ABC):
         counters: totals since the engine was made.
         cache_mode: how requests share a cache, for people (``GetPolicyResponse.cache_mode``).
         deterministic: a request's tokens depend on nothing but itself, the weights and the number of threads.
+        takes_grammars: ``sampling.grammar`` is honoured; otherwise :meth:`check_request` refuses it.
     """
 
     counters: EngineCounters
     cache_mode: str
     deterministic: bool
+    takes_grammars: bool = False
 
     @property
     @abstractmethod

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from opd_mesh.config.services import RolloutServerConfig
+from opd_mesh.errors import PreconditionError
+from opd_mesh.grammar import Grammars, TokenVocabulary
 from opd_mesh.models.checkpoint import LoadedModel, load_causal_lm, served_tensors
 from opd_mesh.models.runtime import configure_torch
 from opd_mesh.models.tokenizer import load_tokenizer, tokenizer_fingerprint, valid_vocab_size
@@ -57,12 +60,12 @@ def build_engine(config: RolloutServerConfig) -> LoadedEngine:
     vocab_size = valid_vocab_size(tokenizer)
     # Not copied: an engine exchanges weights, it never writes into them.
     base = {name: tensor.detach() for name, tensor in served_tensors(loaded.model)}
-    engine = _make(config, loaded, vocab_size)
+    engine = _make(config, loaded, tokenizer, vocab_size)
     log.info("student %s (%s), %s", config.model, loaded.model_type, engine.cache_mode)
     return LoadedEngine(engine, tokenizer_fingerprint(tokenizer.get_vocab()), vocab_size, loaded.weights_digest, base)
 
 
-def _make(config: RolloutServerConfig, loaded: LoadedModel, vocab_size: int) -> RolloutEngine:
+def _make(config: RolloutServerConfig, loaded: LoadedModel, tokenizer: Any, vocab_size: int) -> RolloutEngine:
     settings = config.engine
     match settings.engine:
         case "transformers":
@@ -76,6 +79,7 @@ def _make(config: RolloutServerConfig, loaded: LoadedModel, vocab_size: int) -> 
                 prefill_token_budget=settings.prefill_token_budget,
                 cache_bytes=settings.cache_bytes,
                 keep_kv_on_update=settings.keep_kv_on_update,
+                grammars=_grammars(tokenizer, vocab_size),
             )
         case "vllm":
             return VllmEngine(
@@ -85,3 +89,12 @@ def _make(config: RolloutServerConfig, loaded: LoadedModel, vocab_size: int) -> 
                 valid_vocab_size=vocab_size,
                 deterministic=config.deterministic,
             )
+
+
+def _grammars(tokenizer: Any, vocab_size: int) -> Grammars | None:
+    """None where the tokenizer's bytes cannot be told: everything else is served."""
+    try:
+        return Grammars(TokenVocabulary.of(tokenizer, vocab_size))
+    except PreconditionError as reason:
+        log.warning("requests with a grammar are refused: %s", reason)
+        return None

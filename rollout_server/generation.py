@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from opd_mesh.errors import InvalidInputError, OpdError, TooLongError
+from opd_mesh.grammar import BoolArray, GrammarMatcher, Grammars
 from opd_mesh.trajectory import FinishReason, SamplingParams
+from rollout_server.prompts import PromptKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,18 @@ class WrittenToken:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One response to write. ``written`` tokens are kept as they are; writing goes on behind them."""
+    """One response to write.
+
+    Attributes:
+        written: tokens that are kept as they are; writing goes on behind them.
+        shared_prefix_tokens: with so many prompt tokens, fewer than all, the prompts of others begin, too; 0: none.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     written: tuple[WrittenToken, ...] = ()
+    shared_prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +67,9 @@ class EngineCounters:
 
     Attributes:
         tokens: written.
-        prefill_tokens: of contexts, as often as they were read: again after a swap, once for all answers to a prompt.
-        shared_prefill_tokens: of prompts that were not read because another answer's had been.
+        prefill_tokens: of contexts, as often as they were read: again after a swap, once for all answers to a prompt,
+            and once for all prompts of a prefix.
+        shared_prefill_tokens: of prompts that were not read because another request's had been.
         replayed_tokens: of resumed requests, fed one by one as they were written (deterministic mode alone).
         preempted: running requests that went back to waiting because others outgrew the memory.
     """
@@ -82,17 +91,25 @@ class SequenceState:
 
     Attributes:
         arrival: its number in the order of submission.
+        beginnings: the prompt, then its prefix that is shared, if it has one and the model can read on from there.
+            What was read of either may be copied, and a pass over the context ends with each.
         tokens: all response tokens; ``versions`` the policy that wrote each.
         context: while it waits, what has been read of it: the backend's; None at first.
         logits_V: fp32 [V] behind the last token read.
         restored: ``context`` came from another process: it lacks the newest token, which decoding feeds.
         alone: a pass with it has failed; it is read again in a pass of its own.
         joins_alone: it could not join the running ones together with others.
+        matcher: where its tokens stand in its grammar, if it has one; as they are kept, so is this.
     """
 
-    def __init__(self, request: GenerationRequest, arrival: int) -> None:
+    def __init__(
+        self, request: GenerationRequest, arrival: int, matcher: GrammarMatcher | None = None, *, in_pieces: bool = True
+    ) -> None:
         self.request = request
         self.arrival = arrival
+        shared = request.shared_prefix_tokens if in_pieces else 0
+        prefix = (PromptKey(request.prompt_ids[:shared]),) if shared else ()
+        self.beginnings = (PromptKey(request.prompt_ids, shared), *prefix)
         self.tokens = [token.token_id for token in request.written]
         self.versions = [token.policy_version for token in request.written]
         self.context: Any = None
@@ -100,6 +117,18 @@ class SequenceState:
         self.restored = False
         self.alone = False
         self.joins_alone = False
+        self.matcher = matcher
+
+    def allowed(self) -> BoolArray | None:
+        """The ids that its grammar allows next; None: all."""
+        return None if self.matcher is None else self.matcher.allowed()
+
+    def append(self, token: int, policy_version: int) -> None:
+        """A token was drawn, of those that are allowed."""
+        if self.matcher is not None:
+            self.matcher.advance(token)
+        self.tokens.append(token)
+        self.versions.append(policy_version)
 
     @property
     def token_ids(self) -> list[int]:
@@ -115,6 +144,11 @@ class SequenceState:
     def most_read(self) -> int:
         """Tokens that the model will have read of it at most: the last one written never is."""
         return most_tokens_read(self.request)
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of it that have been read while it waits."""
+        return 0 if self.context is None else int(self.context.length)
 
     @property
     def is_read(self) -> bool:
@@ -161,6 +195,11 @@ def validate_request(request: GenerationRequest, *, valid_vocab_size: int, max_c
                     f"{token} is outside the vocabulary of {valid_vocab_size}", field=f"{name}[{index}]"
                 )
     prompt_length = len(request.prompt_ids)
+    if not 0 <= request.shared_prefix_tokens < prompt_length:
+        raise InvalidInputError(
+            f"{request.shared_prefix_tokens} of {prompt_length} prompt tokens; give fewer than all, or 0 for none",
+            field="shared_prefix_tokens",
+        )
     if prompt_length + sampling.max_new_tokens > max_context_tokens:
         raise TooLongError(
             f"{prompt_length} prompt tokens and {sampling.max_new_tokens} new ones, "
@@ -169,6 +208,25 @@ def validate_request(request: GenerationRequest, *, valid_vocab_size: int, max_c
         )
     if finish_reason_after(sampling, written_ids):
         raise InvalidInputError("the response is finished: there is nothing to resume", field="written")
+
+
+def matcher_of(request: GenerationRequest, grammars: Grammars | None) -> GrammarMatcher:
+    """Where a request with a grammar goes on, behind what is written of it.
+
+    Args:
+        grammars: None: none are taken.
+
+    Raises:
+        InvalidInputError: the grammar does not compile, what is written does not fit it, or there is no stop token.
+    """
+    if grammars is None:
+        raise InvalidInputError(
+            "none are taken here: the bytes of the tokenizer's tokens cannot be told (the server's log says why)",
+            field="sampling.grammar",
+        )
+    matcher = grammars.matcher(request.sampling.grammar, request.sampling.stop_token_ids)
+    matcher.resume([token.token_id for token in request.written])
+    return matcher
 
 
 def finish_reason_after(sampling: SamplingParams, tokens: Sequence[int]) -> FinishReason | None:

@@ -1,4 +1,4 @@
-"""Prompts that have been read, kept for the other answers drawn to them under the same weights."""
+"""Prompts and prefixes that have been read, kept for other requests that begin with them under the same weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,37 @@ from typing import Any
 from torch import Tensor
 
 
+class PromptKey:
+    """Tokens that contexts begin with, and how they are read. Hashed once: they are long, and looked up in every step.
+
+    Attributes:
+        ids: all of them.
+        boundary: a pass over them ends here before the last one does; 0: nowhere. Other boundaries give other bits.
+    """
+
+    __slots__ = ("_hash", "boundary", "ids")
+
+    def __init__(self, ids: tuple[int, ...], boundary: int = 0) -> None:
+        self.ids = ids
+        self.boundary = boundary
+        self._hash = hash((ids, boundary))
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.ids)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PromptKey) and (self.boundary, self.ids) == (other.boundary, other.ids)
+
+
 @dataclass(frozen=True, slots=True)
 class ReadPrompt:
     """Attributes:
-    context: the backend's, of exactly the prompt. It must be copied before it is read on.
+    context: the backend's, of exactly the key's tokens. It must be copied before it is read on.
     logits_V: fp32 [V], of the token after it.
     num_bytes: what keeping it takes.
     """
@@ -23,7 +50,7 @@ class ReadPrompt:
 
 
 class PromptStore:
-    """The prompts used last, by their ids.
+    """The prompts used last.
 
     Args:
         max_prompts: of which the one that was not used for longest goes first.
@@ -31,28 +58,28 @@ class PromptStore:
 
     def __init__(self, max_prompts: int) -> None:
         self._max_prompts = max_prompts
-        self._prompts: OrderedDict[tuple[int, ...], ReadPrompt] = OrderedDict()
+        self._prompts: OrderedDict[PromptKey, ReadPrompt] = OrderedDict()
         self.num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def find(self, prompt_ids: tuple[int, ...]) -> ReadPrompt | None:
+    def find(self, key: PromptKey) -> ReadPrompt | None:
         """A prompt, which counts as used."""
-        prompt = self._prompts.get(prompt_ids)
+        prompt = self._prompts.get(key)
         if prompt is not None:
-            self._prompts.move_to_end(prompt_ids)
+            self._prompts.move_to_end(key)
         return prompt
 
-    def put(self, prompt_ids: tuple[int, ...], prompt: ReadPrompt, *, max_bytes: int) -> bool:
+    def put(self, key: PromptKey, prompt: ReadPrompt, *, max_bytes: int) -> bool:
         """Keep a prompt if all together take no more than ``max_bytes`` then; older ones go for it."""
-        if prompt_ids in self._prompts or prompt.num_bytes > max_bytes:
+        if key in self._prompts or prompt.num_bytes > max_bytes:
             return False
         while self._prompts and (
             len(self._prompts) == self._max_prompts or self.num_bytes + prompt.num_bytes > max_bytes
         ):
             self.drop_oldest()
-        self._prompts[prompt_ids] = prompt
+        self._prompts[key] = prompt
         self.num_bytes += prompt.num_bytes
         return True
 

@@ -15,7 +15,7 @@ from opd.v1 import rollout_service_pb2
 from opd_mesh.convert import sampling_from_proto, sampling_to_proto
 from opd_mesh.errors import InternalError, OpdError, error_classes_by_reason
 from rollout_server.engine import TokenEvent
-from rollout_server.generation import WrittenToken
+from rollout_server.generation import GenerationRequest, WrittenToken
 from rollout_server.requests import RequestParams, RequestState
 from rollout_server.token_log import LoggedToken, RecoveredRequest, TokenLog
 
@@ -33,6 +33,7 @@ def params_to_bytes(params: RequestParams) -> bytes:
         sampling=sampling_to_proto(params.sampling),
         publish=params.publish,
         tokenizer_fingerprint=params.tokenizer_fingerprint,
+        shared_prefix_tokens=params.shared_prefix_tokens,
     ).SerializeToString()
 
 
@@ -46,6 +47,7 @@ def params_from_proto(request: rollout_service_pb2.GenerateRequest) -> RequestPa
         sampling=sampling_from_proto(request.sampling),
         publish=request.publish,
         tokenizer_fingerprint=request.tokenizer_fingerprint,
+        shared_prefix_tokens=request.shared_prefix_tokens,
     )
 
 
@@ -81,6 +83,14 @@ def written_tokens(state: RequestState) -> tuple[WrittenToken, ...]:
     """For the engine: what has been written already."""
     columns = state.tokens, state.sampling_logprobs, state.policy_logprobs, state.policy_versions
     return tuple(map(WrittenToken, *columns))
+
+
+def generation_request(state: RequestState) -> GenerationRequest:
+    """For the engine: what is to be written, behind what has been."""
+    params = state.params
+    return GenerationRequest(
+        params.key, params.prompt_ids, params.sampling, written_tokens(state), params.shared_prefix_tokens
+    )
 
 
 def states_of(recovered: Iterable[RecoveredRequest]) -> list[RequestState]:

@@ -14,7 +14,12 @@ from rollout_server.generation import TokenEvent
 
 @dataclass(frozen=True, slots=True)
 class RequestParams:
-    """Everything that makes two uses of one ``request_id`` the same request."""
+    """Everything that makes two uses of one ``request_id`` the same request.
+
+    Attributes:
+        shared_prefix_tokens: see ``GenerateRequest``. That of the first use counts, and another is no conflict: it says
+            how a prompt is read, not what is written.
+    """
 
     request_id: str
     run_id: str
@@ -23,6 +28,7 @@ class RequestParams:
     sampling: SamplingParams
     publish: bool
     tokenizer_fingerprint: str
+    shared_prefix_tokens: int = field(default=0, compare=False)
 
     @property
     def key(self) -> str:

@@ -25,7 +25,7 @@ SERVICE = "opd.v1.RolloutService"
 async def serve(arguments: ServiceArguments[RolloutServerConfig]) -> int:
     """Serve until SIGTERM, or until the decode loop or the log fails: then 1, and whoever starts us should do it again.
 
-    Health is NOT_SERVING until a policy has been given.
+    Health is NOT_SERVING until a policy has been given; a frozen server has one of its own.
     """
     config = arguments.config
     server = MeshServer(config.server, services=[SERVICE], insecure=arguments.insecure)
@@ -54,6 +54,8 @@ async def serve(arguments: ServiceArguments[RolloutServerConfig]) -> int:
             log.warning("no log is configured: requests do not survive this process")
             servicer.install(loaded)
         del loaded  # of the checkpoint's own weights the service keeps what it needs
+        if config.frozen:
+            await servicer.serve_frozen()
     except BaseException:
         await server.grpc.stop(None)  # or its destructor would add a stack to the one clear message
         raise

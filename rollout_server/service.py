@@ -41,6 +41,8 @@ from rollout_server.saved_kv import SavedKv
 from rollout_server.token_log import TokenLog
 
 log = logging.getLogger("rollout_server")
+# The run of a policy that nobody trains.
+FROZEN_RUN = "frozen"
 
 
 class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
@@ -92,6 +94,17 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         )
         self._installed.recover(recovered)
 
+    async def serve_frozen(self) -> None:
+        """The checkpoint's own weights, which the engine holds since it was built, are the policy, and stay it."""
+        generations = self._generations
+        policy = PolicyId(FROZEN_RUN, 0, 0, self._loaded.base_digest)
+        saved = await self._take_saved_kv(policy)
+        refused = await generations.driver.call(lambda: generations.submit_recovered(saved))
+        self._weights = ServedWeights(generations.engine.tensor_shapes, policy=policy)
+        generations.refuse(refused)
+        log.info("serving the checkpoint's own weights, frozen: %s", policy)
+        await self._on_serving(True)
+
     @property
     def _generations(self) -> Generations:
         if self._installed is None:
@@ -117,6 +130,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 max_context_tokens=settings.max_context_tokens,
                 max_slots=settings.max_slots,
                 max_waiting=settings.max_waiting,
+                grammars=self._loaded.engine.takes_grammars,
             ),
             cache_mode=str(self._loaded.engine.cache_mode),
             host_id=host_id(),
@@ -131,6 +145,12 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
         """Receive, verify, prepare beside the old weights, swap between two tokens. Whatever fails before the swap
         leaves the old policy serving."""
         generations = self._generations
+        if self._config.frozen:
+            raise PreconditionError(
+                f"this server keeps the weights of {self._config.model}: take `frozen: true` out of its configuration, "
+                "or give the policy to another server",
+                field="frozen",
+            )
         idle_s = self._config.server.stream_idle_timeout_s
         messages = with_idle_timeout(request_iterator, idle_s, "UpdatePolicy")
         first = await anext(messages, None)

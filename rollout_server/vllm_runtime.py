@@ -120,7 +120,15 @@ def engine_arguments(folder: Path, settings: RolloutEngineConfig) -> Any:
 
 # --- requests ----------------------------------------------------------------------------------------------------
 def check_sampling(sampling: SamplingParams) -> None:
-    """Raises :class:`InvalidInputError` where the log-probability that vLLM gives is only one of the two wanted."""
+    """Raises :class:`InvalidInputError` where the log-probability that vLLM gives is only one of the two wanted.
+
+    With a grammar that is so at every temperature: its ``structured_outputs`` mask before "processed_logprobs".
+    """
+    if sampling.grammar:
+        raise InvalidInputError(
+            "engine vllm takes no grammars; leave it empty, or let a server with engine: transformers generate",
+            field="sampling.grammar",
+        )
     if sampling.temperature == 0:  # greedy: the sampling distribution is one token
         return
     for name, value in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():

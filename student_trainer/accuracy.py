@@ -32,7 +32,8 @@ class AccuracyEvaluator:
     async def evaluate(self, domains: Sequence[Domain], grader: Grader, *, lineage: int, step: int) -> dict[str, float]:
         """Metrics by name: ``accuracy/<domain>`` (share of right answers), ``score/<domain>`` (mean score),
         ``unparsed/<domain>`` (share from which no answer could be taken), all of ``graded/<domain>`` answers;
-        ``ungraded/<domain>`` (answers without a score), ``answer_length/<domain>`` (mean, tokens).
+        ``ungraded/<domain>`` (answers without a score), ``answer_length/<domain>`` (mean, tokens). Of
+        verdicts also ``kappa/<domain>``, their agreement with gold beyond chance, where it is defined.
 
         Raises:
             VerifierError: not one answer of a domain could be graded.
@@ -58,6 +59,8 @@ class AccuracyEvaluator:
             line[f"graded/{domain.name}"] = found["graded"]
             line[f"ungraded/{domain.name}"] = found["ungraded"] or 0
             line[f"answer_length/{domain.name}"] = found["mean_length"] or 0.0
+            if found.get("kappa") is not None:
+                line[f"kappa/{domain.name}"] = found["kappa"] or 0.0
         return line
 
     async def _answers(self, domain: Domain, grader: Grader, config: AccuracyConfig, name: str) -> list[Answer]:

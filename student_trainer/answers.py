@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from opd_mesh.judging.statistics import cohens_kappa
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grade, Grader, Prompt
@@ -39,6 +40,9 @@ class Answer:
             "score": self.grade.score if self.grade else None,
             "parsed": self.grade.parsed if self.grade else None,
             "failure": self.grade.failure if self.grade else None,
+            **(
+                {"said": self.grade.said, "gold": self.grade.gold} if self.grade and self.grade.gold is not None else {}
+            ),
         }
 
 
@@ -82,11 +86,12 @@ def figures(answers: Sequence[Answer]) -> dict[str, float | None]:
     """Of one domain: ``accuracy`` (share of right answers) and ``score`` (mean), None where nothing was graded;
     ``answers``, and how many of them are ``graded``; how many of the graded are ``unparsed`` (no answer could be
     read), and how many should have a score and have none (``ungraded``: the verifier failed, or it was cancelled);
-    ``mean_length`` in tokens, of those that were not cancelled."""
+    ``mean_length`` in tokens, of those that were not cancelled. Of verdicts also ``kappa``: Cohen's, of what they say
+    and gold, over those that parsed; None where it is not defined."""
     grades = [answer.grade for answer in answers if answer.grade is not None]
     scores = [grade.score for grade in grades if grade.score is not None]
     whole = [one.trajectory for one in answers if one.trajectory.finish_reason is not FinishReason.CANCELLED]
-    return {
+    found: dict[str, float | None] = {
         "accuracy": sum(score >= CORRECT for score in scores) / len(scores) if scores else None,
         "score": sum(scores) / len(scores) if scores else None,
         "answers": len(answers),
@@ -95,3 +100,9 @@ def figures(answers: Sequence[Answer]) -> dict[str, float | None]:
         "ungraded": sum(grade.failure is not None for grade in grades),
         "mean_length": sum(trajectory.num_scored for trajectory in whole) / max(1, len(whole)),
     }
+    if any(grade.gold is not None for grade in grades):
+        said = [
+            (round(one.said, 9), round(one.gold, 9)) for one in grades if one.said is not None and one.gold is not None
+        ]
+        found["kappa"] = cohens_kappa([first for first, _ in said], [second for _, second in said])
+    return found

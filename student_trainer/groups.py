@@ -62,6 +62,9 @@ class Groups:
 
     def _note(self, trajectory: Trajectory, reward: Reward) -> None:
         domain = trajectory.domain
+        if reward.judged is not None:
+            self._sums[f"judge_version/{domain}"].append(reward.judged.judge.version)
+            self._sums[f"judge_unparsed/{domain}"].append(reward.judged.unparsed / max(1, reward.judged.votes))
         self._sums[f"ungraded/{domain}"].append(reward.total is None)
         if reward.total is None:
             self._counts["ungraded"] += 1
@@ -72,10 +75,13 @@ class Groups:
         self._sums[f"reward/{domain}"].append(reward.total)
         self._sums[f"score/{domain}"].append(reward.grade.score or 0.0)
         self._sums[f"length_penalty/{domain}"].append(reward.penalty)
+        if reward.judged is not None:
+            self._sums[f"judge_variance/{domain}"].append(reward.judged.variance)
 
     def take_counted(self) -> dict[str, float]:
-        """Metrics of the step; the next one begins. Of a domain they are means: ``ungraded/<domain>`` over all its
-        responses, the others over those that were graded."""
+        """Metrics of the step; the next one begins. Of a domain they are means: ``ungraded/<domain>``,
+        ``judge_version/<domain>`` and ``judge_unparsed/<domain>`` (share of the votes) over all its responses, the
+        others over those that were graded."""
         named = ("groups_taught", "groups_equal", "groups_single", "samples_dropped", "ungraded", "unparsed")
         line: dict[str, float] = {name: self._counts[name] for name in named}
         line |= {name: sum(values) / len(values) for name, values in self._sums.items()}

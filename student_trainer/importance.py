@@ -21,8 +21,13 @@ ROWS = 64  # of logits [rows, V] at a time
 ABOVE_ZERO = 1e-3  # nats, that a log-probability may be by rounding
 
 
-def check_behaviour(trajectory: Trajectory) -> None:
-    """Raises :class:`TrajectoryError` where the ratio of probabilities is not known exactly."""
+def check_behaviour(trajectory: Trajectory, *, masks_replayed: bool = True) -> None:
+    """Raises :class:`TrajectoryError` where the ratio of probabilities is not known exactly.
+
+    Args:
+        masks_replayed: the present student's probabilities, too, will be over the ids that the grammar allowed, as
+            policy gradients take them. Distillation's are over the whole vocabulary.
+    """
     sampling = trajectory.sampling
     if not trajectory.sampling_logprobs:
         raise TrajectoryError("required: the objective has ratios of policies in it", field="sampling_logprobs")
@@ -30,6 +35,12 @@ def check_behaviour(trajectory: Trajectory) -> None:
         raise TrajectoryError(
             "ratios of policies need a temperature above 0, top_p 1 and top_k 0: what was cut off has none",
             field="sampling",
+        )
+    if sampling.grammar and not masks_replayed:
+        raise TrajectoryError(
+            "ratios of policies over the whole vocabulary are not known of a response that was drawn under a grammar; "
+            "set objective.importance to null",
+            field="sampling.grammar",
         )
     for index, logprob in enumerate(trajectory.sampling_logprobs):
         if not (math.isfinite(logprob) and logprob <= ABOVE_ZERO):

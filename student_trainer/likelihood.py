@@ -5,16 +5,19 @@ Letters: R response tokens of a pass, S responses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from opd_kernels import LinearHead, TokenLogprobs, token_logprobs
+from opd_kernels import AllowedIds, LinearHead, TokenLogprobs, masked_token_logprobs, token_logprobs
 from torch import Tensor
 
 from opd_mesh.config.training import PolicyGradientConfig
-from opd_mesh.errors import InternalError
+from opd_mesh.errors import InternalError, InvalidInputError, TrajectoryError
+from opd_mesh.grammar import Grammars, TokenMasks
 from opd_mesh.torch_tensors import from_numpy
+from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import Sample
 from student_trainer.heads import HeadStore
 from student_trainer.passes import OpenPass, TokenMeans, sampled_ids
@@ -76,24 +79,51 @@ def _advantage(sample: Sample) -> float:
     return sample.advantage
 
 
+def _replayed(trajectory: Trajectory, grammars: Grammars) -> TokenMasks:
+    sampling = trajectory.sampling
+    try:
+        return grammars.replay(sampling.grammar, sampling.stop_token_ids, trajectory.scored_token_ids)
+    except InvalidInputError as error:
+        raise TrajectoryError(
+            f"response {trajectory.trajectory_id} was not drawn under its grammar: {error}", field="sampling.grammar"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
     """GRPO and its variants, see :mod:`student_trainer.policy_gradient`.
 
+    π and μ are distributions over what could be drawn: of a response with a grammar over the ids that it allowed at
+    each token, so that ρ is 1 where the policy has not moved.
+
     Attributes:
         temperature: that the responses were written at.
         longest: tokens of the longest response that the recipe allows.
+        grammars: of the student's tokenizer; asked for when the first response with a grammar comes.
     """
 
     config: PolicyGradientConfig
     temperature: float
     longest: int
     deterministic: bool = False
+    grammars: Callable[[], Grammars] | None = None
 
     def of_batch(
         self, samples: Sequence[Sample], head: LinearHead, heads: HeadStore, means: TokenMeans
     ) -> _PolicyGradientBatch:
-        """See :class:`student_trainer.objective.Objective`."""
+        """See :class:`student_trainer.objective.Objective`.
+
+        Raises:
+            TrajectoryError: a response with a grammar where there is a KL to a reference, whose log-probabilities are
+                over all ids: the estimate would be of neither distribution.
+        """
+        constrained = [one.trajectory.trajectory_id for one in samples if one.trajectory.sampling.grammar]
+        if constrained and self.config.kl is not None:
+            raise TrajectoryError(
+                f"response {constrained[0]} was drawn under a grammar, and the reference's log-probabilities know "
+                "nothing of it; set objective.kl to null",
+                field="sampling.grammar",
+            )
         weights = token_weights(
             [sample.trajectory.num_scored for sample in samples],
             self.config.aggregation,
@@ -123,14 +153,7 @@ class _PolicyGradientPass:
         whole, current = self.whole, self.current
         objective = whole.objective
         config = objective.config
-        found = token_logprobs(
-            current.leaf_Rd,
-            whole.head,
-            sampled_ids(current.batch, current.device),
-            temperature=objective.temperature,
-            implementation=config.implementation,
-            deterministic=objective.deterministic,
-        )
+        found = self._logprobs()
         behaviour_R = self._rows([sample.trajectory.sampling_logprobs for sample in current.batch])
         terms = policy_terms(
             found.logprobs_T,
@@ -151,6 +174,57 @@ class _PolicyGradientPass:
         loss.backward()
         self._tell(found, behaviour_R, terms.clipped_R, terms.masked_R)
         return float(loss.detach())
+
+    def _logprobs(self) -> TokenLogprobs:
+        """Of all rows: over the whole vocabulary, or over what the response's grammar allowed."""
+        whole, current = self.whole, self.current
+        objective = whole.objective
+        ids_R = sampled_ids(current.batch, current.device)
+
+        def of_rows(hidden_Rd: Tensor, token_ids_R: Tensor) -> TokenLogprobs:
+            return token_logprobs(
+                hidden_Rd,
+                whole.head,
+                token_ids_R,
+                temperature=objective.temperature,
+                implementation=objective.config.implementation,
+                deterministic=objective.deterministic,
+            )
+
+        constrained = [bool(sample.trajectory.sampling.grammar) for sample in current.batch]
+        if not any(constrained):
+            return of_rows(current.leaf_Rd, ids_R)
+        rows_R = self._of_samples(constrained)
+        free_rows, masked_rows = (~rows_R).nonzero()[:, 0], rows_R.nonzero()[:, 0]
+        parts = [
+            of_rows(current.leaf_Rd[free_rows], ids_R[free_rows]),
+            masked_token_logprobs(
+                current.leaf_Rd[masked_rows],
+                whole.head,
+                ids_R[masked_rows],
+                self._allowed(),
+                temperature=objective.temperature,
+            ),
+        ]
+        order_R = torch.cat([free_rows, masked_rows]).argsort()
+        return TokenLogprobs(
+            logprobs_T=torch.cat([part.logprobs_T for part in parts])[order_R],
+            entropy_T=torch.cat([part.entropy_T for part in parts])[order_R],
+        )
+
+    def _allowed(self) -> AllowedIds:
+        """Of the rows of responses with a grammar, in order."""
+        grammars = self.whole.objective.grammars
+        if grammars is None:
+            raise InternalError("a response with a grammar, and no tokenizer to read it by")
+        trajectories = [sample.trajectory for sample in self.current.batch]
+        masks = [_replayed(one, grammars()) for one in trajectories if one.sampling.grammar]
+        starts = np.cumsum([0, *(len(one.packed_MB) for one in masks)])
+        packed_MB = np.concatenate([one.packed_MB for one in masks])
+        index_R = np.concatenate([one.index_R + start for one, start in zip(masks, starts, strict=False)])
+        return AllowedIds(
+            torch.from_numpy(packed_MB).to(self.current.device), torch.from_numpy(index_R).to(self.current.device)
+        )
 
     def _tell(self, found: TokenLogprobs, behaviour_R: Tensor, clipped_R: Tensor, masked_R: Tensor) -> None:
         means = self.whole.means

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Protocol
 
 from opd_kernels import LinearHead
 
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.training import DivergenceConfig, PolicyGradientConfig, SftConfig
+from opd_mesh.grammar import Grammars, TokenVocabulary
 from student_trainer.batch import Sample
 from student_trainer.heads import HeadStore
 from student_trainer.passes import OpenPass, TokenMeans
+from student_trainer.student import Student
 
 
 class PassLoss(Protocol):
@@ -52,8 +55,12 @@ class Objective(Protocol):
         ...
 
 
-def build_objective(recipe: Recipe) -> Objective:
-    """The objective that a recipe names."""
+def build_objective(recipe: Recipe, student: Student | None = None) -> Objective:
+    """The objective that a recipe names.
+
+    Args:
+        student: whose tokenizer the grammars of responses speak of; without it responses with a grammar are refused.
+    """
     from student_trainer.distillation import Distillation
     from student_trainer.likelihood import PolicyGradient, Sft
 
@@ -65,4 +72,10 @@ def build_objective(recipe: Recipe) -> Objective:
             return Sft(config.implementation, deterministic)
         case PolicyGradientConfig() as config:
             longest = max(recipe.max_new_tokens(domain) for domain in recipe.trained_domains.values())
-            return PolicyGradient(config, recipe.rollout.temperature, longest, deterministic)
+            grammars = None if student is None else cache(lambda: _grammars(student))
+            return PolicyGradient(config, recipe.rollout.temperature, longest, deterministic, grammars)
+
+
+def _grammars(student: Student) -> Grammars:
+    """A second's work for a large vocabulary. Raises :class:`PreconditionError` where the tokenizer is not for them."""
+    return Grammars(TokenVocabulary.of(student.tokenizer, student.vocab_size))

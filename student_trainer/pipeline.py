@@ -15,6 +15,7 @@ from opd_mesh.errors import RolloutUnavailableError, VerifierError
 from student_trainer.batch import Sample
 from student_trainer.checkpoint import TrainerState
 from student_trainer.groups import Groups
+from student_trainer.judged_rewards import open_judge
 from student_trainer.mark_buffer import MarkBuffer
 from student_trainer.rewards import Rewards
 from student_trainer.rollouts import Rollouts
@@ -77,7 +78,7 @@ class Pipeline:
         """Go on from a place in the data."""
         self._domains = domains
         if (objective := self._recipe.policy_gradient) is not None:
-            self._groups = Groups(objective, Rewards(domains, grader))
+            self._groups = Groups(objective, Rewards(domains, grader, open_judge(self._recipe, domains)))
         self._lineage = progress.lineage
         self._written = self._may_be_written = progress.step
         self._cursors, self._drawn = progress.cursors, progress.drawn
@@ -171,7 +172,7 @@ class Pipeline:
         Raises:
             RolloutUnavailableError, StreamUnavailableError: a bounded wait has ended.
             OpdError: what a server says of a request.
-            VerifierError: not one response could be graded.
+            VerifierError: not one response could be graded, or the reward model is out of reach.
         """
         if number not in self._steps and self._failure is not None:
             raise self._failure
@@ -225,8 +226,8 @@ class Pipeline:
             idle = []
         if not kept and not idle:
             raise VerifierError(
-                f"not one response of step {step.number} could be graded: {groups.last_failure}. A verifier that fails "
-                "gives no rewards, so there is nothing to learn from; mend it, then `opd run --resume`",
+                f"not one response of step {step.number} could be graded: {groups.last_failure}. A verifier (or judge) "
+                "that fails gives no rewards, so there is nothing to learn from; mend it, then `opd run --resume`",
                 field="domains",
             )
         return kept + idle

@@ -1,14 +1,32 @@
-"""Rewards of responses: the verifier's score, less what their length costs."""
+"""Rewards of responses: the verifier's score, or a judge's, less what their length costs."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from opd_mesh.policy import PolicyId
 from opd_mesh.trajectory import Trajectory
 from student_trainer.answers import read_answers
 from student_trainer.tasks import Domain, Grade, Grader, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Of one response that a judge scored.
+
+    Attributes:
+        judge: the policy that judged.
+        variance: of the score over the votes that parsed.
+        votes, unparsed: how many were asked for, and how many of them were no verdicts.
+    """
+
+    judge: PolicyId
+    variance: float
+    votes: int
+    unparsed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +36,37 @@ class Reward:
     Attributes:
         total: score + penalty; None where the response could not be graded, which is no reward of 0.
         penalty: at most 0.
-        grade: what the verifier said.
+        grade: what the verifier said, or the judge.
     """
 
     total: float | None
     penalty: float
     grade: Grade
+    judged: Judged | None = None
+
+
+class Judge(Protocol):
+    """Rewards of some domains: see :class:`student_trainer.judged_rewards.GroupJudge`."""
+
+    def judges(self, domain: str) -> bool:
+        """Whether these are."""
+        ...
+
+    def has(self, trajectory_id: str) -> bool:
+        """Whether a response was asked for and not yet taken."""
+        ...
+
+    def ask(self, prompt: Prompt, trajectory: Trajectory) -> None:
+        """Have a response judged."""
+        ...
+
+    async def take(self, trajectory_ids: Sequence[str]) -> list[Reward]:
+        """Of one group."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of what nobody waits for."""
+        ...
 
 
 class Rewards:
@@ -31,9 +74,11 @@ class Rewards:
 
     Args:
         grader: started already.
+        judge: of domains whose rewards are not their verifiers'.
     """
 
-    def __init__(self, domains: Iterable[Domain], grader: Grader) -> None:
+    def __init__(self, domains: Iterable[Domain], grader: Grader, judge: Judge | None = None) -> None:
+        self._judge = judge
         self._domains = {domain.name: domain for domain in domains}
         self._grader = grader
         self._waiting: list[tuple[Prompt, Trajectory, asyncio.Future[Reward]]] = []
@@ -42,6 +87,9 @@ class Rewards:
 
     def ask(self, prompt: Prompt, trajectory: Trajectory) -> None:
         """Have a response graded."""
+        if self._judge is not None and self._judge.judges(prompt.domain):
+            self._judge.ask(prompt, trajectory)
+            return
         future: asyncio.Future[Reward] = asyncio.get_running_loop().create_future()
         self._futures[trajectory.trajectory_id] = future
         self._waiting.append((prompt, trajectory, future))
@@ -49,7 +97,10 @@ class Rewards:
             self._working = asyncio.create_task(self._work())
 
     async def take(self, trajectory_ids: Sequence[str]) -> list[Reward]:
-        """Of responses that were asked for, each once. Raises what keeps the verifiers from working at all."""
+        """Of responses to one prompt that were asked for, each once. Raises what keeps the verifiers, or the judge,
+        from working at all."""
+        if self._judge is not None and all(map(self._judge.has, trajectory_ids)):
+            return await self._judge.take(trajectory_ids)
         return list(await asyncio.gather(*(self._futures.pop(name) for name in trajectory_ids)))
 
     async def _work(self) -> None:
@@ -72,6 +123,8 @@ class Rewards:
 
     async def close(self) -> None:
         """Let go of what nobody waits for."""
+        if self._judge is not None:
+            await self._judge.close()
         if self._working is not None:
             self._working.cancel()
             await asyncio.gather(self._working, return_exceptions=True)

@@ -34,6 +34,7 @@ from opd_mesh.trajectory import SamplingParams, Trajectory
 from student_trainer.importance import check_behaviour
 from student_trainer.rollout_watch import RolloutWatch
 from student_trainer.tasks import Prompt
+from student_trainer.tasks.judging import verdict_grammars
 from student_trainer.writing import Arrival, Writing, is_own_id
 
 log = logging.getLogger("student_trainer")
@@ -80,6 +81,7 @@ class Rollouts:
         if eos_token_id is not None and eos_token_id not in stop:
             stop.append(eos_token_id)
         self._stop_token_ids = tuple(stop)
+        self._grammars = verdict_grammars(recipe)
         self._clients = [
             RolloutClient(address, recipe.rollout.peers.channel) for address in recipe.rollout.peers.addresses
         ]
@@ -132,7 +134,7 @@ class Rollouts:
         return self._stream
 
     def sampling(self, domain: str, *key: int | str) -> SamplingParams:
-        """How a response is drawn: a pure function of (run seed, key)."""
+        """How a response is drawn: a pure function of (run seed, key); a verdict under its rubric's grammar."""
         rollout = self._recipe.rollout
         return SamplingParams(
             seed=derive_seed(self._recipe.run.seed, domain, *key),
@@ -141,6 +143,7 @@ class Rollouts:
             top_k=rollout.top_k,
             max_new_tokens=self._recipe.max_new_tokens(self._recipe.domains[domain]),
             stop_token_ids=self._stop_token_ids,
+            grammar=self._grammars.get(domain, ""),
         )
 
     def spec(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, publish: bool) -> GenerateSpec:

@@ -74,7 +74,7 @@ class Trainer:
         self.state = RunState(self.run_id, recipe.run.steps, self.metrics)
         self.progress = TrainerState()
         check_implementation(recipe, device)
-        self.objective = build_objective(recipe)
+        self.objective = build_objective(recipe, student)
         self.optimizer = Optimizer(
             recipe.optimizer,
             student.trainable(),

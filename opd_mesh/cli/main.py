@@ -131,6 +131,55 @@ def score(
     )
 
 
+@app.command()
+def judge(
+    answers: Annotated[
+        Path,
+        typer.Argument(help="JSONL: prompt and answer (or answers, a pair) on every line; may be id, reference, gold"),
+    ],
+    rubric: Annotated[str, typer.Option(help="a YAML file, or a rubric's name")],
+    out: Annotated[Path, typer.Option(help=".jsonl with a judgement on every line; resumes")],
+    address: Annotated[str | None, typer.Option(help="host:port of a reward model (opd serve grm)")] = None,
+    model: Annotated[Path | None, typer.Option(help="or the folder of a checkpoint that is to judge, frozen")] = None,
+    rubrics: Annotated[Path | None, typer.Option(help="folder in which the rubric's name is looked up")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=64, help="votes for each answer; of a pair, in each order")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="default: 0 for one vote, 1 for several", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the votes")] = 0,
+    summary: Annotated[Path | None, typer.Option(help="write the summary as JSON, too")] = None,
+    max_verdict_tokens: Annotated[int, typer.Option(min=1, help="with --model")] = 512,
+    max_context_tokens: Annotated[int, typer.Option(min=2, help="with --model: of prompt and verdict together")] = 4096,
+    device: Annotated[str, typer.Option(help="with --model: auto, cpu or cuda")] = "auto",
+    ca_file: Annotated[Path | None, typer.Option(help="PEM of the CA that signed the server: use TLS")] = None,
+    cert_file: Annotated[Path | None, typer.Option(help="PEM of our own certificate, for mutual TLS")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="PEM of its key")] = None,
+) -> None:
+    """Have answers judged by a rubric, from the shell.
+
+    Exit code 0: all have a score; 1: some have none, each told on stderr; 2: nothing can be judged.
+    """
+    from opd_mesh.cli.judge import JudgeOptions, judge_file
+    from opd_mesh.cli.score import channel_to
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device must be auto, cpu or cuda, got {device!r}", field="device")
+    options = JudgeOptions(
+        address=address,
+        model=model,
+        rubric=rubric,
+        rubrics=rubrics,
+        samples=samples,
+        temperature=temperature,
+        seed=seed,
+        max_verdict_tokens=max_verdict_tokens,
+        max_context_tokens=max_context_tokens,
+        device=device,
+        channel=channel_to(ca_file, cert_file, key_file),
+    )
+    sys.exit(asyncio.run(judge_file(answers, out, options, summary)))
+
+
 def main() -> None:
     """Entry point; an :class:`OpdError` is one clear message and exit code 2."""
     try:

@@ -37,7 +37,12 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True, slots=True)
 class GenerateSpec:
-    """One response to write; see ``GenerateRequest`` in the proto."""
+    """One response to write; see ``GenerateRequest`` in the proto.
+
+    Attributes:
+        shared_prefix_tokens: with so many prompt tokens, fewer than all, the prompts of other requests begin, too: the
+            server reads them once. 0: none.
+    """
 
     request_id: str
     run_id: str
@@ -46,6 +51,7 @@ class GenerateSpec:
     sampling: SamplingParams
     tokenizer_fingerprint: str
     publish: bool = False
+    shared_prefix_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +320,7 @@ def _request_of(spec: GenerateSpec) -> rollout_service_pb2.GenerateRequest:
         sampling=sampling_to_proto(spec.sampling),
         publish=spec.publish,
         tokenizer_fingerprint=spec.tokenizer_fingerprint,
+        shared_prefix_tokens=spec.shared_prefix_tokens,
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from opd_mesh.config.domains import DomainConfig
+from opd_mesh.config.judging import FrozenJudgeConfig, GrmConfig
 from opd_mesh.config.recipe import Recipe, TeacherRef
 from opd_mesh.config.tasks import OthersConfig
 from opd_mesh.errors import ConfigError, ModelNotFoundError
@@ -49,7 +51,30 @@ def resolve_paths(recipe: Recipe) -> Recipe:
                 field="rollout.log",
             )
         rollout = rollout.replace(log=rollout.log.replace(path=rollout.log.path.resolve()))
-    return recipe.replace(student=student, teachers=teachers, domains=domains, rollout=rollout)
+    grm = _absolute_grm(recipe.grm, checked)
+    return recipe.replace(student=student, teachers=teachers, domains=domains, rollout=rollout, grm=grm)
+
+
+def _absolute_grm(grm: GrmConfig, checked: Callable[[Path, str], Path | str]) -> GrmConfig:
+    changes: dict[str, Any] = {}
+    if isinstance(grm.judge, FrozenJudgeConfig):
+        changes["judge"] = grm.judge.replace(model=checked(grm.judge.model, "grm.judge.model"))
+    if grm.rubrics is not None:
+        changes["rubrics"] = grm.rubrics.resolve()
+    return grm.replace(**changes) if changes else grm
+
+
+def with_absolute_grm(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Part of a recipe, as it stands in a file, with the absolute paths of its reward model."""
+    grm = part.get("grm")
+    if not isinstance(grm, Mapping):
+        return dict(part)
+    found, judge = dict(grm), grm.get("judge")
+    if isinstance(grm.get("rubrics"), str):
+        found["rubrics"] = str(Path(grm["rubrics"]).resolve())
+    if isinstance(judge, Mapping) and isinstance(judge.get("model"), str):
+        found["judge"] = {**judge, "model": str(Path(judge["model"]).resolve())}
+    return {**part, "grm": found}
 
 
 SourcesT = TypeVar("SourcesT", DomainConfig, OthersConfig)
@@ -58,7 +83,7 @@ SourcesT = TypeVar("SourcesT", DomainConfig, OthersConfig)
 def with_absolute_paths(config: SourcesT) -> SourcesT:
     """A domain's files, and those of its other prompts."""
     changes: dict[str, Any] = {}
-    for key in ("jsonl", "dataset", "trajectories"):
+    for key in ("jsonl", "dataset", "trajectories", "judging", "reward"):
         if (source := getattr(config, key, None)) is not None:
             paths = {name: value.resolve() for name, value in source if isinstance(value, Path)}
             changes[key] = source.replace(**paths)

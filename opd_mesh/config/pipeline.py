@@ -13,7 +13,7 @@ import yaml
 from pydantic import ConfigDict, Discriminator, Field, ModelWrapValidatorHandler, Tag, field_validator, model_validator
 
 from opd_mesh.config.base import Strict, load_config
-from opd_mesh.config.domains import DomainConfig, EffortConfig
+from opd_mesh.config.domains import DomainConfig, EffortConfig, with_judged_splits
 from opd_mesh.config.recipe import Recipe
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$"
@@ -281,7 +281,7 @@ class PipelineRecipe(Strict):
         for name, domain in domains.items():
             if domain.teachers:
                 raise ValueError(f"{name}.teachers: a stage names its teachers; take them out of the domain")
-        return domains
+        return with_judged_splits(domains)
 
     @field_validator("stages")
     @classmethod

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from opd_mesh.config.base import Strict
-from opd_mesh.config.domains import DEFAULT_EFFORTS, DomainConfig, EffortConfig
+from opd_mesh.config.domains import DEFAULT_EFFORTS, DomainConfig, EffortConfig, with_judged_splits
+from opd_mesh.config.judging import GrmConfig
 from opd_mesh.config.services import (
     ComputeDType,
     Device,
@@ -193,6 +194,8 @@ class Recipe(Strict):
     # Of the teacher server that `opd run` starts for teachers without addresses.
     pool: PoolConfig = PoolConfig()
     rollout: RolloutConfig = RolloutConfig()
+    # Judges the responses of domains that have a `reward`.
+    grm: GrmConfig = GrmConfig()
     objective: ObjectiveConfig = ReverseKlConfig()
     optimizer: OptimizerConfig = AdamWConfig()
     batch: BatchConfig = BatchConfig()
@@ -235,6 +238,13 @@ class Recipe(Strict):
         return self.objective if isinstance(self.objective, PolicyGradientConfig) else None
 
     @property
+    def judged_domains(self) -> dict[str, DomainConfig]:
+        """Those whose rewards come from the generative reward model; empty where nothing is rewarded."""
+        if self.policy_gradient is None:
+            return {}
+        return {name: domain for name, domain in self.trained_domains.items() if domain.reward is not None}
+
+    @property
     def importance(self) -> ImportanceConfig | None:
         """Weights for tokens of older policies, where a divergence is to have them."""
         return self.objective.importance if isinstance(self.objective, DivergenceConfig) else None
@@ -262,6 +272,11 @@ class Recipe(Strict):
     def trained_domains(self) -> dict[str, DomainConfig]:
         """Those whose prompts are trained on."""
         return {name: domain for name, domain in self.domains.items() if domain.share > 0}
+
+    @field_validator("domains", mode="after")
+    @classmethod
+    def _judged_and_answered_alike(cls, given: dict[str, DomainConfig]) -> dict[str, DomainConfig]:
+        return with_judged_splits(given)
 
     @field_validator("efforts", mode="after")
     @classmethod
@@ -354,8 +369,10 @@ class Recipe(Strict):
                 f"must be several, not {self.batch.responses_per_prompt}; 8 is usual"
             )
         for domain_name, domain in self.trained_domains.items():
-            if domain.verifier is None:
-                raise ValueError(f"domains.{domain_name}.verifier: {name} needs rewards; name a verifier")
+            if not domain.is_rewarded:
+                raise ValueError(
+                    f"domains.{domain_name}.verifier: {name} needs rewards; name a verifier, or a reward by a GRM"
+                )
             if domain.others is not None:
                 raise ValueError(
                     f"domains.{domain_name}.others: {name} needs rewards, and other prompts are never verified; leave "
@@ -371,6 +388,36 @@ class Recipe(Strict):
                 "objective.dynamic_sampling: what replaces a dropped group cannot be written ahead; set max_staleness "
                 "to 0, or dynamic_sampling to null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _judging_fits(self) -> Recipe:
+        for name, domain in self.domains.items():
+            if domain.judging is None or not domain.judging.constrained:
+                continue
+            if domain.effort is not None and self.efforts[domain.effort].closing:
+                raise ValueError(
+                    f"domains.{name}.effort: {domain.effort} reasons first, and a constrained verdict has no room for "
+                    "that; choose another effort, or set judging.constrained to false"
+                )
+            objective = self.policy_gradient
+            if objective is not None and objective.kl is not None and domain.share > 0:
+                raise ValueError(
+                    f"objective.kl: domain {name} writes under a grammar, which the reference's log-probabilities do "
+                    "not know; set kl to null, or judging.constrained to false"
+                )
+            if self.importance is not None and domain.share > 0:
+                raise ValueError(
+                    f"objective.importance: domain {name} writes under a grammar, which the teachers' marks do not "
+                    "know; leave importance out, or set judging.constrained to false"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _grm_fits(self) -> Recipe:
+        for name, domain in self.judged_domains.items():
+            if domain.reward is not None:
+                self.grm.check(domain.reward, f"domains.{name}.reward", self.rollout.engine)
         return self
 
     @model_validator(mode="after")

@@ -243,6 +243,8 @@ class RolloutServerConfig(Strict):
 
     # The student's checkpoint: architecture and tokenizer. Weights are served only once a policy has been given.
     model: Path
+    # The checkpoint's own weights are the policy, from the start and for good: a judge, or whoever else must not learn.
+    frozen: bool = False
     engine: RolloutEngineConfig = RolloutEngineConfig()
     # Unset: nothing survives the process.
     log: TokenLogConfig | None = None
@@ -250,12 +252,6 @@ class RolloutServerConfig(Strict):
     redis_url: str | None = None
     stream_timeout_s: float = Field(10.0, gt=0)
     deterministic: bool = False
-    server: ServerConfig = ServerConfig()
-
-
-class GrmServerConfig(Strict):
-    """``opd serve grm``: the generative reward model, whose calls answer UNIMPLEMENTED in this release."""
-
     server: ServerConfig = ServerConfig()
 
 
@@ -268,4 +264,55 @@ class PeerConfig(Strict):
     @model_validator(mode="after")
     def _addresses_have_ports(self) -> PeerConfig:
         require_addresses(self.addresses)
+        return self
+
+
+class JudgeSamplingConfig(Strict):
+    """How verdicts are drawn where the item does not say."""
+
+    # 0: greedy, one vote.
+    temperature: float = Field(0.0, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+
+class GrmServerConfig(Strict):
+    """``opd serve grm``: the generative reward model, see docs/grm.md."""
+
+    # The judge's checkpoint, of which the tokenizer and its chat template are read, and no weights.
+    model: Path
+    # Rollout servers that hold the policy that judges. An item goes to one of several by its digest.
+    judge: PeerConfig = PeerConfig()
+    # Folder of YAML rubrics that items may name; unset: rubrics come with the items.
+    rubrics: Path | None = None
+    # A rubric's template is a program in Jinja's sandbox, which bounds what it reaches and not how long it runs: False
+    # takes none from requests.
+    inline_templates: bool = True
+    # Votes for each answer, or pair in each order, where the item does not say.
+    samples: int = Field(1, ge=1, le=64)
+    sampling: JudgeSamplingConfig = JudgeSamplingConfig()
+    seed: int = Field(0, ge=0, lt=1 << 64)
+    # Verdicts are decoded under a grammar, so that each parses. Where the judge's engine takes none they are written
+    # freely, which GetJudge says.
+    constrained: bool = True
+    max_verdict_tokens: int = Field(512, ge=1)
+    # Longer ones are refused, never cut: the item for its prompt or reference, the one answer for itself.
+    max_prompt_chars: int = Field(32768, ge=1)
+    max_answer_chars: int = Field(32768, ge=1)
+    system_prompt: str | None = None
+    # Where the item does not say.
+    item_timeout_s: float = Field(600.0, gt=0)
+    # Unanswered at once, per stream.
+    max_items: int = Field(256, ge=1)
+    # Judgements kept in memory; 0: none.
+    cache_entries: int = Field(4096, ge=0)
+    server: ServerConfig = ServerConfig()
+
+    @model_validator(mode="after")
+    def _votes_differ(self) -> GrmServerConfig:
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"samples: at sampling.temperature 0 all {self.samples} votes are the same: set a temperature above 0, "
+                "or samples to 1"
+            )
         return self

@@ -163,12 +163,19 @@ class PythonVerifier(AnswerVerifier):
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")  # package.module:name
 
 
+class VerdictVerifier(AnswerVerifier):
+    """Of a judging domain: 1 − |s − s_gold| for the verdict's overall score s, and 0 for what is no verdict."""
+
+    name: Literal["verdict"] = "verdict"
+
+
 VerifierConfig: TypeAlias = Annotated[
     Annotated[ReasoningGymVerifier, Tag("reasoning_gym")]
     | Annotated[ExactVerifier, Tag("exact")]
     | Annotated[NumberVerifier, Tag("number")]
-    | Annotated[PythonVerifier, Tag("python")],
-    choice(None, ("reasoning_gym", "exact", "number", "python"), "verifier"),
+    | Annotated[PythonVerifier, Tag("python")]
+    | Annotated[VerdictVerifier, Tag("verdict")],
+    choice(None, ("reasoning_gym", "exact", "number", "python", "verdict"), "verifier"),
 ]
 
 

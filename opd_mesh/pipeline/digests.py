@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from opd_mesh.config.judging import FrozenJudgeConfig
 from opd_mesh.config.pipeline import InitConfig
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.errors import ConfigError, InternalError, ModelNotFoundError
@@ -28,9 +29,16 @@ _WITHOUT_EFFECT = (
     "rollout.timeout_s",
     "rollout.engine.device", "rollout.engine.threads", "rollout.engine.max_waiting", "rollout.engine.finished_kept",
     "rollout.engine.cache_bytes", "rollout.engine.vllm", "batch.marks_memory_bytes", "batch.marks_spill",
-    "objective.implementation", "domains", "efforts", "teachers",
+    "objective.implementation", "domains", "efforts", "teachers", "grm",
 )  # fmt: skip
-_FILES = {"jsonl": ("path", "heldout"), "dataset": ("path",), "trajectories": ("path",)}
+_FILES = {
+    "jsonl": ("path", "heldout"),
+    "dataset": ("path",),
+    "trajectories": ("path",),
+    "judging": ("rubric", "path"),
+}
+# Keys of a domain that came later: where they are unset, what was made without them is the same.
+_LATER = ("judging", "reward")
 
 
 def digest_of(value: Any) -> str:
@@ -226,6 +234,18 @@ def _recipe(recipe: Recipe, files: FileDigests, written: set[str]) -> dict[str, 
         name: _without(teacher.model_dump(mode="json"), ("path", "adapter", "addresses", "domains"))
         for name, teacher in recipe.teachers.items()
     }
+    if recipe.judged_domains:
+        value["grm"] = _grm(recipe, files)
+    return value
+
+
+def _grm(recipe: Recipe, files: FileDigests) -> dict[str, Any]:
+    """Who judges and how; of servers that run already their addresses, for nothing else is known of them."""
+    value = _without(recipe.grm.model_dump(mode="json"), ("peers.channel", "judge.engine"))
+    if isinstance(recipe.grm.judge, FrozenJudgeConfig):
+        value["judge"] = {**value["judge"], "model": files.of(recipe.grm.judge.model)}
+    if recipe.grm.rubrics is not None:
+        value["rubrics"] = files.of(recipe.grm.rubrics)
     return value
 
 
@@ -238,14 +258,21 @@ def _domain(recipe: Recipe, name: str, files: FileDigests, *, keep_share: bool, 
     """[name, configuration with contents in the place of files, its effort]."""
     config = recipe.domains[name]
     value = _without(config.model_dump(mode="json"), ("verifier.timeout_s",))
+    value = _without(value, tuple(key for key in _LATER if value[key] is None))
     if not keep_share:
         value = _without(value, ("share", "teachers"))
+    if not keep_share or name not in recipe.judged_domains:
+        value.pop("reward", None)
     if written:
         value["trajectories"] = "written"  # by another job, which is among the inputs
     else:
         _put_contents(value, files)
         if config.others is not None:
             _put_contents(value["others"], files)
+        if config.reward is not None and "reward" in value and isinstance(config.reward.rubric, Path):
+            value["reward"] = {**value["reward"], "rubric": files.of(config.reward.rubric)}
+        if config.judging is not None and config.judging.domain is not None:
+            value["judged"] = _domain(recipe, config.judging.domain, files, keep_share=False)
     effort = None if config.effort is None else recipe.efforts[config.effort].model_dump(mode="json")
     return [name, value, effort]
 

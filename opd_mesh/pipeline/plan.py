@@ -118,9 +118,11 @@ class _Planner:
             phases.append(Phase("sft", stage.sft, f"stages.{name}.sft", SFT, domains))
         if stage.grpo is not None:
             for domain in stage.domains:
-                if self._pipeline.domains[domain].verifier is None:
+                if not self._pipeline.domains[domain].is_rewarded:
                     field = f"domains.{domain}.verifier"
-                    raise ConfigError(f"{field}: stage {name} trains by rewards; name a verifier", field=field)
+                    raise ConfigError(
+                        f"{field}: stage {name} trains by rewards; name a verifier, or a reward by a GRM", field=field
+                    )
             phases.append(Phase("grpo", stage.grpo, f"stages.{name}.grpo", GRPO, domains))
         if not phases:
             raise ConfigError(f"stages.{name}: give it `sft`, `grpo` or both", field=f"stages.{name}")
@@ -272,6 +274,12 @@ class _Planner:
     def _domains_of(self, domains: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {name: self._dumped(name, domain.share, domain.answer) for name, domain in domains.items()}
 
+    def _with_judged(self, domains: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """And those whose answers they judge, where these are not among them: never trained on."""
+        judged = [self._pipeline.domains[name].judging for name in domains if name in self._pipeline.domains]
+        missing = [one.domain for one in judged if one is not None and one.domain and one.domain not in domains]
+        return {**domains, **{name: self._dumped(name, 0.0) for name in missing}}
+
     def _efforts(self) -> dict[str, Any]:
         return {name: effort.model_dump(mode="json") for name, effort in self._pipeline.efforts.items()}
 
@@ -290,6 +298,7 @@ class _Planner:
             for domain, config in self._pipeline.domains.items():
                 if domain not in value["domains"] and config.verifier is not None:
                     value["domains"][domain] = self._dumped(domain, 0.0)
+        value["domains"] = self._with_judged(value["domains"])
         teachers = dict.fromkeys([*phase.teachers, *references(value)])
         value["teachers"] = {teacher: {"path": str(PLACEHOLDER)} for teacher in teachers}
         value["efforts"] = self._efforts()
@@ -354,7 +363,7 @@ class _Planner:
                 "evaluation": {**held_out, "accuracy": {}},  # a rollout server is needed
             },
         )
-        value["domains"] = {domain: self._dumped(domain, 1.0) for domain in used}
+        value["domains"] = self._with_judged({domain: self._dumped(domain, 1.0) for domain in used})
         value["efforts"] = self._efforts()
         recipe = self._whole(value, {}, f"stages.{name}")
         self._check_same_length(seed, domains, recipe)

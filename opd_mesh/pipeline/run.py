@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from opd_mesh.config.base import dump_config
-from opd_mesh.config.paths import with_absolute_paths
+from opd_mesh.config.paths import with_absolute_grm, with_absolute_paths
 from opd_mesh.config.pipeline import PipelineRecipe
 from opd_mesh.errors import ConfigError, UnavailableError
 from opd_mesh.files import write_durably
@@ -29,6 +29,7 @@ from opd_mesh.pipeline.store import Store
 from opd_mesh.pipeline.view import PipelineView, accuracies_line
 from opd_mesh.pipeline.work import Worker, cause_of
 
+PARTS = ("recipe", "sft", "grpo")  # of stages: parts of a run's recipe
 RECIPE, RESULTS, LOCK = "pipeline.yaml", "results.json", "pipeline.lock"
 # After its supervisor is dead a trainer ends at once, but may have a checkpoint to write.
 WAIT_FOR_OLD_S = 60.0
@@ -43,7 +44,11 @@ def resolve_pipeline_paths(pipeline: PipelineRecipe) -> PipelineRecipe:
     if model.path is not None:
         model = model.replace(path=model.path.resolve())
     domains = {name: with_absolute_paths(domain) for name, domain in pipeline.domains.items()}
-    return pipeline.replace(model=model, domains=domains)
+    stages = {}
+    for name, stage in pipeline.stages.items():
+        parts = {key: part for key in PARTS if isinstance(part := getattr(stage, key, None), dict)}
+        stages[name] = stage.replace(**{key: with_absolute_grm(part) for key, part in parts.items()})
+    return pipeline.replace(model=model, domains=domains, defaults=with_absolute_grm(pipeline.defaults), stages=stages)
 
 
 class PipelineRun:

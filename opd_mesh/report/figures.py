@@ -18,6 +18,10 @@ SET_LABELS = {
 }
 WHOLE = "fixed answers"
 FRESH = "the present student's own answers"
+JUDGING = (
+    "Of a domain that judges, right is the verdict that is known to be (gold), and κ is its agreement with that beyond "
+    "chance: 0 is guessing, 1 is all."
+)
 DASHES = ("-", "--", ":", "-.")
 STYLES = {"student_responses": "-", WHOLE: "-", "teacher_responses": "--", FRESH: ":"}
 
@@ -116,15 +120,7 @@ def heldout_figures(run: RunData, series_by_domain: dict[str, dict[str, Series]]
 def accuracy_figures(run: RunData, cast: Cast) -> list[FigureCard]:
     """The share of right answers over evaluations, in all domains."""
     cards = Cards(run.evaluations, cast)
-    lines = [Line(one.label, _times(one.series, 100.0), one.colour, one.style) for one in cards.by_domain("accuracy/")]
-    cards.add(
-        "accuracy",
-        "Accuracy",
-        "Right answers to prompts kept out of training, in percent; domains that are not trained on show what is "
-        "forgotten, or comes along.",
-        [Panel(lines, "% right", top=100.0, exact=True)],
-        keys_of(lines),
-    )
+    _add_accuracy(cards, "accuracy", "Accuracy")
     unparsed = cards.by_domain("unparsed/")
     lengths = cards.by_domain("answer_length/")
     shown = [line for line in unparsed if any(line.series.values)]
@@ -139,6 +135,34 @@ def accuracy_figures(run: RunData, cast: Cast) -> list[FigureCard]:
         keys_of(lengths, shown),
     )
     return cards.cards
+
+
+def judging_figure(run: RunData, number: int, title: str) -> FigureCard | None:
+    """Accuracy of answering and of judging in one run, of several on a page; None where it judges nothing."""
+    if not run.evaluations.keys_under("kappa/"):
+        return None
+    cast = Cast([], {name: {} for name in run.evaluations.keys_under("accuracy/")})
+    cards = Cards(run.evaluations, cast)
+    _add_accuracy(cards, f"judging{number}", title)
+    return cards.cards[0] if cards.cards else None
+
+
+def _add_accuracy(cards: Cards, name: str, title: str) -> None:
+    lines = [Line(one.label, _times(one.series, 100.0), one.colour, one.style) for one in cards.by_domain("accuracy/")]
+    kappas = cards.by_domain("kappa/")
+    colours = {line.label: (line.colour, line.style) for line in lines}
+    kappas = [Line(one.label, one.series, *colours.get(one.label, (one.colour, one.style))) for one in kappas]
+    cards.add(
+        name,
+        title,
+        "Right answers to prompts kept out of training, in percent; domains that are not trained on show what is "
+        "forgotten, or comes along." + (f" {JUDGING}" if kappas else ""),
+        [
+            Panel(lines, "% right", top=100.0, exact=True),
+            Panel(kappas, "Cohen's κ of verdicts", from_zero=False, zero_line=True, exact=True),
+        ],
+        keys_of(lines),
+    )
 
 
 def _times(series: Series, factor: float) -> Series:

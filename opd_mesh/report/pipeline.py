@@ -13,7 +13,7 @@ import yaml
 from opd_mesh.errors import NotFoundError, PreconditionError
 from opd_mesh.pipeline.statistics import RECIPE, RESULTS, ExperimentSummary, SystemSummary, summarize
 from opd_mesh.report import tables
-from opd_mesh.report.data import mapping
+from opd_mesh.report.data import mapping, read_run
 from opd_mesh.report.page import flat, missing_package, render, sections, write
 from opd_mesh.report.runs import TrainingRun, training_runs
 from opd_mesh.report.words import format_count, format_duration
@@ -21,6 +21,7 @@ from opd_mesh.report.words import format_count, format_duration
 EXPERT, MIXED = "expert on its own domain", "mixed training"
 # Kind → colour of the palette; None is the neutral ink.
 COLOURS = {"base": None, EXPERT: 6, "OPD": 0, "soup": 1, MIXED: 2, "cold start": 5}
+MAX_JUDGING_FIGURES = 12
 OVER_ALL = "Mean over domains"
 # Status of the results → (in words, tone); whatever else was there may have been killed since.
 _STATUS = {"finished": ("finished", "ok"), "failed": ("failed", "bad"), "stopped": ("stopped", "busy")}
@@ -70,6 +71,7 @@ def build_pipeline_report(folder: Path) -> Path:
         phase_rows=phase_rows,
         choices=_choices(summary) if summary else [],
         cost=_cost(summary) if summary else [],
+        judging=_judging(folder, runs),
         run_rows=[(run, _validation(run)) for run in runs],
         commands=_commands(folder),
         settings=[(key, flat(value)) for key, value in sections(recipe)],
@@ -163,6 +165,22 @@ def _figures(summary: ExperimentSummary) -> list[Any]:
     return cards
 
 
+def _judging(folder: Path, runs: Sequence[TrainingRun]) -> list[Any]:
+    """Of runs that learn to judge, the newest: how right their answers and verdicts became."""
+    judged = [(run, read_run(folder / run.folder)) for run in runs if run.judges][-MAX_JUDGING_FIGURES:]
+    if not judged:
+        return []
+    try:
+        from opd_mesh.report.figures import judging_figure
+    except ImportError as error:
+        raise missing_package(error) from error
+    cards = [
+        judging_figure(data, number, run.name if run.seed is None else f"{run.name}, seed {run.seed}")
+        for number, (run, data) in enumerate(judged)
+    ]
+    return [card for card in cards if card is not None]
+
+
 def _marks(summary: ExperimentSummary, domain: str | None) -> list[float]:
     """Where the base is and where the experts are: between the two lies the gain."""
     base = summary.systems.get(summary.roles.base or "")
@@ -250,5 +268,5 @@ def _commands(folder: Path) -> list[tuple[str, str]]:
 
 
 def results_json(summary: ExperimentSummary, command: str) -> str:
-    """The text of docs/experiment.json."""
+    """The text of an experiment's JSON."""
     return json.dumps(summary.to_json(command), indent=1, ensure_ascii=False) + "\n"

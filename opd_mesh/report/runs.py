@@ -21,6 +21,7 @@ class TrainingRun:
     Attributes:
         link: of its own report, relative to the pipeline's folder; empty where there is none.
         accuracies: domain → on validation prompts, at the last evaluation.
+        judges: whether verdicts are among the answers.
         status: "done", "in progress, or interrupted", or what the run said at its end.
     """
 
@@ -36,6 +37,7 @@ class TrainingRun:
     accuracies: Mapping[str, float]
     trained: frozenset[str]
     warnings: tuple[str, ...]
+    judges: bool = False
 
 
 def training_runs(pipeline_dir: Path) -> list[TrainingRun]:
@@ -75,6 +77,7 @@ def _run(pipeline_dir: Path, folder: Path) -> TrainingRun:
         accuracies=accuracies,
         trained=frozenset(name for name, share in shares.items() if share != 0),
         warnings=tuple(_texts(run.summary.get("warnings"))),
+        judges=bool(run.evaluations.keys_under("kappa/")),
     )
 
 

@@ -12,16 +12,34 @@ from opd_mesh.report.plots import Line, Panel
 def add_rewards(cards: Cards) -> None:
     """Of policy gradients: what responses earn, and how much of them teaches."""
     reward, score = cards.by_domain("reward/"), cards.by_domain("score/")
-    panels = [Panel(reward, "mean reward", from_zero=False), Panel(score, "mean score of the verifier", top=1.0)]
+    versions = cards.by_domain("judge_version/")
+    whose = "verifier, or of the judge" if versions else "verifier"
+    panels = [Panel(reward, "mean reward", from_zero=False), Panel(score, f"mean score of the {whose}", top=1.0)]
     if _same(reward, score):  # without length penalties
         panels = panels[1:]
     cards.add(
         "rewards",
         "Rewards by domain",
         "What the responses of a step earn on average: the verifier's score, less penalties for length where there are "
-        "any. This is what training pushes up.",
+        "any. This is what training pushes up."
+        + (" Where a judge gives the score, the truth is in the accuracies above." if versions else ""),
         panels,
         keys_of(reward, score),
+    )
+    variance, unparsed = (
+        [line for line in cards.by_domain(f"judge_{name}/") if any(line.series.values)]
+        for name in ("variance", "unparsed")
+    )
+    cards.add(
+        "judge",
+        "The judge",
+        "Which policy judges, how far the votes on one answer are apart, and the share of votes that were no verdict.",
+        [
+            Panel(versions, "policy version that judges", exact=True),
+            Panel(variance, "variance of the votes"),
+            Panel(unparsed, "share of votes", top=1.0),
+        ],
+        keys_of(versions),
     )
     groups = cards.named(("groups_taught", "taught"), ("groups_equal", "all alike"), ("groups_single", "one response"))
     lost = cards.named(("samples_dropped", "dropped"), ("ungraded", "not graded"), ("unparsed", "not parsed"), first=3)

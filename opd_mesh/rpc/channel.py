@@ -31,7 +31,7 @@ IDEMPOTENT: dict[str, tuple[str, ...]] = {
         "PauseGeneration",
         "ResumeGeneration",
     ),
-    "opd.v1.GenerativeRewardService": ("Judge",),
+    "opd.v1.GenerativeRewardService": ("GetJudge", "Judge"),
     "opd.v1.TrainerService": ("GetRun", "WatchRun", "PauseRun", "ResumeRun", "SaveCheckpoint"),
 }
 

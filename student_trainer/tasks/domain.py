@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from opd_mesh.config.domains import DomainConfig
 from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.rubrics import Rubric
 from opd_mesh.config.tasks import ExactVerifier, NumberVerifier, OthersConfig
 from opd_mesh.errors import ConfigError
-from opd_mesh.rendering import PLAIN, ResponseDecoder, render, render_answer
-from student_trainer.tasks.items import Item, Messages, Prompt, Split
+from opd_mesh.rendering import PLAIN, ResponseDecoder, render, render_answer, split_reasoning
+from student_trainer.tasks.items import PASSED_OVER, Item, Messages, Prompt, Split
+from student_trainer.tasks.judging import open_judging, open_rubric
 from student_trainer.tasks.length_penalty import penalty
 from student_trainer.tasks.sources import Lines, Source, SourceConfig, open_source
 from student_trainer.tasks.splits import split_of
@@ -25,7 +27,7 @@ REASONING = "reasoning"  # the metadata that holds what stands before the answer
 
 
 def _source_of(config: DomainConfig | OthersConfig) -> tuple[str, SourceConfig]:
-    """(key, source): the recipe has checked that there is one."""
+    """(key, source) of what is no judging domain: the recipe has checked that there is one."""
     for key in ("reasoning_gym", "jsonl", "dataset", "trajectories"):
         if (source := getattr(config, key, None)) is not None:
             return key, source
@@ -49,6 +51,11 @@ class Domain:
         max_new_tokens: of a response.
         effort: the form of prompt and response.
         heldout: the first ``evaluation.prompts_per_domain`` validation prompts.
+        rubric: of a judging domain.
+        heldout_keys: of items whose keys the source tells, what no training prompt may have.
+
+    Args:
+        answering: the domain whose answers this one judges, where its configuration names one.
 
     Raises:
         ConfigError: naming the field.
@@ -56,7 +63,14 @@ class Domain:
     """
 
     def __init__(
-        self, name: str, config: DomainConfig, recipe: Recipe, tokenizer: Any, *, max_prompt_tokens: int | None = None
+        self,
+        name: str,
+        config: DomainConfig,
+        recipe: Recipe,
+        tokenizer: Any,
+        *,
+        max_prompt_tokens: int | None = None,
+        answering: Domain | None = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -71,11 +85,18 @@ class Domain:
         self._lock = threading.Lock()  # sources and held-out sets; a tokenizer is safe by itself
         self._open_templates()
         count = self._kept_out(recipe)
-        self._open_sources(recipe.run.seed, count)
+        self.rubric: Rubric | None = None
+        if config.judging is not None:
+            self.rubric = open_rubric(config.judging.rubric, self._key("judging.rubric"))
+        self._source = self._open_source(recipe.run.seed, count, answering)
+        self._others = self._open_others(recipe.run.seed)
         self._held_out: dict[Split, _HeldOut] = {"validation": _HeldOut(), "test": _HeldOut()}
         self._kept = self._found("validation", count)
         self.heldout = self._kept[: recipe.evaluation.prompts_per_domain]
         self._heldout_ids = {prompt.token_ids for prompt in self._kept}
+        self.heldout_keys = frozenset(self.key(self.item(prompt)) for prompt in self._kept)
+        if answering is not None:
+            self.heldout_keys |= answering.heldout_keys
 
     def _kept_out(self, recipe: Recipe) -> int:
         """Validation prompts that are looked for at once; without ``splits`` no others are kept out of the training."""
@@ -91,28 +112,37 @@ class Domain:
         config = self.config
         self._prompt_template = compiled(config.prompt, self._key("prompt"))
         self._answer_template = compiled(config.answer, self._key("answer"))
-        self._key_template = compiled(config.splits.key if config.splits else None, self._key("splits.key"))
+        # The items of another domain that are judged have its keys.
+        splits = None if config.judging and config.judging.domain else config.splits
+        self._key_template = compiled(splits.key if splits else None, self._key("splits.key"))
         self._others_template = compiled(config.others.prompt if config.others else None, self._key("others.prompt"))
 
-    def _open_sources(self, seed: int, count: int) -> None:
-        config, tokenizer = self.config, self._tokenizer
-        compares = isinstance(config.verifier, ExactVerifier | NumberVerifier)
+    def _open_source(self, seed: int, count: int, answering: Domain | None) -> Source:
+        config = self.config
+        held_out: dict[str, Any] = {
+            "seed": seed,
+            "heldout_count": count,
+            "trained": config.share > 0,
+            "by_key": config.splits is not None,
+        }
+        if config.judging is not None and self.rubric is not None:
+            return open_judging(config.judging, self.rubric, answering, field=self._key("judging"), **held_out)
         key, source = _source_of(config)
-        self._source: Source = open_source(
-            source,
-            seed=seed,
-            field=self._key(key),
-            tokenizer=tokenizer,
-            heldout_count=count,
-            trained=config.share > 0,
-            by_key=config.splits is not None,
-            needs_answers=f"verifier {config.verifier.name}" if config.verifier and compares else "",
+        needs_answers = ""
+        if config.verifier is not None and isinstance(config.verifier, ExactVerifier | NumberVerifier):
+            needs_answers = f"verifier {config.verifier.name}"
+        elif config.reward is not None and config.reward.reference == "answer":
+            needs_answers = "reward.reference"
+        return open_source(
+            source, field=self._key(key), tokenizer=self._tokenizer, needs_answers=needs_answers, **held_out
         )
-        self._others: Source | None = None
-        if config.others is not None:
-            key, source = _source_of(config.others)
-            field = self._key(f"others.{key}")
-            self._others = open_source(source, seed=seed, field=field, tokenizer=tokenizer, heldout_count=0)
+
+    def _open_others(self, seed: int) -> Source | None:
+        if self.config.others is None:
+            return None
+        key, source = _source_of(self.config.others)
+        field = self._key(f"others.{key}")
+        return open_source(source, seed=seed, field=field, tokenizer=self._tokenizer, heldout_count=0)
 
     # --- items -------------------------------------------------------------------------------------------------
     def _train_item(self, index: int) -> tuple[bool, Item]:
@@ -135,6 +165,30 @@ class Domain:
             raise ConfigError(f"there is no held-out item {prompt.index}", field=f"domains.{self.name}")
         return item
 
+    def source_item(self, index: int, *, heldout: bool) -> Item | None:
+        """Of the domain's own source, whatever its split; None beyond the last one that is held out."""
+        with self._lock:
+            return self._source.heldout(index) if heldout else self._source.train(index)
+
+    def question(self, item: Item) -> str:
+        """The text of the last turn, as the template of prompts has it."""
+        return self._messages(item, other=False)[-1]["content"]
+
+    def gold_answer(self, item: Item) -> str | None:
+        """What SFT learns, without the reasoning; None where the item has no gold answer."""
+        text = item.answer if self._answer_template is None else self._answer_template.of(item)
+        if text is None or self.effort.closing not in text:
+            return text
+        return split_reasoning(text, self.effort.closing).answer
+
+    def key(self, item: Item) -> str:
+        """What the item's split is told by."""
+        return self._split_key(item, other=False)
+
+    def split(self, item: Item) -> Split | None:
+        """The item's; None where the domain has no ``splits``."""
+        return None if self.config.splits is None else self._split_of(item, other=False)
+
     def _messages(self, item: Item, *, other: bool) -> Messages:
         template = self._others_template if other else self._prompt_template
         if template is None:
@@ -155,6 +209,8 @@ class Domain:
         """Of an item; without a template the prompt's text, which is the same under every effort and chat template."""
         if self._key_template is not None:
             return self._key_template.of(item)
+        if item.key is not None:
+            return item.key
         if not item.messages:
             return " ".join(map(str, item.prompt_ids))
         messages = self._messages(item, other=other)
@@ -198,6 +254,8 @@ class Domain:
 
     def _train_prompt(self, index: int) -> Prompt | None:
         other, item = self._train_item(index)
+        if item is PASSED_OVER or (item.key is not None and item.key in self.heldout_keys):
+            return None
         splits = self.config.splits
         if splits is not None and self._split_of(item, other=other) not in (None, "train"):
             return None
@@ -248,13 +306,17 @@ class Domain:
             return found.prompts[:count]
 
     def _held_out_prompt(self, split: Split, found: _HeldOut, item: Item) -> Prompt | None:
+        if item is PASSED_OVER:
+            return None
         splits = self.config.splits
-        keys: list[Any] = []
+        keys: list[Any] = [] if item.key is None else [(item.key, item.part)]
         if splits is not None:
             key = self._split_key(item, other=False)
-            if split_of(key, splits) != split or key in found.seen:
+            if split_of(key, splits) != split:
                 return None
-            keys.append(key)
+            keys = keys or [key]
+        if any(key in found.seen for key in keys):
+            return None
         prompt = self._rendered(found.index, item, split=split)
         if prompt.token_ids in found.seen:
             return None
@@ -326,10 +388,19 @@ class Domain:
     @property
     def verifier_spec(self) -> VerifierSpec:
         """What a process needs to grade answers. Only of a domain that has a verifier."""
-        assert self.config.verifier is not None
-        return VerifierSpec(self.name, self.config.verifier, self.effort.closing, self.config.reasoning_gym)
+        config = self.config
+        assert config.verifier is not None
+        return VerifierSpec(self.name, config.verifier, self.effort.closing, config.reasoning_gym, self.rubric)
 
 
 def open_domains(recipe: Recipe, tokenizer: Any) -> list[Domain]:
     """All domains of a recipe. Slow: prompts are read, and tokenized."""
-    return [Domain(name, config, recipe, tokenizer) for name, config in recipe.domains.items()]
+    opened: dict[str, Domain] = {}
+
+    def judged_by(config: DomainConfig) -> str | None:
+        return None if config.judging is None else config.judging.domain
+
+    for name, config in sorted(recipe.domains.items(), key=lambda one: judged_by(one[1]) is not None):
+        judged = judged_by(config)
+        opened[name] = Domain(name, config, recipe, tokenizer, answering=opened[judged] if judged else None)
+    return [opened[name] for name in recipe.domains]

@@ -31,6 +31,7 @@ class Item:
         answer: the gold answer as the source has it.
         entry: what a scorer is given: question, answer, metadata, and whatever else the source's own item holds.
         prompt_ids, response_ids: of an item that is a trajectory.
+        key: what its split is told by, where the source says so; of several items of one key, ``part`` is which.
     """
 
     messages: Messages
@@ -39,11 +40,17 @@ class Item:
     entry: Mapping[str, Any] = field(default_factory=dict)
     prompt_ids: Sequence[int] = ()
     response_ids: Sequence[int] = ()
+    key: str | None = None
+    part: int = 0
 
     @property
     def question(self) -> str:
         """The text of the last turn."""
         return self.messages[-1]["content"] if self.messages else ""
+
+
+# In the place of an item that cannot be used; compared by identity.
+PASSED_OVER = Item([])
 
 
 def item_of(messages: Messages, answer: str | None, metadata: Mapping[str, Any]) -> Item:

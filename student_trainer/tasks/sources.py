@@ -164,8 +164,15 @@ def open_source(
                 other = open_dataset(source, split, field, needs_answers)
         case TrajectoriesSource(path=path):
             items = read_trajectories(path, f"{field}.path", tokenizer)
+    if other is not None and not by_key:
+        return Lines(items, other, seed)
+    return lines(items, path, field, seed=seed, heldout_count=heldout_count, trained=trained, by_key=by_key)
+
+
+def lines(
+    items: Sequence[Item], path: object, field: str, *, seed: int, heldout_count: int, trained: bool, by_key: bool
+) -> Lines:
+    """Of a file, all of which is one: see :func:`open_source`."""
     if by_key:
         return Lines(items, items, seed)
-    if other is not None:
-        return Lines(items, other, seed)
     return Lines(*_without_the_last(items, heldout_count, path, field, trained=trained), seed)

@@ -10,18 +10,21 @@ import math
 import numbers
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from typing import Any
 
+from opd_mesh.config.rubrics import Rubric
 from opd_mesh.config.tasks import (
     ExactVerifier,
     NumberVerifier,
     PythonVerifier,
     ReasoningGymSource,
+    VerdictVerifier,
     VerifierConfig,
 )
 from opd_mesh.errors import ConfigError
+from opd_mesh.judging.verdict import VerdictError, parse_verdict
 from opd_mesh.rendering import split_reasoning
 from student_trainer.tasks.extraction import extract, parse_number
 from student_trainer.tasks.items import Item
@@ -44,11 +47,14 @@ class Grade:
         score: in [0, 1]; 0 where there is no answer to be read; None where there is no score: ``failure`` says why,
             and without one the prompt is not to be verified.
         parsed: an answer was found and could be read.
+        said, gold: of a verdict, its overall score and the one that is right; ``said`` is None where it is none.
     """
 
     score: float | None
     parsed: bool
     failure: str | None = None
+    said: float | None = None
+    gold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ class VerifierSpec:
     config: VerifierConfig
     closing: str  # of the effort: ends the reasoning
     reasoning_gym: ReasoningGymSource | None
+    rubric: Rubric | None = None  # of a judging domain
 
 
 class Verification:
@@ -73,6 +80,10 @@ class Verification:
 
     def grade(self, item: Item, text: str) -> Grade:
         """Of a response's text. May take for ever; never raises what a verifier raises."""
+        grade = self._grade(item, text)
+        return replace(grade, gold=item.metadata["gold"]) if isinstance(self._config, VerdictVerifier) else grade
+
+    def _grade(self, item: Item, text: str) -> Grade:
         try:
             answer = split_reasoning(text, self._closing).answer
             answer = None if answer is None else extract(self._config.extract, answer)
@@ -87,6 +98,8 @@ class Verification:
     def _checked(self, score: Any) -> Grade:
         if score is UNREADABLE:
             return Grade(0.0, parsed=False)
+        if isinstance(score, Said):
+            return replace(self._checked(score.reward), said=score.overall)
         if not isinstance(score, numbers.Real):
             return _failure(f"the verifier returned {_shown(score)}, not a number")
         value = float(score)
@@ -110,6 +123,14 @@ def _failure(reason: str) -> Grade:
     return Grade(None, parsed=False, failure=reason[:MAX_REASON])
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a verdict says and what it earns, each in [0, 1]."""
+
+    overall: float
+    reward: float
+
+
 # --- scorers ---------------------------------------------------------------------------------------------------
 def _scorer(spec: VerifierSpec, field: str) -> Scorer:
     match spec.config:
@@ -119,6 +140,9 @@ def _scorer(spec: VerifierSpec, field: str) -> Scorer:
             return _number(tolerance)
         case PythonVerifier(function=name):
             return _python(name, f"{field}.function")
+        case VerdictVerifier():
+            assert spec.rubric is not None  # of a judging domain
+            return _verdict(spec.rubric)
     assert spec.reasoning_gym is not None  # the recipe has checked it
     return _reasoning_gym(spec.reasoning_gym, f"domains.{spec.domain}.reasoning_gym")
 
@@ -165,6 +189,17 @@ def _reasoning_gym(source: ReasoningGymSource, field: str) -> Scorer:
         if _NOT_FINITE.search(answer) and not _NOT_FINITE.search(item.answer or ""):
             return UNREADABLE
         return dataset.score_answer(answer, item.entry)
+
+    return score
+
+
+def _verdict(rubric: Rubric) -> Scorer:
+    def score(answer: str, item: Item) -> Any:
+        try:
+            said = parse_verdict(rubric, answer).overall
+        except VerdictError:
+            return UNREADABLE
+        return Said(said, 1.0 - abs(said - item.metadata["gold"]))
 
     return score
 

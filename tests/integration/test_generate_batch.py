@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -18,10 +19,10 @@ from opd.v1 import common_pb2, rollout_service_pb2
 from rollout_processes import Nursery
 from test_rollout_recovery import CHANNEL, begin, config_of, give_policy, policy_giver, spec_of
 from test_rollout_server import Served, known, listen, serving, until
-from tiny_models import save_tiny_checkpoint, tiny_model
+from tiny_models import EOS_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient, _request_of
-from opd_mesh.config.services import ChannelConfig
+from opd_mesh.config.services import ChannelConfig, TokenLogConfig
 from opd_mesh.convert import trajectory_from_proto
 from opd_mesh.errors import (
     DeadlineError,
@@ -42,6 +43,9 @@ from opd_mesh.torch_tensors import to_numpy
 from opd_mesh.trajectory import FinishReason, SamplingParams
 from opd_mesh.valkey import EmbeddedValkey
 from rollout_server import delivery
+from rollout_server.request_log import RequestLog, params_from_proto, states_of
+from rollout_server.requests import RequestState
+from rollout_server.token_log import TokenLog
 
 Result = rollout_service_pb2.GenerateBatchResult
 SHORT = SamplingParams(seed=1, max_new_tokens=6)
@@ -175,6 +179,85 @@ async def test_bad_items_leave_their_neighbours_alone(served: Served) -> None:
         assert spec.request_id == "taken" or known(served, spec.request_id) is None
     await call.send(items_of([good[2]]))  # the stream goes on
     assert (await call.results(1))[0].status.code == 0
+
+
+VERDICT = SamplingParams(
+    max_new_tokens=40, stop_token_ids=(EOS_ID,), grammar=r'start: "score: " /[1-5]/ " because " /[a-z ]{3,9}/ "\n"'
+)
+
+
+async def test_responses_by_a_grammar_beside_others_and_beside_a_grammar_that_does_not_compile(served: Served) -> None:
+    verdicts = [served.spec(f"v{number}", replace(VERDICT, seed=number)) for number in range(4)]
+    free = [served.spec(f"f{number}", replace(SHORT, seed=number)) for number in range(2)]
+    bad = served.spec("bad", replace(VERDICT, grammar="start: nowhere"))
+    impossible = served.spec("impossible", replace(VERDICT, grammar='start: "ab" "é"'))
+    call = Call(served.client)
+    await call.credits()
+    await call.send(items_of([*verdicts, bad, *free, impossible]))
+    results = await call.results(8)
+    for tag, spec in enumerate(verdicts):
+        assert results[tag].finish_reason == common_pb2.FINISH_REASON_STOP
+        trajectory = trajectory_from_proto(results[tag].trajectory)
+        assert trajectory.sampling == spec.sampling  # the mask travels as the grammar
+        text = tiny_tokenizer().decode(trajectory.scored_token_ids)
+        assert re.fullmatch(r"score: [1-5] because [a-z ]{3,9}\n</s>", text)
+        pairs = list(zip(trajectory.sampling_logprobs, trajectory.policy_logprobs, strict=True))
+        assert all(sampling >= policy - 1e-5 for sampling, policy in pairs)
+        assert sum(sampling - policy for sampling, policy in pairs) > 10
+    for tag in (5, 6):
+        assert (results[tag].status.code, results[tag].num_tokens) == (0, 6)
+    for tag, message in ((4, 'unknown name: "nowhere"'), (7, "at response token 2")):
+        error = error_of(results[tag].status)
+        assert isinstance(error, InvalidInputError)
+        assert error.field == "sampling.grammar"
+        assert message in str(error)
+    assert known(served, "bad") is None
+    with pytest.raises(RequestConflictError):  # the grammar is a parameter like any other
+        await listen(served, replace(verdicts[0], sampling=replace(verdicts[0].sampling, grammar="start: /a/")))
+
+
+async def test_a_prefix_that_many_prompts_share_is_read_once(served: Served) -> None:
+    prefix = [5 + index % 90 for index in range(40)]
+    specs = [
+        served.spec(f"s{n}", SHORT, prompt_token_ids=[*prefix, 10 + n, 7], shared_prefix_tokens=40) for n in range(30)
+    ]
+    before = await served.load()
+    shared = await asyncio.gather(*(served.client.generate(spec) for spec in specs))
+    after = await served.load()
+    assert after.prefill_tokens - before.prefill_tokens == 40 + 30 * 2
+    assert after.shared_prefill_tokens - before.shared_prefill_tokens == 29 * 40
+    plain = [replace(spec, request_id=f"plain{n}", shared_prefix_tokens=0) for n, spec in enumerate(specs)]
+    for one, other in zip(shared, await asyncio.gather(*map(served.client.generate, plain)), strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.policy_logprobs == pytest.approx(other.policy_logprobs, abs=1e-4)
+    # It is no part of what a request is: who asks again without it, or with another, gets the same response.
+    for tokens in (0, 3):
+        assert await served.client.generate(replace(specs[0], shared_prefix_tokens=tokens)) == shared[0]
+    with pytest.raises(InvalidInputError) as caught:
+        await served.client.generate(served.spec("too long", prompt_token_ids=[1, 2, 3], shared_prefix_tokens=3))
+    assert caught.value.field == "shared_prefix_tokens"
+
+
+async def test_a_prefix_is_in_the_log_and_shared_by_what_goes_on_from_there(checkpoint: Path, tmp_path: Path) -> None:
+    config = TokenLogConfig(path=tmp_path / "log")
+    async with serving(checkpoint) as server:
+        prefix = [5 + index % 90 for index in range(40)]
+        specs = [
+            # The last is as an earlier version wrote them, which knew of no prefixes.
+            server.spec(f"s{n}", SHORT, prompt_token_ids=[*prefix, 10 + n, 7], shared_prefix_tokens=40 * (n < 4))
+            for n in range(5)
+        ]
+        token_log, _ = TokenLog.open(config)
+        requests = RequestLog(token_log)
+        requests.begin([RequestState(params_from_proto(_request_of(spec)), lineage=1) for spec in specs])
+        requests.close()
+        token_log.close()
+        token_log, recovered = TokenLog.open(config)
+        token_log.close()
+        server.servicer._generations.recover(states_of(recovered))
+        await server.push(1, 0)
+        assert [(await server.client.write(spec)).num_scored for spec in specs] == [6] * 5
+        assert (await server.load()).prefill_tokens == 40 + 4 * 2 + 42
 
 
 async def test_one_request_asked_for_twice_is_written_once_and_answered_twice(served: Served) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import resource
 import signal
 import time
@@ -18,7 +19,7 @@ import pytest
 from mesh import running_valkey
 from opd.v1 import common_pb2, rollout_service_pb2
 from rollout_processes import Nursery, Server
-from tiny_models import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny_models import EOS_ID, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
 from opd_mesh.config.services import ChannelConfig
@@ -68,6 +69,12 @@ def spec_of(number: int, *, tokens: int = 48, run: str = "run", seed: int = 0) -
     prompt = [1, 20, 33 + number % 3, *range(40, 42 + number % 5)]
     sampling = SamplingParams(seed=1000 * seed + number, max_new_tokens=tokens + 7 * (number % 4))
     return GenerateSpec(f"r{number}", run, "math", prompt, sampling, FINGERPRINT)
+
+
+def by_grammar(spec: GenerateSpec) -> GenerateSpec:
+    """The same, of lower-case letters and full stops by turns, longer than it may get."""
+    sampling = replace(spec.sampling, grammar='start: (/[a-z]{3}/ "."){60}', stop_token_ids=(EOS_ID,))
+    return replace(spec, sampling=sampling)
 
 
 async def give_policy(client: RolloutClient, weights: PolicyWeights, version: int = 1, run: str = "run") -> None:
@@ -216,7 +223,7 @@ async def test_killed_anywhere(
 ) -> None:
     """Seeded; `make test-kill` does a hundred. Every request finishes, no token comes twice; in deterministic mode they
     are those of a server that nobody killed."""
-    specs = [spec_of(number) for number in range(8)]
+    specs = [spec_of(number) if number % 3 else by_grammar(spec_of(number)) for number in range(8)]
     config = config_of(checkpoint, tmp_path / "calm", deterministic=deterministic)
     calm = await write_with_kills(begin(nursery, config, tmp_path / "calm-server"), weights, specs, None)
     for seed in range(KILL_RUNS):
@@ -228,6 +235,9 @@ async def test_killed_anywhere(
         for reader, undisturbed in zip(readers, calm, strict=True):
             assert len(reader.tokens) == reader.spec.sampling.max_new_tokens
             assert not reader.beyond  # the process died, not the machine
+            if reader.spec.sampling.grammar:
+                text = tiny_tokenizer().decode(reader.tokens)
+                assert re.fullmatch(r"([a-z]{3}\.)*[a-z]{0,3}", text)
             if deterministic:
                 assert reader.tokens == undisturbed.tokens, f"seed {seed}, {reader.spec.request_id}"
                 assert reader.trajectory == undisturbed.trajectory  # to the bit, log-probabilities included

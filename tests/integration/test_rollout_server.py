@@ -21,15 +21,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mesh import QUICK
 from opd.v1 import (
     common_pb2,
-    generative_reward_service_pb2,
-    generative_reward_service_pb2_grpc,
     rollout_service_pb2,
     rollout_service_pb2_grpc,
 )
 from tiny_models import logits_of, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from grm_server.__main__ import GenerativeRewardServicer
-from opd_mesh.clients.reward import RewardClient
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
 from opd_mesh.config.services import ChannelConfig, RolloutEngineConfig, RolloutServerConfig
 from opd_mesh.convert import trajectory_from_proto
@@ -46,7 +42,6 @@ from opd_mesh.errors import (
     TokenizerMismatchError,
     TooLongError,
     UnavailableError,
-    UnimplementedError,
 )
 from opd_mesh.models.checkpoint import served_tensors, state_digest
 from opd_mesh.models.tokenizer import tokenizer_fingerprint
@@ -241,6 +236,7 @@ async def test_a_server_serves_once_it_holds_a_policy(checkpoint: Path) -> None:
         assert not answer.HasField("policy")
         assert answer.tokenizer_fingerprint == FINGERPRINT
         assert (answer.limits.max_context_tokens, answer.limits.max_slots, answer.limits.max_waiting) == (480, 4, 1024)
+        assert answer.limits.grammars
         assert answer.cache_mode == "batched"
         with pytest.raises(UnavailableError, match="no policy has been given") as caught:
             await listen(fresh, fresh.spec())
@@ -760,6 +756,18 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[OpdError], str, str]] = {
         {"sampling": common_pb2.SamplingParams(max_new_tokens=4, top_p=1.5)},
         InvalidInputError, "sampling.top_p", "at most 1",
     ),
+    "grammar": (
+        {"sampling": common_pb2.SamplingParams(max_new_tokens=4, stop_token_ids=[2], grammar="start: nowhere")},
+        InvalidInputError, "sampling.grammar", 'unknown name: "nowhere"',
+    ),
+    "long grammar": (
+        {"sampling": common_pb2.SamplingParams(max_new_tokens=4, stop_token_ids=[2], grammar="x" * 65_537)},
+        InvalidInputError, "sampling.grammar", "at most 65536",
+    ),
+    "grammar without an end": (
+        {"sampling": common_pb2.SamplingParams(max_new_tokens=4, grammar="start: /a/")},
+        InvalidInputError, "sampling.stop_token_ids", "ends with a stop token",
+    ),
 }  # fmt: skip
 
 
@@ -928,21 +936,3 @@ async def test_a_decode_loop_that_dies_is_told_to_everybody(checkpoint: Path, mo
         assert isinstance(server.failures.pop(), ZeroDivisionError)  # the process is to end
         with pytest.raises(UnavailableError, match="decode loop has ended"):
             await listen(server, server.spec())
-
-
-# --- the reward model ----------------------------------------------------------------------------------------------
-async def test_the_reward_model_answers_unimplemented() -> None:
-    server = MeshServer(QUICK, services=["opd.v1.GenerativeRewardService"])
-    generative_reward_service_pb2_grpc.add_GenerativeRewardServiceServicer_to_server(
-        GenerativeRewardServicer(), server.grpc
-    )
-    address = await server.start("127.0.0.1:0")
-    async with RewardClient(address, ONE_ATTEMPT) as client:
-        item = generative_reward_service_pb2.JudgeItem(prompt="2+2", answers=["4"], rubric_name="maths")
-        with pytest.raises(UnimplementedError, match="not part of this release"):
-            await client.judge(item)
-        batch = generative_reward_service_pb2.JudgeBatchItem(item_id="a", item=item)
-        with pytest.raises(UnimplementedError, match="not part of this release"):
-            async for _ in client.judge_batch([batch]):
-                pass
-    await server.drain()

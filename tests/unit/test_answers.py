@@ -141,6 +141,23 @@ def test_accuracy_without_a_verifier_is_refused() -> None:
     assert error.value.field == "evaluation.accuracy"
 
 
+def verdict(said: float | None, gold: float) -> Grade:
+    return Grade(0.0 if said is None else 1 - abs(said - gold), parsed=said is not None, said=said, gold=gold)
+
+
+async def test_verdicts_have_kappa_beside_their_accuracy() -> None:
+    """Of eight that parsed six are right, half of them by chance."""
+    right = [verdict(1.0, 1.0)] * 3 + [verdict(0.0, 0.0)] * 3
+    line = await measured([*right, verdict(0.0, 1.0), verdict(1.0, 0.0), verdict(None, 1.0), FAILED], cancelled=99)
+    assert (line["accuracy/d"], line["kappa/d"]) == (pytest.approx(6 / 9), pytest.approx(0.5))
+    assert (line["unparsed/d"], line["graded/d"]) == (pytest.approx(1 / 9), 9)
+    near = await measured([verdict(0.75, 1.0), verdict(0.1 + 0.2, 0.3)], cancelled=99)
+    assert near["accuracy/d"] == 0.5  # only what says exactly what gold does is right
+    assert near["score/d"] == pytest.approx(0.875)
+    assert near["kappa/d"] == pytest.approx((1 / 2 - 1 / 4) / (3 / 4))
+    assert "kappa/d" not in await measured([verdict(1.0, 1.0)] * 2, cancelled=99)  # one class: it is not defined
+
+
 # --- weights ----------------------------------------------------------------------------------------------------
 def test_an_adapters_weights_are_those_of_the_merged_model(tmp_path: Path) -> None:
     base = tiny_model("llama", 0)

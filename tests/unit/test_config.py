@@ -118,7 +118,8 @@ def test_a_domain_has_exactly_one_source(sources: tuple[str, ...]) -> None:
     known = {"reasoning_gym": {"task": "chain_sum"}, "jsonl": {"path": "p.jsonl"}}
     value = plain()
     value["domains"]["sums"] = {"teachers": {"arithmetic": 1.0}, **{name: known[name] for name in sources}}
-    assert "domains.sums: name exactly one source: reasoning_gym, jsonl, dataset or trajectories" in str(refusal(value))
+    wanted = "domains.sums: name exactly one source: reasoning_gym, jsonl, dataset, trajectories or judging"
+    assert wanted in str(refusal(value))
 
 
 def test_a_teacher_needs_a_path_or_addresses() -> None:

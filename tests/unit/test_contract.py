@@ -36,7 +36,11 @@ CONTRACT = {
         ("PauseGeneration", False, False),
         ("ResumeGeneration", False, False),
     },
-    "opd.v1.GenerativeRewardService": {("Judge", False, False), ("JudgeBatch", True, True)},
+    "opd.v1.GenerativeRewardService": {
+        ("GetJudge", False, False),
+        ("Judge", False, False),
+        ("JudgeBatch", True, True),
+    },
     "opd.v1.TrainerService": {
         ("GetRun", False, False),
         ("WatchRun", False, True),
@@ -55,6 +59,7 @@ CLIENTS: dict[str, tuple[type, ModuleType]] = {
 # A client method bears the name of its RPC in snake case, but for these, where the client's class says the rest.
 SHORTER = {
     "GenerateBatch": "generate",
+    "JudgeBatch": "judge_many",
     "ScoreTrajectories": "score",
     "CancelGeneration": "cancel",
     "PauseGeneration": "pause",

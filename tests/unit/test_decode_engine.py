@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -199,6 +200,20 @@ def test_answers_to_one_prompt_share_its_prefill() -> None:
     assert [tokens[request.request_id] for request in group] == [reference(model_of("llama"), r) for r in group]
 
 
+def test_prompts_of_one_prefix_share_its_prefill() -> None:
+    model = fresh_model()
+    shapes, engine = _record_shapes(model), make_engine(model=model)
+    prefix = make_request(0, length=7).prompt_ids
+    prompts = [(*prefix, *make_request(index, length=3).prompt_ids) for index in (1, 2, 3)]
+    sampling = SamplingParams(seed=1, max_new_tokens=4)
+    requests = [GenerationRequest(f"p{i}", ids, sampling, (), 7) for i, ids in enumerate([*prompts, prompts[0]])]
+    for request in requests:
+        engine.submit(request)
+    tokens = tokens_of(drain(engine))
+    assert shapes == [(1, 7), (3, 3)] + [(4, 1)] * 3
+    assert [tokens[request.request_id] for request in requests] == [reference(model_of("llama"), r) for r in requests]
+
+
 @pytest.mark.parametrize("mode", list(CacheMode))
 def test_cancel_frees_the_slot_and_leaves_the_others(mode: CacheMode) -> None:
     engine = make_engine(cache_mode=mode, max_slots=2)
@@ -303,7 +318,8 @@ def test_deterministic_events_do_not_depend_on_the_batch_or_on_order() -> None:
         assert by_request(events + drain(engine)) == alone  # log-probabilities to the last bit
 
 
-def test_deterministic_resume_repeats_the_calls_of_the_uninterrupted_run() -> None:
+@pytest.mark.parametrize("prefix", [0, 4])
+def test_deterministic_resume_repeats_the_calls_of_the_uninterrupted_run(prefix: int) -> None:
     old, new = model_of("llama"), tiny_model("llama", 1)
 
     def run(request: GenerationRequest, swap_at: int | None) -> list[TokenEvent]:
@@ -319,12 +335,12 @@ def test_deterministic_resume_repeats_the_calls_of_the_uninterrupted_run() -> No
             events += engine.step()
         return events
 
-    request = make_request(3, length=6, new=12)
+    request = replace(make_request(3, length=6, new=12), shared_prefix_tokens=prefix)
     whole = run(request, swap_at=4)
     assert [event.policy_version for event in whole] == [0] * 4 + [1] * 8
     assert [event.token_id for event in whole[:4]] == reference(old, request)[:4]
     for cut in range(1, 12):
-        resumed = GenerationRequest("r3", request.prompt_ids, request.sampling, written_tokens(whole[:cut]))
+        resumed = replace(request, written=written_tokens(whole[:cut]))
         assert run(resumed, swap_at=4) == whole[cut:]
 
 

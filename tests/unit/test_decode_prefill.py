@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -27,15 +27,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 
-from opd_mesh.errors import ConfigError, TooLongError
+from opd_mesh.errors import ConfigError, InvalidInputError, TooLongError
 from opd_mesh.trajectory import SamplingParams
 from rollout_server import decode_engine
 from rollout_server.backends import BatchedBackend, LastTokenForward, PerRequestBackend
 from rollout_server.cache import CacheMode, DynamicLayer, RightAlignedCache
-from rollout_server.cache_proof import prove_cache_modes
+from rollout_server.cache_proof import CacheModeProof, prove_cache_modes
 from rollout_server.context_reader import REPLAYED_PER_STEP
 from rollout_server.decode_engine import DecodeEngine
-from rollout_server.generation import EngineCounters, GenerationRequest, WrittenToken
+from rollout_server.generation import EngineCounters, GenerationRequest, TokenEvent, WrittenToken
 
 CACHED = [CacheMode.BATCHED, CacheMode.PER_REQUEST]
 ARCHITECTURES = {"llama": CACHED, "gemma2": CACHED, "gpt2": CACHED, "deepseek_v4": [CacheMode.PER_REQUEST]}
@@ -58,8 +58,29 @@ def _group(prompt: tuple[int, ...], size: int, new: int = 6) -> list[GenerationR
 def _resumed(request: GenerationRequest, count: int, model: Any = None) -> GenerationRequest:
     """After so many tokens, of policy 0."""
     tokens = reference(model or model_of("llama"), request)[:count]
-    written = tuple(WrittenToken(token, -1.0, -1.0, 0) for token in tokens)
-    return GenerationRequest(request.request_id, request.prompt_ids, request.sampling, written)
+    return replace(request, written=tuple(WrittenToken(token, -1.0, -1.0, 0) for token in tokens))
+
+
+def _of_one_prefix(prefix: int, rests: Sequence[int], new: int = 6, *, votes: int = 1) -> list[GenerationRequest]:
+    """Prompts that begin with the same tokens and end with so many of their own, ``votes`` answers to each."""
+    shared = make_request(0, length=prefix).prompt_ids
+    own = [make_request(1 + index, length=length).prompt_ids for index, length in enumerate(rests)]
+    return [
+        GenerationRequest(
+            f"i{index}v{vote}",
+            (*shared, *ids),
+            SamplingParams(seed=10 * index + vote, max_new_tokens=new),
+            shared_prefix_tokens=prefix,
+        )
+        for index, ids in enumerate(own)
+        for vote in range(votes)
+    ]
+
+
+def _run(engine: DecodeEngine, requests: Sequence[GenerationRequest]) -> list[TokenEvent]:
+    for request in requests:
+        engine.submit(request)
+    return drain(engine)
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------
@@ -100,7 +121,9 @@ def test_waiting_requests_are_read_in_order_and_within_the_budget() -> None:
         assert engine.counters.prefill_tokens == read
 
 
-def test_a_model_that_cannot_read_in_pieces_reads_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def whole_only_proof(monkeypatch: pytest.MonkeyPatch) -> CacheModeProof:
+    """Of a llama that cannot be read in pieces, for one test."""
     call = LastTokenForward.__call__
 
     def whole_only(self: LastTokenForward, ids_BT: torch.Tensor, **options: Any) -> Any:
@@ -114,7 +137,11 @@ def test_a_model_that_cannot_read_in_pieces_reads_whole(monkeypatch: pytest.Monk
     assert proof.fastest is CacheMode.BATCHED
     assert not proof.results[CacheMode.BATCHED].in_pieces
     assert "read whole" in proof.results[CacheMode.BATCHED].reason
-    engine = make_engine(cache_proof=proof, prefill_token_budget=8)
+    return proof
+
+
+def test_a_model_that_cannot_read_in_pieces_reads_whole(whole_only_proof: CacheModeProof) -> None:
+    engine = make_engine(cache_proof=whole_only_proof, prefill_token_budget=8)
     requests = [make_request(0, length=5), _resumed(make_request(1, length=30, new=12), 4), make_request(2, length=5)]
     for request in requests:
         engine.submit(request)
@@ -210,6 +237,127 @@ def test_a_long_replay_holds_nobody_up_and_changes_no_bit() -> None:
         assert grouped[request.request_id] == whole[request.request_id][70:]
 
 
+# --- shared prefixes ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("slots", [64, 5])
+@pytest.mark.parametrize(("arch", "mode"), CASES)
+def test_a_prefix_is_read_once_for_all_prompts_that_begin_with_it(arch: str, mode: CacheMode, slots: int) -> None:
+    requests = _of_one_prefix(19, [1 + index % 7 for index in range(64)], new=2)
+    engine = make_engine(arch, cache_mode=mode, max_slots=slots, prefill_token_budget=16)
+    for request in requests[:40]:
+        engine.submit(request)
+    events = [event for _ in range(2) for event in engine.step()]
+    for request in requests[40:]:  # a little later
+        engine.submit(request)
+    tokens = tokens_of(events + drain(engine))
+    assert engine.counters.prefill_tokens == 19 + sum(len(request.prompt_ids) - 19 for request in requests)
+    assert engine.counters.shared_prefill_tokens == 63 * 19
+    assert [tokens[request.request_id] for request in requests] == [reference(model_of(arch), r) for r in requests]
+    assert len(engine._prompts) == 1  # no prompt that nobody will ask for again
+
+
+@pytest.mark.parametrize("slots", [1, 2, 16])
+@pytest.mark.parametrize("mode", CACHED)
+def test_answers_to_prompts_of_one_prefix_share_those_and_it(mode: CacheMode, slots: int) -> None:
+    requests = _of_one_prefix(11, [5, 3, 4], votes=4)
+    engine = make_engine(cache_mode=mode, max_slots=slots, prefill_token_budget=8)
+    tokens = tokens_of(_run(engine, requests))
+    assert engine.counters.prefill_tokens == 11 + 5 + 3 + 4
+    assert engine.counters.shared_prefill_tokens == 12 * 11 + 4 * (5 + 3 + 4) - engine.counters.prefill_tokens
+    assert [tokens[request.request_id] for request in requests] == [reference(model_of("llama"), r) for r in requests]
+
+
+def test_a_prompt_may_be_what_others_begin_with() -> None:
+    longer = _of_one_prefix(9, [4, 6])
+    whole = GenerationRequest("whole", longer[0].prompt_ids[:9], SamplingParams(seed=3, max_new_tokens=4))
+    for order in ([whole, *longer], [*longer, whole]):
+        engine = make_engine()
+        tokens = tokens_of(_run(engine, order))
+        assert engine.counters.prefill_tokens == 9 + 4 + 6
+        assert [tokens[request.request_id] for request in order] == [reference(model_of("llama"), r) for r in order]
+
+
+def test_who_cannot_go_on_from_a_prefix_ignores_it(whole_only_proof: CacheModeProof) -> None:
+    requests = _of_one_prefix(9, [4, 6], votes=2)
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"cache_proof": whole_only_proof}, 2 * 13 + 2 * 15),  # nothing of it can be copied
+        ({"cache_mode": CacheMode.UNCACHED}, 13 + 15),
+    ]
+    for changes, read in cases:
+        engine = make_engine(**changes)
+        tokens = tokens_of(_run(engine, requests))
+        assert engine.counters.prefill_tokens == read
+        assert [tokens[r.request_id] for r in requests] == [reference(model_of("llama"), r) for r in requests]
+
+
+def test_a_prefix_is_shorter_than_its_prompt() -> None:
+    engine = make_engine()
+    for tokens in (-1, 5, 6):
+        with pytest.raises(InvalidInputError) as caught:
+            engine.submit(replace(make_request(0, length=5), shared_prefix_tokens=tokens))
+        assert caught.value.field == "shared_prefix_tokens"
+    engine.check_request(replace(make_request(0, length=5), shared_prefix_tokens=4))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_prefix_is_read_again_under_new_weights(deterministic: bool) -> None:
+    requests = _of_one_prefix(9, [4, 6])
+    engine = make_engine(model=tiny_model("llama"), deterministic=deterministic)
+    _run(engine, requests[:1])
+    engine.swap_policy(engine.prepare_policy(tiny_model("llama", 1).state_dict()), 1)
+    tokens = tokens_of(_run(engine, requests[1:]))
+    assert (engine.counters.prefill_tokens, engine.counters.shared_prefill_tokens) == (13 + 15, 0)
+    assert tokens["i1v0"] == reference(tiny_model("llama", 1), requests[1])
+
+
+def test_who_fails_behind_a_prefix_leaves_it_to_the_others() -> None:
+    model, bad = tiny_model("llama"), 77
+    requests = _of_one_prefix(9, [4, 6, 5])
+    requests[0] = replace(requests[0], prompt_ids=(*requests[0].prompt_ids[:9], bad))
+    assert all(bad not in request.prompt_ids for request in requests[1:])
+
+    def fail(_: Any, args: Any, kwargs: Any) -> None:
+        if bool((kwargs["input_ids"] == bad).any()):
+            raise RuntimeError("no such luck")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    grouped = by_request(_run(make_engine(model=model), requests))
+    (failed,) = grouped["i0v0"]
+    assert "no such luck" in str(failed.error)
+    for request in requests[1:]:
+        tokens = [event.token_id for event in grouped[request.request_id]]
+        assert tokens == reference(model_of("llama"), request)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "deepseek_v4"])
+def test_a_shared_prefix_changes_no_bit_in_deterministic_mode(arch: str) -> None:
+    """Alone, in company, resumed behind some tokens of the present weights and of those before, and preempted."""
+    model = model_of(arch)
+    plain = _of_one_prefix(11, [6, 3], new=10, votes=2)
+    requests = [_resumed(request, index % 2, model) for index, request in enumerate(plain)]
+    requests.append(replace(requests[-1], request_id="another boundary", shared_prefix_tokens=5))
+    requests.append(replace(requests[-1], request_id="none", shared_prefix_tokens=0))
+    options: dict[str, Any] = {"deterministic": True, "prefill_token_budget": 4, "policy_version": 1}
+    alone = {}
+    for request in requests:
+        alone |= by_request(_run(make_engine(arch, **options), [request]))
+    for order in (requests, requests[::-1]):
+        engine = make_engine(arch, **options, max_slots=3)
+        assert by_request(_run(engine, order)) == alone
+        # The last two are read for themselves: their passes end elsewhere.
+        assert engine.counters.shared_prefill_tokens == 3 * 11 + 6 + 3
+    resumed = [
+        replace(request, written=(*request.written, *written_tokens(alone[request.request_id][: 1 + index])))
+        for index, request in enumerate(requests)
+    ]
+    engine = make_engine(arch, **options, max_slots=6, cache_bytes=70 * proof_of(arch).token_bytes)
+    with mock.patch.object(decode_engine, "_HEADROOM_TOKENS", 1):
+        grouped = by_request(_run(engine, resumed))
+    assert engine.counters.preempted
+    assert engine.counters.replayed_tokens
+    for index, request in enumerate(requests):
+        assert grouped[request.request_id] == alone[request.request_id][1 + index :]
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
 def _measured_bytes(engine: DecodeEngine) -> int:
     """Of the tensors themselves."""
@@ -272,6 +420,28 @@ def test_prompts_go_before_anybody_waits() -> None:
         assert tokens[f"r{index}"] == reference(model_of("llama"), make_request(index, length=20, new=30))
 
 
+@pytest.mark.parametrize("mode", CACHED)
+def test_a_prefix_goes_before_anybody_waits(mode: CacheMode) -> None:
+    token_bytes = proof_of("llama").token_bytes
+    requests = _of_one_prefix(20, [3] * 6, new=30)
+    kept = []
+    for tokens in (54, 80, 150):  # one request; it and the prefix, at first; several
+        engine = make_engine(cache_mode=mode, cache_bytes=tokens * token_bytes + 2000)
+        for request in requests:
+            engine.submit(request)
+        events = []
+        while not engine.idle:
+            events += engine.step()
+            assert engine.held_bytes <= tokens * token_bytes + 2000
+            assert _measured_bytes(engine) <= tokens * token_bytes + 2000
+        kept.append(engine.counters.shared_prefill_tokens)
+        for request in requests:
+            assert tokens_of(events)[request.request_id] == reference(model_of("llama"), request)
+    assert kept == sorted(kept)
+    assert kept[0] == 0
+    assert kept[-1] == 5 * 20
+
+
 def test_buffers_grow_and_shrink_within_their_bound() -> None:
     cache = RightAlignedCache(1)
     cache.max_cells = 200
@@ -301,6 +471,8 @@ def _empty() -> Any:
 
 # --- all of it at random -----------------------------------------------------------------------------------------
 PROMPTS = [tuple(make_request(index, length=length).prompt_ids) for index, length in enumerate((1, 3, 6, 9))]
+PREFIX = 4  # of the last two, every other time
+PROMPTS[2] = (*PROMPTS[3][:PREFIX], *PROMPTS[2][PREFIX:])
 MOST_NEW = 24
 SUBMIT = st.tuples(st.just("submit"), st.integers(0, 3), st.integers(9, MOST_NEW))
 STEPS = st.tuples(st.just("step"), st.integers(1, 9), st.just(0))
@@ -376,7 +548,8 @@ def _check_schedule(
         if kind == "submit":
             params = SamplingParams(seed=first, max_new_tokens=second, temperature=0.0 if second % 3 == 0 else 1.0)
             submitted += 1
-            request = GenerationRequest(f"r{submitted}", PROMPTS[first], params)
+            prefix = PREFIX if second % 2 and first >= 2 else 0
+            request = GenerationRequest(f"r{submitted}", PROMPTS[first], params, shared_prefix_tokens=prefix)
             requests[request.request_id] = request
             engine.submit(request)
         elif kind == "cancel" and engine.cancel(f"r{first}"):

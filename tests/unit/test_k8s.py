@@ -65,7 +65,7 @@ class Service:
 SERVICES = {
     "teacher": Service("teacher_server", "server.py", TeacherServerConfig, teacher_service_pb2, {}),
     "rollout": Service("rollout_server", "server.py", RolloutServerConfig, rollout_service_pb2, {}),
-    "grm": Service("grm_server", "__main__.py", GrmServerConfig, generative_reward_service_pb2, {}),
+    "grm": Service("grm_server", "server.py", GrmServerConfig, generative_reward_service_pb2, {}),
     "trainer": Service("student_trainer", "server.py", Recipe, trainer_service_pb2, TRAINER_FLAGS),
 }
 each_service = pytest.mark.parametrize("name", SERVICES)
@@ -327,6 +327,11 @@ def test_the_recipe_names_servers_that_are_there() -> None:
     rollout = config_of("rollout")
     assert rollout.model == recipe.student.path
     assert rollout.engine.max_context_tokens == recipe.rollout.engine.max_context_tokens
+    # The student judges: its tokenizer here, its policy there.
+    grm = config_of("grm")
+    assert grm.judge.addresses == recipe.rollout.peers.addresses
+    assert grm.model == rollout.model
+    assert grm.item_timeout_s > grm.judge.channel.connect_timeout_s
 
 
 def test_one_rollout_server_and_one_trainer_at_a_time() -> None:
@@ -374,6 +379,7 @@ def test_volumes_and_claims_exist(name: str) -> None:
 def test_what_is_read_is_on_the_weights_and_what_is_written_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     read = [("teacher", teacher.path) for teacher in config_of("teacher").teachers.values()]
     read += [("rollout", config_of("rollout").model), ("trainer", config_of("trainer").student.path)]
+    read += [("grm", config_of("grm").model)]
     for name, path in read:
         mount = mount_of(name, path)
         assert mount == {"name": "weights", "mountPath": "/weights", "readOnly": True}

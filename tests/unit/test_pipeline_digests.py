@@ -203,3 +203,40 @@ def test_what_depends_on_a_choice_is_known_once_it_is_made() -> None:
     # A sweep that comes to what stood there before comes to the same artefacts.
     assert other["seed0/soup"].digest == resolved()["seed0/soup"].digest
     assert made["seed1/add/sft"].digest != other["seed1/add/sft"].digest
+
+
+# --- judging ---------------------------------------------------------------------------------------------------
+def judging(folder: Path, **files: str) -> dict[str, Any]:
+    """The tiny pipeline with a stage that learns to answer and to judge, and one that is rewarded by a GRM."""
+    for name in ("spelling", "style"):
+        (folder / f"{name}.yaml").write_text(files.get(name, f"name: {name}\ncriteria: [{{name: good}}]\n"))
+    whole = dict.fromkeys(("stages.cold", "stages.opd", "stages.soup", "stages.add", "stages.evaluate"))
+    return whole | {
+        "domains.judge": {"judging": {"rubric": str(folder / "spelling.yaml"), "domain": "reverse"}},
+        "domains.reverse.reward": {"name": "grm", "rubric": str(folder / "style.yaml")},
+        "defaults.rollout": {"max_new_tokens": 6, "engine": {"max_context_tokens": 1024}},
+        "stages.judge": {"kind": "base", "domains": ["judge"], "recipe": {"run": {"steps": 2}}},
+    }
+
+
+def judging_digests(folder: Path, changes: Mapping[str, Any] | None = None, **files: str) -> dict[str, str | None]:
+    return digests(judging(folder, **files) | dict(changes or {}))
+
+
+def test_rubrics_go_in_by_their_contents_where_something_is_learned_by_them(tmp_path: Path) -> None:
+    before = judging_digests(tmp_path)
+
+    def other(changes: Mapping[str, Any] | None = None, **files: str) -> set[str]:
+        after = judging_digests(tmp_path, changes, **files)
+        assert after.keys() == before.keys()
+        return {job for job in after if after[job] != before[job]}
+
+    changed = "name: spelling\ncriteria: [{name: bad}]\n"
+    assert other() == set()
+    assert other(spelling=changed) == {"seed0/judge"}
+    assert other(style=changed) == {"seed0/reverse/grpo"}  # SFT earns nothing
+    # The stage that judges reverse depends on what reverse asks, and not on how it is rewarded.
+    assert other({"domains.reverse.prompt": "{{ metadata.word }}:"}) >= {"seed0/judge", "seed0/reverse/grpo"}
+    assert other({"domains.reverse.verifier.threshold": 1.0}) >= {"seed0/judge", "seed0/reverse/grpo"}
+    assert other({"defaults.grm": {"max_verdict_tokens": 99}}) == {"seed0/reverse/grpo"}
+    assert other({"defaults.grm": {"peers": {"channel": {"timeout_s": 99}}}}) == set()

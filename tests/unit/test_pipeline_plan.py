@@ -393,3 +393,46 @@ def test_a_stage_is_named_as_a_folder_may_be(name: str) -> None:
     value["stages"] = {name: value["stages"]["base"]}
     with pytest.raises(ConfigError, match="a name has up to 48 letters"):
         parse_config(PipelineRecipe, value, source="test")
+
+
+# --- judging ---------------------------------------------------------------------------------------------------
+JUDGE = {
+    "domains.judge": {"judging": {"rubric": "r.yaml", "domain": "reverse"}},
+    "defaults.rollout": {"max_new_tokens": 6, "engine": {"max_context_tokens": 1024}},
+}
+
+
+def test_a_stage_that_judges_knows_the_domain_that_is_judged_and_does_not_train_on_it() -> None:
+    jobs = planned(
+        JUDGE
+        | {
+            "defaults.evaluation": {"prompts_per_domain": 0},  # no accuracy, for which every domain would be there
+            "stages.judge": {"kind": "base", "domains": ["judge"], "recipe": {"run": {"steps": 2}}},
+            "stages.evaluate.domains": ["judge"],
+            "stages.evaluate.models": ["judge"],
+        }
+    ).jobs
+    (recipe,) = train_of(jobs["seed0/judge"]).options
+    assert {name: domain.share for name, domain in recipe.domains.items()} == {"judge": 1.0, "reverse": 0.0}
+    assert recipe.domains["judge"].splits == recipe.domains["reverse"].splits is not None
+    answers = jobs["seed0/evaluate/answers"].payload
+    assert isinstance(answers, Answers)
+    assert (set(answers.recipe.domains), dict(answers.domains)) == ({"judge", "reverse"}, {"judge": ("judge",)})
+
+
+def test_a_judge_of_nobody_is_found_before_anything_runs() -> None:
+    with pytest.raises(ConfigError, match="'nobody' is none of the domains"):
+        pipeline(JUDGE | {"domains.judge": {"judging": {"rubric": "r.yaml", "domain": "nobody"}}})
+
+
+def test_a_specialist_may_be_rewarded_by_a_grm_alone() -> None:
+    alone = {"domains.reverse.verifier": None, "stages.evaluate.domains": ["add"]}
+    with pytest.raises(ConfigError, match="name a verifier, or a reward by a GRM"):
+        planned(alone)
+    rewarded = alone | {
+        "domains.reverse.reward": {"name": "grm", "rubric": "r.yaml"},
+        "defaults.grm": {"max_verdict_tokens": 8},
+    }
+    (recipe,) = train_of(planned(rewarded).jobs["seed0/reverse/grpo"]).options
+    assert list(recipe.judged_domains) == ["reverse"]
+    assert recipe.grm.max_verdict_tokens == 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,3 +226,70 @@ def test_answers_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_config(AnswersConfig, {**value, **change}, source="answers.yaml")
     assert message in error.value.message
+
+
+# --- the reward model that a run starts ------------------------------------------------------------------------
+REWARDED = {"sums": {**SUMS, "reward": {"name": "grm", "rubric": "style", "samples": 2}}}
+GRM = {"rubrics": "rubrics", "sampling": {"temperature": 0.7}, "constrained": False, "system_prompt": "Judge."}
+
+
+async def started(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """(name, configuration) of every process, in order; each has its name as its address."""
+    found: list[tuple[str, Any]] = []
+
+    def start(self: LocalMesh, name: str, config: Any, *_: str, **__: str) -> Any:
+        found.append((name, config))
+        child = SimpleNamespace(name=name, address="")
+        self.children.append(child)  # type: ignore[arg-type]
+        return child
+
+    async def address(self: LocalMesh, child: Any) -> str:
+        child.address = f"{child.name}:1"
+        return str(child.address)
+
+    monkeypatch.setattr(LocalMesh, "_start", start)
+    monkeypatch.setattr(LocalMesh, "_address", address)
+    mesh = LocalMesh(recipe.replace(redis_url="redis://h:1/0"), folder)
+    mesh.start(resume=False)
+    await mesh.start_trainer()
+    return found
+
+
+async def test_the_actor_judges_where_nothing_else_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parsed({"name": "grpo"}, domains=REWARDED, grm=GRM, run={"steps": 3, "seed": 5})
+    (_, rollout), (name, grm), (_, trainer) = await started(recipe, tmp_path, monkeypatch)
+    assert name == "grm"
+    assert (grm.model, grm.judge.addresses, rollout.frozen) == (Path("models/student"), ["rollout:1"], False)
+    assert (grm.rubrics, grm.sampling.temperature, grm.constrained) == (Path("rubrics"), 0.7, False)
+    assert (grm.seed, grm.system_prompt, grm.item_timeout_s) == (5, "Judge.", recipe.rollout.timeout_s)
+    assert trainer.grm.peers.addresses == ["grm:1"]
+
+
+async def test_a_frozen_judge_has_a_rollout_server_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = {"model": "models/judge", "engine": {"max_slots": 3}}
+    recipe = parsed({"name": "grpo"}, domains=REWARDED, grm={**GRM, "judge": judge})
+    found = await started(recipe, tmp_path, monkeypatch)
+    assert [name for name, _ in found] == ["rollout", "judge", "grm", "trainer"]
+    configs = dict(found)
+    assert (configs["judge"].model, configs["judge"].frozen) == (Path("models/judge"), True)
+    assert (configs["judge"].engine.max_slots, configs["judge"].log) == (3, None)
+    assert (configs["grm"].model, configs["grm"].judge.addresses) == (Path("models/judge"), ["judge:1"])
+    assert configs["trainer"].rollout.peers.addresses == ["rollout:1"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "grm"), [({"name": "sft"}, GRM), ({"name": "grpo"}, {"peers": {"addresses": ["h:9"]}})]
+)
+async def test_no_reward_model_is_started_without_need(
+    objective: Any, grm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parsed(objective, domains=REWARDED, grm=grm)
+    found = dict(await started(recipe, tmp_path, monkeypatch))
+    assert {"grm", "judge"}.isdisjoint(found)
+    assert found["trainer"].grm.peers.addresses == recipe.grm.peers.addresses
+
+
+def test_who_judges_is_started_again_and_a_teacher_is_not(tmp_path: Path) -> None:
+    mesh = LocalMesh(parsed({"name": "grpo"}, domains=REWARDED, grm=GRM), tmp_path)
+    children: Any = {name: SimpleNamespace(name=name) for name in ("rollout", "judge", "grm", "teacher")}
+    assert [name for name, child in children.items() if mesh.may_restart(child)] == ["rollout", "judge", "grm"]

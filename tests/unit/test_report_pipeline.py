@@ -264,3 +264,25 @@ def test_the_terminal_has_the_same_table(tmp_path: Path) -> None:
     assert re.search(r"│ each expert on its own +│ +90\.0 │ +80\.0 │ +85\.0 │", told)
     assert "opd has 82" in told
     assert f"report.html: {folder / 'report.html'}" in told
+
+
+def test_runs_that_learn_to_judge_have_their_curves_on_the_page(tmp_path: Path, undrawn: dict[str, list[Dot]]) -> None:
+    folder = write_pipeline(tmp_path)
+    write_training(folder, "plain")
+    joint = write_training(folder, "joint", seed=2)
+    lines = [
+        {"step": step, "accuracy/reverse": 0.1 * step, "accuracy/judge": 0.5 + 0.1 * step, "kappa/judge": 0.2 * step}
+        for step in (0, 2, 4)
+    ]
+    (joint / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = build_report(folder).read_text()
+    text = text_of(page)
+    assert undrawn
+    assert "Answering and judging" in text
+    assert "joint, seed 2 Right answers to prompts kept out of training" in text
+    assert text.count("Cohen's κ of verdicts") == 1  # of the one run that judges
+    checker = _Checker()
+    checker.feed(page)
+    assert len(checker.ids) == len(set(checker.ids))
+    (joint / "evaluations.jsonl").write_text(json.dumps({"step": 0, "accuracy/reverse": 0.1}) + "\n")
+    assert "Answering and judging" not in text_of(build_report(folder).read_text())

@@ -172,3 +172,29 @@ def test_the_terminal_of_a_run_without_before_and_after(tmp_path: Path, evaluati
     assert "finished after 4 steps" in told
     assert ("26.0" in told) == (evaluations is not None)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+# --- judging -----------------------------------------------------------------------------------------------------
+def test_answering_and_judging_stand_together_and_kappa_beside(
+    tmp_path: Path, undrawn: list[tuple[str, list[Panel]]]
+) -> None:
+    found = [accuracies(0, 0.2) | {"kappa/logic": 0.0}, accuracies(4, 0.6, logic=0.9) | {"kappa/logic": 0.8}]
+    of_judge = {"judge_version/add": 3.0, "judge_variance/add": 0.1, "judge_unparsed/add": 0.0}
+    lines = [line | of_judge for line in GRPO_LINES]
+    text = text_of(build_report(write_run(tmp_path, lines, GRPO, BARE, found)).read_text())
+    assert "Of a domain that judges, right is the verdict that is known to be (gold)" in text
+    drawn = dict(undrawn)
+    accuracy, kappa = drawn["accuracy"]
+    assert labels([accuracy, kappa]) == [["add", "sort", "logic"], ["logic"]]
+    assert kappa.lines[0].series == Series([0, 4], [0.0, 0.8])
+    assert kappa.lines[0].colour == accuracy.lines[2].colour
+    assert [panel.unit for panel in drawn["judge"]] == ["policy version that judges", "variance of the votes"]
+    assert drawn["rewards"][1].unit == "mean score of the verifier, or of the judge"
+    assert "the truth is in the accuracies above" in text
+
+
+def test_a_run_without_verdicts_shows_no_kappa(tmp_path: Path, undrawn: list[tuple[str, list[Panel]]]) -> None:
+    text = text_of(build_report(write_run(tmp_path, GRPO_LINES, GRPO, BARE, AFTER)).read_text())
+    assert "κ" not in text
+    assert "judge" not in dict(undrawn)
+    assert len(dict(undrawn)["accuracy"]) == 1

@@ -237,6 +237,58 @@ def test_arguments_that_do_not_fit() -> None:
         sample_tokens(torch.zeros(1, 4), [SamplingParams()], [0], 5)
     with pytest.raises(InvalidInputError, match="params"):
         sample_tokens(torch.zeros(2, 4), [SamplingParams()], [0, 0], 4)
+    for allowed in ([None, None], [np.ones(5, np.bool_)]):
+        with pytest.raises(InvalidInputError, match="allowed"):
+            sample_tokens(torch.zeros(1, 5), [SamplingParams()], [0], 4, allowed)
+
+
+# --- what is allowed -------------------------------------------------------------------------------------------
+@settings(max_examples=100, deadline=None)
+@given(
+    logits=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0, 9.0]), min_size=2, max_size=300),
+    top_k=st.sampled_from([0, 0, 2, 5]),
+    top_p=st.sampled_from([0.5123, 1.0, 1.0]),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    seed=st.integers(0, UINT64_MAX),
+)
+def test_only_allowed_ids_are_drawn_and_truncation_counts_them_alone(
+    logits: list[float], top_k: int, top_p: float, temperature: float, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    allowed_V = generator.random(len(logits)) < 0.4
+    allowed_V[generator.integers(len(logits))] = True
+    params = SamplingParams(seed=seed, top_k=top_k, top_p=top_p, temperature=temperature)
+    ids = np.flatnonzero(allowed_V)
+    kept = ids[_reference_kept(np.array(logits)[ids], params)]
+    sampled = sample_tokens(torch.tensor([logits]), [params], [3], len(logits), [allowed_V])
+    token = int(sampled.token_ids_B[0])
+    assert token in kept
+    mass = {int(i): math.exp(logits[i] / temperature) for i in kept}
+    of_drawn = math.log(mass[token] / math.fsum(mass.values()))
+    of_policy = logits[token] - math.log(math.fsum(map(math.exp, logits)))
+    assert float(sampled.sampling_logprobs_B[0]) == pytest.approx(of_drawn, abs=1e-5)
+    assert float(sampled.policy_logprobs_B[0]) == pytest.approx(of_policy, abs=1e-5)
+    greedy = sample_tokens(torch.tensor([logits]), [SamplingParams(temperature=0)], [3], len(logits), [allowed_V])
+    assert int(greedy.token_ids_B[0]) == ids[np.array(logits)[ids].argmax()]
+    assert float(greedy.sampling_logprobs_B[0]) == 0
+
+
+def test_all_allowed_is_the_draw_without_a_mask_to_the_bit() -> None:
+    for vocab in (61, 5000):
+        logits_BV = 4 * torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab))
+        params = [SamplingParams(seed=row, temperature=0.5 + row / 3, top_k=row % 3) for row in range(7)]
+        free = sample_tokens(logits_BV, params, range(7), vocab)
+        _assert_same(free, sample_tokens(logits_BV, params, range(7), vocab, [np.ones(vocab, np.bool_)] * 7))
+
+
+def test_a_row_that_may_draw_nothing_fails_alone() -> None:
+    logits_BV = torch.zeros(4, 6)
+    logits_BV[1, :3] = -math.inf
+    none, some, every = np.zeros(6, np.bool_), np.arange(6) < 3, np.ones(6, np.bool_)
+    sampled = sample_tokens(logits_BV, [SamplingParams()] * 4, [0, 1, 2, 3], 6, [none, some, every, None])
+    assert [type(error) for error in sampled.errors] == [InvalidInputError, DivergedError, type(None), type(None)]
+    assert "response token 0" in str(sampled.errors[0])
+    assert sampled.token_ids_B.tolist()[:2] == [-1, -1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -254,9 +306,10 @@ def test_arguments_that_do_not_fit() -> None:
         max_size=24,
     ),
     st.sampled_from([None, math.nan, math.inf, -math.inf]),
+    st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_rows_drawn_together_are_to_the_bit_those_drawn_alone(
-    vocab: int, rows: list[tuple[int, int, float, tuple[int, float], float]], odd: float | None
+    vocab: int, rows: list[tuple[int, int, float, tuple[int, float], float]], odd: float | None, masked: float
 ) -> None:
     generator = torch.Generator().manual_seed(len(rows) * vocab)
     scales = torch.tensor([row[4] for row in rows])[:, None]
@@ -268,9 +321,12 @@ def test_rows_drawn_together_are_to_the_bit_those_drawn_alone(
         for seed, _, temperature, (top_k, top_p), _ in rows
     ]
     positions = [row[1] for row in rows]
-    together = sample_tokens(logits_BV, params, positions, vocab)
+    random = np.random.default_rng(len(rows) * vocab)
+    allowed = [random.random(vocab) < 0.3 if random.random() < masked else None for _ in rows]
+    together = sample_tokens(logits_BV, params, positions, vocab, allowed)
     for row in range(len(rows)):
-        alone = sample_tokens(logits_BV[row : row + 1], params[row : row + 1], positions[row : row + 1], vocab)
+        one = slice(row, row + 1)
+        alone = sample_tokens(logits_BV[one], params[one], positions[one], vocab, allowed[one])
         for name in ("token_ids_B", "sampling_logprobs_B", "policy_logprobs_B"):
             assert getattr(together, name)[row].numpy().tobytes() == getattr(alone, name)[0].numpy().tobytes()
         assert str(together.errors[row]) == str(alone.errors[0])

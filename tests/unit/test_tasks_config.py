@@ -90,7 +90,7 @@ JSONL = {"jsonl": {"path": "p"}}
         ({"others": {"share": 1, **JSONL}}, "others.share", "less than 1"),
         ({"others": {"jsonl": {"path": "p", "heldout": "h"}}}, "others.jsonl", "heldout: nothing is held out"),
         ({"trajectories": {"path": "p"}}, "", "name exactly one source"),
-        ({"jsonl": None}, "", "name exactly one source: reasoning_gym, jsonl, dataset or trajectories"),
+        ({"jsonl": None}, "", "name exactly one source: reasoning_gym, jsonl, dataset, trajectories or judging"),
         ({"jsonl": None, "dataset": {"path": "p"}}, "dataset", "exactly one column for prompts"),
         (
             {"jsonl": None, "trajectories": {"path": "p"}, "prompt": "x"},

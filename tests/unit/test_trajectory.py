@@ -34,6 +34,7 @@ SAMPLING = st.builds(
     top_k=st.integers(0, 2**31 - 1),
     max_new_tokens=st.integers(1, 2**31 - 1),
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple),
+    grammar=st.text(max_size=30),
 )
 
 
@@ -143,6 +144,8 @@ def test_the_message_is_validated_on_arrival_and_unset_top_p_is_off() -> None:
     message = sampling_to_proto(SamplingParams())
     message.ClearField("top_p")
     assert sampling_from_proto(message).top_p == 1.0
+    assert "grammar" not in sampling_to_proto(SamplingParams()).SerializeToString().decode("latin-1")
+    assert sampling_from_proto(message).grammar == ""  # as of a log that was written before there were any
     message.temperature = -1
     with pytest.raises(InvalidInputError, match="temperature"):
         sampling_from_proto(message)

@@ -267,6 +267,15 @@ def test_what_would_need_a_second_log_probability_is_refused(make: EngineMaker, 
         engine.check_request(request("a", **{"temperature": 0.0, name: value}))  # greedy: it changes nothing
 
 
+def test_a_grammar_is_refused(make: EngineMaker) -> None:
+    engine = make()
+    assert not engine.takes_grammars
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InvalidInputError, match="engine: transformers") as caught:
+            engine.check_request(request("a", temperature=temperature, grammar='start: "a"', stop_token_ids=(2,)))
+        assert caught.value.field == "sampling.grammar"
+
+
 def test_requests_that_cannot_be_met(make: EngineMaker) -> None:
     engine = make()
     with pytest.raises(TooLongError):

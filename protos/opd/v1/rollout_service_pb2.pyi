@@ -57,17 +57,19 @@ class RolloutLoad(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., paused: _Optional[bool] = ..., tokens_generated: _Optional[int] = ..., busy_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., log_full: _Optional[bool] = ..., prefill_tokens: _Optional[int] = ..., shared_prefill_tokens: _Optional[int] = ..., replayed_tokens: _Optional[int] = ..., preempted: _Optional[int] = ...) -> None: ...
 
 class RolloutLimits(_message.Message):
-    __slots__ = ("max_context_tokens", "max_slots", "max_waiting")
+    __slots__ = ("max_context_tokens", "max_slots", "max_waiting", "grammars")
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
+    GRAMMARS_FIELD_NUMBER: _ClassVar[int]
     max_context_tokens: int
     max_slots: int
     max_waiting: int
-    def __init__(self, max_context_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_waiting: _Optional[int] = ...) -> None: ...
+    grammars: bool
+    def __init__(self, max_context_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_waiting: _Optional[int] = ..., grammars: _Optional[bool] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "run_id", "domain", "prompt_token_ids", "sampling", "from_index", "publish", "tokenizer_fingerprint", "last_seen")
+    __slots__ = ("request_id", "run_id", "domain", "prompt_token_ids", "sampling", "from_index", "publish", "tokenizer_fingerprint", "last_seen", "shared_prefix_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +79,7 @@ class GenerateRequest(_message.Message):
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_FIELD_NUMBER: _ClassVar[int]
+    SHARED_PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     run_id: str
     domain: str
@@ -86,7 +89,8 @@ class GenerateRequest(_message.Message):
     publish: bool
     tokenizer_fingerprint: str
     last_seen: SeenToken
-    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., domain: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., from_index: _Optional[int] = ..., publish: _Optional[bool] = ..., tokenizer_fingerprint: _Optional[str] = ..., last_seen: _Optional[_Union[SeenToken, _Mapping]] = ...) -> None: ...
+    shared_prefix_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., run_id: _Optional[str] = ..., domain: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., from_index: _Optional[int] = ..., publish: _Optional[bool] = ..., tokenizer_fingerprint: _Optional[str] = ..., last_seen: _Optional[_Union[SeenToken, _Mapping]] = ..., shared_prefix_tokens: _Optional[int] = ...) -> None: ...
 
 class SeenToken(_message.Message):
     __slots__ = ("token_id", "policy_logprob", "policy_version")

@@ -1,0 +1,367 @@
+"""One item from question to judgement.
+
+Texts become prompts, prompts become votes on a rollout server, votes become verdicts. A vote is a generation whose id,
+seed and parameters follow from the item and the policy asked for: whoever asks again, after whatever broke, attaches to
+what is being written or was written, and nothing is judged twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, TypeVar
+
+from opd.v1 import generative_reward_service_pb2 as pb
+
+from grm_server.items import CheckedItem, digest_of
+from grm_server.judges import Judge, Judges
+from grm_server.verdicts import Vote, pair_verdicts, read_vote, verdict_of
+from opd_mesh import telemetry
+from opd_mesh.clients.rollout import GenerateSpec
+from opd_mesh.config.rubrics import Rubric
+from opd_mesh.config.services import GrmServerConfig
+from opd_mesh.convert import policy_to_proto
+from opd_mesh.errors import (
+    ConfigError,
+    DeadlineError,
+    InvalidInputError,
+    JudgeUnavailableError,
+    OpdError,
+    UnavailableError,
+)
+from opd_mesh.judging.plain import all_taken_apart, special_tokens
+from opd_mesh.judging.prompt import judge_prompt
+from opd_mesh.judging.verdict import verdict_grammar
+from opd_mesh.models.tokenizer import tokenizer_fingerprint, tokenizer_roles
+from opd_mesh.policy import PolicyId
+from opd_mesh.rendering import render
+from opd_mesh.seeds import derive_seed
+from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
+
+ROUNDS = 3  # that policies may spoil before an item is given up
+DOMAIN = "judge"
+# Texts that begin differently, and so do the tags that are drawn from them: what their prompts share, all prompts do.
+PROBES = ("a", "Bc", "7", "(", "z y")
+MIN_SHARED_TOKENS = 16
+BEGINNINGS_KEPT = 256
+RETRY_S = 0.5
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the process started."""
+
+    items_judged: int = 0
+    items_cached: int = 0
+    votes: int = 0
+    votes_unparsed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """One vote to be asked for.
+
+    Attributes:
+        shared_tokens: of the prompt; all prompts by the rubric begin with them.
+    """
+
+    answer_index: int
+    vote: int
+    swapped: bool
+    prompt_ids: tuple[int, ...]
+    shared_tokens: int
+
+
+class Texts:
+    """The judge's tokenizer, off the event loop, in one thread: it bears no second one."""
+
+    def __init__(self, tokenizer: Any, system_prompt: str | None) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError("the judge's tokenizer names no EOS token, so that a verdict has no end", field="model")
+        self.fingerprint = tokenizer_fingerprint(tokenizer.get_vocab())
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self.template = tokenizer_roles(tokenizer).chat_template_sha256
+        self._tokenizer = tokenizer
+        self._system_prompt = system_prompt
+        self._special = special_tokens(tokenizer)
+        self._beginnings: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self._thread = ThreadPoolExecutor(1, "texts")
+
+    async def ballots(self, item: CheckedItem) -> list[Ballot]:
+        """All votes on an item. Raises :class:`ConfigError` where its rubric's template cannot be rendered."""
+        return await self._in_thread(lambda: list(self._ballots(item)))
+
+    def _ballots(self, item: CheckedItem) -> Iterable[Ballot]:
+        prompt, reference, *answers = all_taken_apart((item.prompt, item.reference, *item.answers), self._special)
+        shown: list[tuple[int, bool, list[str]]]
+        if item.pairwise:
+            shown = [] if item.too_long else [(0, False, answers), (0, True, answers[::-1])]
+        else:
+            shown = [(index, False, [answer]) for index, answer in enumerate(answers) if index not in item.too_long]
+        for index, swapped, texts in shown:
+            ids = self._prompt_ids(item.rubric, prompt, texts, reference)
+            beginning = self._beginning(item.rubric, item.pairwise)
+            shared = len(beginning) if len(beginning) < len(ids) and ids[: len(beginning)] == beginning else 0
+            for vote in range(item.samples):
+                yield Ballot(index, vote, swapped, ids, shared)
+
+    def _prompt_ids(self, rubric: Rubric, prompt: str, answers: Sequence[str], reference: str) -> tuple[int, ...]:
+        content = judge_prompt(rubric, prompt, answers, reference)
+        return render(self._tokenizer, [{"role": "user", "content": content}], self._system_prompt)
+
+    def _beginning(self, rubric: Rubric, pairwise: bool) -> tuple[int, ...]:
+        """What all prompts by a rubric begin with; empty where it is not worth a word."""
+        key = (rubric.digest, pairwise)
+        if key not in self._beginnings:
+            if len(self._beginnings) >= BEGINNINGS_KEPT:
+                self._beginnings.clear()
+            count = 2 if pairwise else 1
+            probes = [self._prompt_ids(rubric, text, [text] * count, text) for text in PROBES]
+            common = tuple(
+                column[0] for column in takewhile(lambda ids: len(set(ids)) == 1, zip(*probes, strict=False))
+            )
+            self._beginnings[key] = common if len(common) >= MIN_SHARED_TOKENS else ()
+        return self._beginnings[key]
+
+    async def written(self, trajectories: Sequence[Trajectory | OpdError]) -> list[str]:
+        """What the judge wrote, without the stop token at its end; any other special token stands in it as such."""
+
+        def text(trajectory: Trajectory | OpdError) -> str:
+            if isinstance(trajectory, OpdError):
+                return ""
+            ids = trajectory.scored_token_ids
+            if trajectory.finish_reason is FinishReason.STOP:
+                ids = ids[:-1]
+            decoded: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            return decoded
+
+        return await self._in_thread(lambda: [text(trajectory) for trajectory in trajectories])
+
+    async def _in_thread(self, work: Callable[[], ResultT]) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def policy_behind(trajectories: Iterable[Trajectory], asked: PolicyId, now: PolicyId) -> PolicyId | None:
+    """The one policy that wrote all of it, or None where there was more than one, or it cannot be told.
+
+    Args:
+        asked: what was served before they were asked for.
+        now: what is served after the last one has come.
+    """
+    written = {(one.lineage, version) for one in trajectories for version in one.policy_versions}
+    if not written:
+        return now
+    # In a lineage a version has one set of weights and never comes again. Across lineages and runs it may.
+    if len(written) > 1 or (asked != now and (asked.run_id, asked.lineage) != (now.run_id, now.lineage)):
+        return None
+    return next((policy for policy in (now, asked) if (policy.lineage, policy.version) in written), None)
+
+
+class Judging:
+    """Judges items. For one event loop."""
+
+    def __init__(self, config: GrmServerConfig, judges: Judges, texts: Texts) -> None:
+        self._config = config
+        self._judges = judges
+        self._texts = texts
+        self._cache: OrderedDict[str, pb.JudgeResponse] = OrderedDict()
+        # The same after a restart, and another where the same item makes other prompts.
+        way = digest_of(texts.fingerprint, texts.template, config.system_prompt, config.max_verdict_tokens)
+        self._run_id = f"judge.{way[:16]}"
+        self.counts = Counts()
+
+    async def judge(self, item: CheckedItem) -> pb.JudgeResponse:
+        """The judgement on one item.
+
+        Raises:
+            DeadlineError: not done within its time.
+            JudgeUnavailableError: policies came too fast for one of them to judge all of it.
+            OpdError: nobody judges, or what the rollout server says of the item.
+        """
+        last: UnavailableError | None = None
+        patience_s = self._config.judge.channel.connect_timeout_s
+        loop = asyncio.get_running_loop()
+        failing_since: float | None = None
+        try:
+            with telemetry.span("grm.judge", {"rubric": item.rubric.name, "answers": len(item.answers)}):
+                async with asyncio.timeout(item.timeout_s):
+                    while True:
+                        for judge in self._judges.ranked(item.digest):
+                            try:
+                                return await self._judged_by(judge, item)
+                            except JudgeUnavailableError:
+                                raise
+                            except UnavailableError as error:
+                                last = error
+                        failing_since = failing_since or loop.time()
+                        if last is not None and loop.time() - failing_since > patience_s:
+                            raise last
+                        await asyncio.sleep(RETRY_S)
+        except TimeoutError:
+            why = f" (last: {last})" if last else ""
+            raise DeadlineError(f"not judged within {item.timeout_s:g} s{why}") from last
+
+    async def _judged_by(self, judge: Judge, item: CheckedItem) -> pb.JudgeResponse:
+        policy = await judge.policy_now()
+        grammar = ""
+        if judge.constrained:
+            grammar = verdict_grammar(item.rubric, pairwise=item.pairwise)
+        if (known := self._known(policy, item, grammar)) is not None:
+            self.counts.items_cached += 1
+            return known
+        ballots = await self._texts.ballots(item)
+        asked: Counter[PolicyId] = Counter()
+        for _ in range(ROUNDS):
+            # A policy that is asked again was not alone the first time: what was written then must not come back.
+            specs = [self.spec(item, ballot, policy, asked[policy], grammar) for ballot in ballots]
+            outcomes = await self._write(judge, specs, item.timeout_s)
+            asked[policy] += 1
+            now = await judge.policy_now()
+            author = policy_behind((one for one in outcomes if isinstance(one, Trajectory)), policy, now)
+            if author is not None:
+                return await self._judgement(item, author, ballots, specs, outcomes, grammar)
+            policy = now
+        raise JudgeUnavailableError(
+            f"{ROUNDS} times another policy came while the item was judged, and one must judge all of it; ask again "
+            "when updates pause",
+            retry_delay_s=1.0,
+        )
+
+    def spec(self, item: CheckedItem, ballot: Ballot, policy: PolicyId, again: int, grammar: str) -> GenerateSpec:
+        """The generation that is a vote.
+
+        Args:
+            again: how often all votes of the item were asked of this policy before.
+        """
+        place = (ballot.answer_index, ballot.vote, int(ballot.swapped))
+        sampling = SamplingParams(
+            seed=derive_seed(item.seed, item.digest, *place),
+            temperature=item.temperature,
+            top_p=item.top_p,
+            top_k=item.top_k,
+            max_new_tokens=self._config.max_verdict_tokens,
+            stop_token_ids=(self._texts.eos_token_id,),
+            grammar=grammar,
+        )
+        weights = (policy.run_id, policy.lineage, policy.version, policy.digest, again)
+        request_id = digest_of(item.digest, weights, place, ballot.prompt_ids, grammar)
+        return GenerateSpec(
+            request_id=request_id,
+            run_id=self._run_id,
+            domain=DOMAIN,
+            prompt_token_ids=ballot.prompt_ids,
+            sampling=sampling,
+            tokenizer_fingerprint=self._texts.fingerprint,
+            shared_prefix_tokens=ballot.shared_tokens,
+        )
+
+    async def _write(
+        self, judge: Judge, specs: Sequence[GenerateSpec], timeout_s: float
+    ) -> list[Trajectory | OpdError]:
+        """All votes; an error stands for one that can never be written."""
+
+        async def write(spec: GenerateSpec) -> Trajectory | OpdError:
+            async with judge.places:
+                try:
+                    return await judge.client.generate(spec, timeout_s=timeout_s)
+                except InvalidInputError as error:  # too long for the engine, or beyond what its tokens can spell
+                    return error
+
+        tasks = [asyncio.create_task(write(spec)) for spec in specs]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # where one failed the others are of no use
+                task.cancel()
+
+    async def _judgement(
+        self,
+        item: CheckedItem,
+        author: PolicyId,
+        ballots: Sequence[Ballot],
+        specs: Sequence[GenerateSpec],
+        outcomes: Sequence[Trajectory | OpdError],
+        grammar: str,
+    ) -> pb.JudgeResponse:
+        votes = [
+            read_vote(
+                item.rubric,
+                text,
+                answer_index=ballot.answer_index,
+                swapped=ballot.swapped,
+                pairwise=item.pairwise,
+                request_id=spec.request_id,
+                failure=self._failure(outcome),
+            )
+            for ballot, spec, outcome, text in zip(
+                ballots, specs, outcomes, await self._texts.written(outcomes), strict=True
+            )
+        ]
+        response = pb.JudgeResponse(
+            verdicts=_verdicts(item, votes),
+            judge=policy_to_proto(author),
+            rubric_digest=item.rubric.digest,
+            votes=[vote.to_proto() for vote in votes],
+        )
+        self.counts.items_judged += 1
+        self.counts.votes += len(votes)
+        self.counts.votes_unparsed += sum(vote.parsed is None for vote in votes)
+        cancelled = any(isinstance(o, Trajectory) and o.finish_reason is FinishReason.CANCELLED for o in outcomes)
+        if not cancelled:  # somebody's whim is no judgement
+            self._keep(author, item, grammar, response)
+        return response
+
+    def _failure(self, outcome: Trajectory | OpdError) -> str:
+        if isinstance(outcome, OpdError):
+            return f"not written: {outcome}"
+        match outcome.finish_reason:
+            case FinishReason.LENGTH:
+                return f"cut at max_verdict_tokens ({self._config.max_verdict_tokens})"
+            case FinishReason.CANCELLED:
+                return "cancelled on the rollout server"
+        return ""
+
+    # --- judgements that are known -----------------------------------------------------------------------------
+    def _key(self, policy: PolicyId, item: CheckedItem, grammar: str) -> str:
+        return digest_of(policy.digest, self._run_id, item.digest, item.samples, grammar)
+
+    def _known(self, policy: PolicyId, item: CheckedItem, grammar: str) -> pb.JudgeResponse | None:
+        key = self._key(policy, item, grammar)
+        found = self._cache.get(key)
+        if found is None:
+            return None
+        self._cache.move_to_end(key)
+        response = pb.JudgeResponse()
+        response.CopyFrom(found)
+        response.judge.CopyFrom(policy_to_proto(policy))  # the same weights, maybe under another version
+        response.cached = True
+        return response
+
+    def _keep(self, policy: PolicyId, item: CheckedItem, grammar: str, response: pb.JudgeResponse) -> None:
+        if not self._config.cache_entries:
+            return
+        self._cache[self._key(policy, item, grammar)] = response
+        if len(self._cache) > self._config.cache_entries:
+            self._cache.popitem(last=False)
+
+
+def _verdicts(item: CheckedItem, votes: Sequence[Vote]) -> list[pb.Verdict]:
+    if item.pairwise:
+        if item.too_long:
+            return [pb.Verdict(failure="; ".join(item.too_long.values()))] * 2
+        return pair_verdicts(item.rubric, votes)
+    return [
+        pb.Verdict(failure=item.too_long[index])
+        if index in item.too_long
+        else verdict_of(item.rubric, [vote for vote in votes if vote.answer_index == index])
+        for index in range(len(item.answers))
+    ]

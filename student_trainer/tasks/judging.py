@@ -1,0 +1,338 @@
+"""Sources of judging domains: prompts that show an answer to a judge, and the verdict that is right (gold).
+
+Gold comes from a file, or from another domain of the recipe: of every item of that one the right answer and a wrong one
+are judged, so that the classes are balanced exactly. Its verifier has found the one right and the other wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from opd_mesh.config.judging import Corruption, JudgingSource
+from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.rubrics import Rubric, load_rubric
+from opd_mesh.errors import ConfigError, InternalError
+from opd_mesh.judging.prompt import judge_prompt
+from opd_mesh.judging.verdict import VerdictError, verdict_grammar, write_verdict
+from student_trainer.tasks.items import PASSED_OVER, Item, Split
+from student_trainer.tasks.jsonl import BadItemError, lines_of
+from student_trainer.tasks.sources import Source, lines
+from student_trainer.tasks.verifiers import ROUNDING, Verification, VerifierSpec
+
+RIGHT, WRONG = 0, 1  # parts of an item that is judged
+TRIES = 16  # of one sort of corruption; what is swapped or changed may be right again
+NEIGHBOURS = 32  # items before and behind, whose answers are taken for another's
+ALPHABET_ITEMS = 64  # whose answers tell which characters such answers have
+ITEMS_KEPT = 512
+
+
+def open_rubric(path: Path, field: str) -> Rubric:
+    """A rubric of a recipe. Raises :class:`ConfigError` naming its key there."""
+    try:
+        return load_rubric(path)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error.message}", field=field) from error
+
+
+def verdict_grammars(recipe: Recipe) -> dict[str, str]:
+    """By domain, of those whose verdicts are constrained: what its responses are drawn under.
+
+    Raises:
+        ConfigError: a rubric cannot be read.
+    """
+    return {
+        name: verdict_grammar(open_rubric(domain.judging.rubric, f"domains.{name}.judging.rubric"))
+        for name, domain in recipe.domains.items()
+        if domain.judging is not None and domain.judging.constrained
+    }
+
+
+def judging_item(
+    rubric: Rubric,
+    prompt: str,
+    answer: str,
+    *,
+    reference: str,
+    gold: float,
+    verdict: str | None,
+    part: int,
+    key: str,
+    facts: Mapping[str, Any] | None = None,
+) -> Item:
+    """One answer to be judged.
+
+    Args:
+        gold: the overall score that is right.
+        verdict: its text, where that is known.
+        part: which of the answers under one key.
+        key: of all answers to one prompt, which belong to one split.
+    """
+    text = judge_prompt(rubric, prompt, [answer], reference)
+    metadata = {**(facts or {}), "prompt": prompt, "answer": answer, "gold": gold}
+    return Item([{"role": "user", "content": text}], verdict, metadata, key=key, part=part)
+
+
+# --- from a file -----------------------------------------------------------------------------------------------
+def read_gold(path: Path, rubric: Rubric, field: str) -> list[Item]:
+    """All lines of a file of answers with gold verdicts. Raises :class:`ConfigError` naming file, line and key."""
+    items: list[Item] = []
+    for where, value in lines_of(path, field):
+        try:
+            items.append(_gold_item(value, rubric, len(items)))
+        except (BadItemError, VerdictError) as error:
+            raise ConfigError(f"{where}: {error}", field=field) from error
+    if not items:
+        raise ConfigError(f"{path} holds no answer to judge", field=field)
+    return items
+
+
+def _gold_item(value: Any, rubric: Rubric, number: int) -> Item:
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("prompt", "answer")):
+        raise BadItemError('needs "prompt" and "answer" as text, and "gold"')
+    reference, reasons = value.get("reference", ""), value.get("reasons")
+    if not isinstance(reference, str):
+        raise BadItemError('"reference" must be text')
+    if reasons is not None and not (
+        isinstance(reasons, dict) and all(isinstance(one, str) for one in reasons.values())
+    ):
+        raise BadItemError('"reasons" must be a mapping from criteria to text')
+    gold, scores = _gold_of(value.get("gold"), rubric)
+    verdict = None
+    if scores is not None and (reasons or rubric.reasons == "none"):
+        verdict = write_verdict(rubric, scores, reasons)
+    prompt, answer = value["prompt"], value["answer"]
+    return judging_item(
+        rubric, prompt, answer, reference=reference, gold=gold, verdict=verdict, part=number, key=prompt
+    )
+
+
+def _gold_of(gold: Any, rubric: Rubric) -> tuple[float, dict[str, float] | None]:
+    """(overall, by criterion where that is known)."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    if isinstance(gold, dict):
+        names = [criterion.name for criterion in rubric.criteria]
+        if sorted(gold) != sorted(names) or not all(map(is_number, gold.values())):
+            raise BadItemError(f'"gold" must hold a number for each of {", ".join(names)}, and nothing else')
+        for criterion in rubric.criteria:
+            if criterion.scale.nearest(gold[criterion.name]) is None:
+                raise BadItemError(f'"gold": {gold[criterion.name]:g} is no point of the scale of {criterion.name}')
+        scores = {name: float(score) for name, score in gold.items()}
+        return rubric.overall(scores), scores
+    if not is_number(gold) or not 0 <= gold <= 1:
+        raise BadItemError('"gold" must be the overall score in [0, 1], or a mapping from criteria to scores')
+    if len(rubric.criteria) > 1:
+        return float(gold), None
+    (criterion,) = rubric.criteria
+    point = criterion.scale.nearest(criterion.scale.min + gold * (criterion.scale.max - criterion.scale.min))
+    return float(gold), None if point is None else {criterion.name: point}
+
+
+# --- from another domain ---------------------------------------------------------------------------------------
+class Answering(Protocol):
+    """The domain whose answers are judged."""
+
+    @property
+    def heldout_keys(self) -> frozenset[str]:
+        """Of items that are kept out of its training without ``splits``."""
+        ...
+
+    @property
+    def verifier_spec(self) -> VerifierSpec:
+        """Says which answers are right."""
+        ...
+
+    def source_item(self, index: int, *, heldout: bool) -> Item | None:
+        """Of its source; None beyond the last."""
+        ...
+
+    def question(self, item: Item) -> str:
+        """What is asked."""
+        ...
+
+    def gold_answer(self, item: Item) -> str | None:
+        """The right answer, without reasoning."""
+        ...
+
+    def key(self, item: Item) -> str:
+        """What its split is told by."""
+        ...
+
+    def split(self, item: Item) -> Split | None:
+        """None without ``splits``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """An item of the other domain."""
+
+    item: Item
+    gold: str | None
+    key: str
+    split: Split | None
+
+
+class RightAndWrong:
+    """Items 2k and 2k + 1 show the right answer to item k of another domain, and a wrong one. A :class:`Source`,
+    a pure function of (seed, index); held-out items are the same under
+    every seed where the other domain's are.
+
+    Where no corruption makes the answer wrong, or the verifier does not find the gold answer right, both are passed
+    over.
+    """
+
+    def __init__(self, config: JudgingSource, rubric: Rubric, answering: Answering, seed: int) -> None:
+        self._config = config
+        self._rubric = rubric
+        self._answering = answering
+        self._seed = seed
+        spec = answering.verifier_spec
+        self._closing = spec.closing
+        self._verification = Verification(spec)
+        self._pair = lru_cache(maxsize=ITEMS_KEPT)(self._pair_of)
+        self._answered = lru_cache(maxsize=ITEMS_KEPT)(self._answered_of)
+        self._alphabet = lru_cache(maxsize=2)(self._alphabet_of)
+
+    def train(self, index: int) -> Item:
+        """See :class:`Source`."""
+        pair = self._pair(index // 2, heldout=False)
+        assert pair is not None  # training items have no end
+        return pair[index % 2]
+
+    def heldout(self, index: int) -> Item | None:
+        """See :class:`Source`."""
+        pair = self._pair(index // 2, heldout=True)
+        return None if pair is None else pair[index % 2]
+
+    def _pair_of(self, index: int, *, heldout: bool) -> tuple[Item, Item] | None:
+        answered = self._answered(index, heldout=heldout)
+        if answered is None:
+            return None
+        gold = answered.gold
+        if gold is None or not self._is(answered.item, gold, right=True):
+            return PASSED_OVER, PASSED_OVER
+        found = self._wrong(index, heldout, answered.item, gold)
+        if found is None:
+            return PASSED_OVER, PASSED_OVER
+        wrong, corruption = found
+        return self._shown(answered, gold, RIGHT, {}), self._shown(answered, wrong, WRONG, {"corruption": corruption})
+
+    def _answered_of(self, index: int, *, heldout: bool) -> _Answered | None:
+        domain = self._answering
+        item = domain.source_item(index, heldout=heldout)
+        if item is None:
+            return None
+        return _Answered(item, domain.gold_answer(item), domain.key(item), domain.split(item))
+
+    def _shown(self, answered: _Answered, answer: str, part: int, facts: dict[str, Any]) -> Item:
+        rubric, right = self._rubric, part == RIGHT
+        scores = {one.name: one.scale.max if right else one.scale.min for one in rubric.criteria}
+        reasons = {one.name: "right" if right else "wrong" for one in rubric.criteria}
+        return judging_item(
+            rubric,
+            self._answering.question(answered.item),
+            answer,
+            reference=(answered.gold or "") if self._config.reference == "answer" else "",
+            gold=rubric.overall(scores),
+            verdict=write_verdict(rubric, scores, reasons),
+            part=part,
+            key=answered.key,
+            facts=facts,
+        )
+
+    # --- wrong answers -----------------------------------------------------------------------------------------
+    def _is(self, item: Item, answer: str, *, right: bool) -> bool:
+        score = self._verification.grade(item, self._closing + answer).score
+        return score is not None and (score >= 1 - ROUNDING) == right
+
+    def _wrong(self, index: int, heldout: bool, item: Item, gold: str) -> tuple[str, Corruption] | None:
+        rng = random.Random(f"held out:{index}" if heldout else f"{self._seed}:{index}")
+        kinds = list(self._config.corruptions)
+        rng.shuffle(kinds)
+        for kind in kinds:
+            for answer in itertools.islice(self._corrupted(kind, index, heldout, gold, rng), TRIES):
+                if answer.strip() and self._is(item, answer, right=False):
+                    return answer, kind
+        return None
+
+    def _corrupted(self, kind: Corruption, index: int, heldout: bool, gold: str, rng: random.Random) -> Iterator[str]:
+        match kind:
+            case "swap":
+                places = [place for place in range(len(gold) - 1) if gold[place] != gold[place + 1]]
+                for place in rng.sample(places, len(places)):
+                    yield gold[:place] + gold[place + 1] + gold[place] + gold[place + 2 :]
+            case "change":
+                pairs = [
+                    (place, to)
+                    for place, character in enumerate(gold)
+                    if not character.isspace()
+                    for to in self._alphabet(heldout)
+                    if to != character
+                ]
+                for place, to in rng.sample(pairs, min(TRIES, len(pairs))):
+                    yield gold[:place] + to + gold[place + 1 :]
+            case "other":
+                offsets = [*range(-NEIGHBOURS, 0), *range(1, NEIGHBOURS + 1)]
+                for offset in rng.sample(offsets, len(offsets)):
+                    if (answer := self._answer_to(index + offset, heldout, index)) is not None:
+                        yield answer
+
+    def _answer_to(self, index: int, heldout: bool, like: int) -> str | None:
+        """The gold answer to another item, where that belongs to the same split."""
+        other, own = (
+            self._answered(index, heldout=heldout) if index >= 0 else None,
+            self._answered(like, heldout=heldout),
+        )
+        if other is None or own is None or other.split != own.split:
+            return None
+        return None if not heldout and other.key in self._answering.heldout_keys else other.gold
+
+    def _alphabet_of(self, heldout: bool) -> tuple[str, ...]:
+        found: set[str] = set()
+        for index in range(ALPHABET_ITEMS):
+            if (answered := self._answered(index, heldout=heldout)) is None:
+                break
+            found.update(answered.gold or "")
+        return tuple(sorted(character for character in found if not character.isspace()))
+
+
+def open_judging(
+    source: JudgingSource,
+    rubric: Rubric,
+    answering: Answering | None,
+    *,
+    field: str,
+    seed: int,
+    heldout_count: int,
+    trained: bool,
+    by_key: bool,
+) -> Source:
+    """Open what a recipe names; arguments as of :func:`~student_trainer.tasks.sources.open_source`.
+
+    Args:
+        answering: the domain whose answers are judged, where the source names one.
+    """
+    if source.path is not None:
+        items = read_gold(source.path, rubric, f"{field}.path")
+        return lines(
+            items,
+            source.path,
+            f"{field}.path",
+            seed=seed,
+            heldout_count=heldout_count,
+            trained=trained,
+            by_key=by_key,
+        )
+    if answering is None:
+        raise InternalError(f"{field}: opened without the domain that is judged")
+    return RightAndWrong(source, rubric, answering, seed)

@@ -1,0 +1,179 @@
+"""``opd judge``: what it reads, what it writes and takes up again, and what it says at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opd.v1 import common_pb2
+from opd.v1 import generative_reward_service_pb2 as pb
+
+from opd_mesh.cli.judge import JudgeOptions, judge_file
+from opd_mesh.cli.judge_lines import JudgedLines, Line, Way, parse_line, read_lines
+from opd_mesh.cli.judge_summary import summary_of, told
+from opd_mesh.config.rubrics import Criterion, Rubric, Scale
+from opd_mesh.errors import ConfigError, InvalidInputError, TooLongError
+
+RUBRIC = Rubric(name="r", criteria=[Criterion(name="a"), Criterion(name="b", scale=Scale(min=0, max=1), weight=3)])
+WAY = Way("rubric", 1, 0.0, 0)
+
+
+def parsed(**value: Any) -> Line:
+    return parse_line(json.dumps({"prompt": "p", "answer": "x", **value}).encode(), 7, RUBRIC)
+
+
+def test_a_line() -> None:
+    assert parsed() == Line(7, "line 7", "p", ("x",), "", None)
+    line = parse_line(b'{"id": 3, "prompt": "p", "answers": ["x", "y"], "reference": "r", "gold": 1}', 7, None)
+    assert line == Line(7, "3", "p", ("x", "y"), "r", 1.0)
+    assert line.pairwise
+    assert parsed(gold={"a": 5, "b": 0}).gold == 0.25
+    assert parsed(gold=0.5).digest == parsed(id="other").digest != parsed(reference="r").digest
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "message"),
+    [
+        (b"{", None, "is not JSON"),
+        (b"[1]", None, "must be a JSON object"),
+        (b'{"prompt": "p", "answer": "x", "answers": ["x", "y"]}', "answer", "one answer, or a pair"),
+        (b'{"prompt": "p"}', "answer", "one answer, or a pair"),
+        (b'{"prompt": "p", "answers": ["x"]}', "answers", "a list of two"),
+        (b'{"prompt": "p", "answers": ["x", 1]}', "answers[1]", "as text"),
+        (b'{"answer": "x"}', "prompt", "as text"),
+        (b'{"prompt": "p", "answer": "x", "refrence": "r"}', "refrence", "known are id, prompt"),
+        (b'{"prompt": "p", "answer": "x", "id": true}', "id", "a text or a whole number"),
+        (b'{"prompt": "p", "answer": "x", "gold": 4}', "gold", "from 0 to 1"),
+        (b'{"prompt": "p", "answer": "x", "gold": true}', "gold", "from 0 to 1"),
+        (b'{"prompt": "p", "answer": "x", "gold": {"a": 4}}', "gold", "the rubric's criteria: a, b"),
+        (b'{"prompt": "p", "answer": "x", "gold": {"a": 6, "b": 1}}', "gold.a", "from 1 to 5"),
+        (b'{"prompt": "p", "answers": ["x", "y"], "gold": {"a": 6, "b": 1}}', "gold", "of a pair"),
+        (b'{"prompt": "p", "answer": "\\ud800"}', "answer", "surrogate"),
+    ],
+)
+def test_a_line_that_cannot_be_judged_names_its_key(raw: bytes, field: str | None, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message) as refusal:
+        parse_line(raw, 1, RUBRIC)
+    assert refusal.value.field == field
+
+
+def test_scores_by_criterion_need_the_rubric() -> None:
+    with pytest.raises(InvalidInputError, match="give --rubric FILE"):
+        parse_line(b'{"prompt": "p", "answer": "x", "gold": {"a": 4, "b": 1}}', 1, None)
+
+
+def test_all_bad_lines_are_told_with_their_numbers(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    good = '{"id": "a", "prompt": "p", "answer": "x"}'
+    source.write_text(f'{good}\n\nnonsense\n{good}\n{{"prompt": 1, "answer": "x"}}\n')
+    with pytest.raises(ConfigError, match="nothing was judged, because 3 lines cannot be") as refusal:
+        read_lines(source, None)
+    assert [line.split(": ")[0].strip() for line in str(refusal.value).splitlines()[1:]] == [
+        f"{source}:{number}" for number in (3, 4, 5)
+    ]
+    assert "'a' was on line 1 already" in str(refusal.value)
+    source.write_text("nonsense\n" * 50)
+    with pytest.raises(ConfigError, match="and 30 more"):
+        read_lines(source, None)
+
+
+# --- output ----------------------------------------------------------------------------------------------------
+def judged(score: float, *votes: tuple[bool, float], failure: str = "") -> pb.JudgeResponse:
+    verdict = pb.Verdict(
+        criteria=[pb.CriterionScore(name="a", score=4, reason="good, ü")], score=score, agreement=1, failure=failure
+    )
+    return pb.JudgeResponse(
+        verdicts=[verdict],
+        judge=common_pb2.Policy(run_id="frozen", digest="d"),
+        rubric_digest="rubric",
+        votes=[pb.Vote(swapped=swapped, score=value) for swapped, value in votes],
+    )
+
+
+def line_of(number: int, *answers: str, gold: float | None = None) -> Line:
+    return Line(number, f"l{number}", "p", answers or ("x",), "", gold)
+
+
+def test_an_output_is_taken_up_and_a_torn_line_is_cut(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    store = JudgedLines(out, WAY)
+    store.add(line_of(1), judged(0.75, (False, 0.75)))
+    store.add(line_of(2), TooLongError("too long", field="prompt"))
+    whole = out.read_bytes()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert rows[0]["score"] == 0.75
+    assert rows[0]["reasons"] == {"a": "good, ü"}
+    assert rows[0]["judge"] == {"run_id": "frozen", "lineage": 0, "version": 0, "digest": "d"}
+    assert (rows[1]["score"], rows[1]["failure"]) == (None, "prompt: too long")
+    out.write_bytes(whole + whole[:30])
+    again = JudgedLines(out, WAY)
+    assert out.read_bytes() == whole
+    assert [again.known(line_of(number)) for number in (1, 2, 3)] == [True, True, False]
+    with pytest.raises(ConfigError, match="a judgement on other texts under id 'l1'"):
+        again.known(line_of(1, "other"))
+    with pytest.raises(ConfigError, match="with samples 1, not 3"):
+        JudgedLines(out, Way("rubric", 3, 0.0, 0))
+    with pytest.raises(ConfigError, match="with rubric_digest rubric, not another"):
+        JudgedLines(out, Way("another", 1, 0.0, 0))
+    out.write_text('{"id": 1}\n')
+    with pytest.raises(ConfigError, match="line 1, is no judgement of opd judge"):
+        JudgedLines(out, WAY)
+
+
+def test_the_summary_by_hand(tmp_path: Path) -> None:
+    store = JudgedLines(tmp_path / "out.jsonl", WAY)
+    lone = [
+        line_of(number, "x" * length, gold=gold) for number, length, gold in ((1, 1, 0.0), (2, 2, 0.5), (3, 3, 1.0))
+    ]
+    for line, score in zip(lone, (0.0, 0.5, 0.5), strict=True):
+        store.add(line, judged(score, (False, score)))
+    pair = line_of(4, "x", "y", gold=1.0)
+    store.add(pair, judged(0.5, (False, 1.0), (True, 0.0)))
+    bad = line_of(5)
+    store.add(bad, judged(0, (False, 0), failure="no verdict: rubbish"))
+    never = line_of(6)
+    summary = summary_of([*lone, pair, bad, never], store.done)
+    assert (summary["lines"], summary["judged"], summary["failed"]) == (6, 4, 1)
+    assert summary["failures"] == {"no verdict: rubbish": 1}
+    assert summary["mean_score"] == pytest.approx(1 / 3)  # of lone answers
+    assert summary["judges"] == ["frozen/0/0 d"]
+    assert summary["length_bias"]["spearman"] == pytest.approx(0.8660254)  # ranks 1, 2.5, 2.5 against 1, 2, 3
+    assert summary["position_bias"] == {"votes": 2, "first": 0.5, "changes": 1.0}
+    # Scores 0, .5, .5, .5 against 0, .5, 1, 1.
+    assert (summary["agreement"]["count"], summary["agreement"]["exact"]) == (4, 0.5)
+    assert summary["agreement"]["distance"] == 0.25
+    assert summary["calibration"]["error"] == pytest.approx(0.25)
+    text = told(summary)
+    for part in ("4 of 6 judged, 1 failed", "1 × no verdict: rubbish", "length bias: +0.866", "exact 50.0%"):
+        assert part in text
+    json.dumps(summary)
+
+
+def test_a_summary_of_nothing() -> None:
+    summary = summary_of([line_of(1)], {})
+    assert (summary["judged"], summary["parsed_share"], summary["agreement"]) == (0, None, None)
+    assert told(summary) == "0 of 1 judged, 0 failed"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"address": "h:1", "model": Path("m")}, "model"),
+        ({}, "model"),
+        ({"model": Path("m"), "rubric": "named"}, "model"),
+        ({"model": Path(), "rubric": "named"}, "rubric"),
+        ({"address": "h:1", "samples": 3, "temperature": 0.0}, "temperature"),
+        ({"model": Path(), "rubric": "absent.yaml"}, "path"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "p", "answer": "x"}\n')
+    options = JudgeOptions(**{"address": None, "model": None, "rubric": "r", **changes})
+    with pytest.raises(ConfigError) as refusal:
+        asyncio.run(judge_file(source, tmp_path / "out.jsonl", options))
+    assert refusal.value.field == field
+    assert not (tmp_path / "out.jsonl").exists()
