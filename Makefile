@@ -109,6 +109,7 @@ bench: $(VENV)/.bench demo-models
 	$(BIN)/python benchmarks/signals.py
 	$(BIN)/python benchmarks/rollout.py
 	$(BIN)/python benchmarks/async_run.py
+	$(BIN)/python benchmarks/judge.py
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

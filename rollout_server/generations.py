@@ -28,7 +28,7 @@ from opd_mesh.trajectory import FinishReason
 from rollout_server.delivery import Delivery
 from rollout_server.driver import EngineDriver
 from rollout_server.engine import GenerationRequest, RolloutEngine, TokenEvent
-from rollout_server.request_log import RequestLog, written_tokens
+from rollout_server.request_log import RequestLog, generation_request
 from rollout_server.requests import RequestParams, RequestState, RequestTable
 from rollout_server.token_log import TokenLog
 
@@ -118,14 +118,12 @@ class Generations:
         for state in waiting:
             if state.finish_reason is not None or state.error is not None:
                 continue  # cancelled meanwhile
-            params = state.params
-            request = GenerationRequest(params.key, params.prompt_ids, params.sampling, written_tokens(state))
             try:
-                self.engine.submit(request, kv.get(state.handle))
+                self.engine.submit(generation_request(state), kv.get(state.handle))
             except OpdError as error:
                 refused.append((state, error))
             except Exception as error:  # of this one; the policy is in place, and the others go on
-                log.exception("request %s cannot go on", params.request_id)
+                log.exception("request %s cannot go on", state.params.request_id)
                 refused.append((state, InternalError(f"cannot go on: {error}")))
         return refused
 
@@ -258,7 +256,7 @@ class Generations:
                 waiting = self.engine.waiting + len(requests)
                 refusals[index] = OverloadedError(f"{waiting} requests wait already", retry_delay_s=RETRY_DELAY_S)
                 continue
-            request = GenerationRequest(state.params.key, state.params.prompt_ids, state.params.sampling)
+            request = generation_request(state)
             try:
                 self.engine.check_request(request)
             except OpdError as error:

@@ -318,7 +318,7 @@ class Rollouts:
                 if not is_own_id(trajectory.trajectory_id):
                     self._check_external(trajectory)
                 elif self._needs_ratios and self._wanted_by(trajectory.trajectory_id):
-                    check_behaviour(trajectory)
+                    check_behaviour(trajectory, masks_replayed=self._recipe.policy_gradient is not None)
             except (DecodeError, OpdError) as error:
                 await self.stream.dead_letter(entry.entry_id, f"unusable: {error}")
                 log.warning("stream entry %s is unusable and went to the dead letters: %s", entry.entry_id, error)
@@ -357,7 +357,7 @@ class Rollouts:
         if not trajectory.policy_versions:
             raise TrajectoryError("required from outside: without it staleness is unknown", field="policy_versions")
         if self._recipe.importance is not None:
-            check_behaviour(trajectory)
+            check_behaviour(trajectory, masks_replayed=False)
 
     async def submit(self, trajectory: Trajectory) -> bool:
         """Take a trajectory from outside into the stream; False if it was taken before.

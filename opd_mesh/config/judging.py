@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from opd_mesh.config.base import Strict
 from opd_mesh.config.services import JudgeSamplingConfig, PeerConfig, RolloutEngineConfig
 
-Corruption = Literal["swap", "change", "other"]
+Corruption = Literal["swap", "exchange", "change", "other"]
 CORRUPTIONS: tuple[Corruption, ...] = ("swap", "change", "other")
 
 
@@ -27,8 +27,8 @@ class JudgingSource(Strict):
     # Or: answers to items of another domain of the recipe, by turns the right one and a wrong one. Its verifier is the
     # truth, and its splits are this domain's, too.
     domain: str | None = None
-    # What becomes of the right answer, so that it is wrong: two neighbouring characters change places; a character
-    # becomes another that such answers have; it is the answer to another item.
+    # What becomes of the right answer, so that it is wrong: two neighbouring characters change places (swap), or any
+    # two (exchange); a character becomes another that such answers have; it is the answer to another item.
     corruptions: list[Corruption] = Field(list(CORRUPTIONS), min_length=1)
     # With `domain`: what the judge is shown beside the answer.
     reference: Literal["none", "answer"] = "none"

@@ -153,6 +153,15 @@ class NumberVerifier(AnswerVerifier):
     tolerance: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
+class TemplateVerifier(AnswerVerifier):
+    """A Jinja template that renders the score, a number in [0, 1]."""
+
+    name: Literal["template"] = "template"
+    # Of ``answer`` (extracted), ``question``, ``gold`` (empty where there is none) and ``metadata``, for example
+    # "{{ 1 if answer | length == 5 else 0 }}".
+    score: str
+
+
 class PythonVerifier(AnswerVerifier):
     """A function of one's own: ``f(answer: str, item: Mapping) -> float`` in [0, 1].
 
@@ -173,9 +182,10 @@ VerifierConfig: TypeAlias = Annotated[
     Annotated[ReasoningGymVerifier, Tag("reasoning_gym")]
     | Annotated[ExactVerifier, Tag("exact")]
     | Annotated[NumberVerifier, Tag("number")]
+    | Annotated[TemplateVerifier, Tag("template")]
     | Annotated[PythonVerifier, Tag("python")]
     | Annotated[VerdictVerifier, Tag("verdict")],
-    choice(None, ("reasoning_gym", "exact", "number", "python", "verdict"), "verifier"),
+    choice(None, ("reasoning_gym", "exact", "number", "template", "python", "verdict"), "verifier"),
 ]
 
 

@@ -271,6 +271,11 @@ class RightAndWrong:
                 places = [place for place in range(len(gold) - 1) if gold[place] != gold[place + 1]]
                 for place in rng.sample(places, len(places)):
                     yield gold[:place] + gold[place + 1] + gold[place] + gold[place + 2 :]
+            case "exchange":
+                for _ in range(TRIES if len(gold) > 1 else 0):
+                    first, second = sorted(rng.sample(range(len(gold)), 2))
+                    between = gold[first + 1 : second]
+                    yield gold[:first] + gold[second] + between + gold[first] + gold[second + 1 :]
             case "change":
                 pairs = [
                     (place, to)

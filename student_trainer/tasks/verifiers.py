@@ -20,12 +20,14 @@ from opd_mesh.config.tasks import (
     NumberVerifier,
     PythonVerifier,
     ReasoningGymSource,
+    TemplateVerifier,
     VerdictVerifier,
     VerifierConfig,
 )
 from opd_mesh.errors import ConfigError
 from opd_mesh.judging.verdict import VerdictError, parse_verdict
 from opd_mesh.rendering import split_reasoning
+from opd_mesh.templates import TextTemplate
 from student_trainer.tasks.extraction import extract, parse_number
 from student_trainer.tasks.items import Item
 from student_trainer.tasks.sources import create_reasoning_gym
@@ -138,6 +140,8 @@ def _scorer(spec: VerifierSpec, field: str) -> Scorer:
             return _exact(casefold)
         case NumberVerifier(tolerance=tolerance):
             return _number(tolerance)
+        case TemplateVerifier(score=template):
+            return _template(template, f"{field}.score")
         case PythonVerifier(function=name):
             return _python(name, f"{field}.function")
         case VerdictVerifier():
@@ -200,6 +204,16 @@ def _verdict(rubric: Rubric) -> Scorer:
         except VerdictError:
             return UNREADABLE
         return Said(said, 1.0 - abs(said - item.metadata["gold"]))
+
+    return score
+
+
+def _template(text: str, field: str) -> Scorer:
+    template = TextTemplate(text, field)
+
+    def score(answer: str, item: Item) -> float:
+        gold = "" if item.answer is None else item.answer
+        return float(template.render(answer=answer, question=item.question, gold=gold, metadata=item.metadata))
 
     return score
 

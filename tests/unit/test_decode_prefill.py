@@ -442,6 +442,14 @@ def test_a_prefix_goes_before_anybody_waits(mode: CacheMode) -> None:
     assert kept[-1] == 5 * 20
 
 
+def test_a_prefix_outlives_the_prompts_that_begin_with_it() -> None:
+    votes = sorted(_of_one_prefix(40, [2] * 8, new=2, votes=2), key=lambda request: request.request_id[-1])
+    engine = make_engine(cache_mode=CacheMode.PER_REQUEST, cache_bytes=300 * proof_of("llama").token_bytes)
+    tokens = tokens_of(_run(engine, votes))  # first votes first: each prompt is kept for its second, while it fits
+    assert engine.counters.prefill_tokens <= 40 + 16 * 2
+    assert [tokens[request.request_id] for request in votes] == [reference(model_of("llama"), r) for r in votes]
+
+
 def test_buffers_grow_and_shrink_within_their_bound() -> None:
     cache = RightAlignedCache(1)
     cache.max_cells = 200

@@ -60,7 +60,7 @@ JSONL = {"jsonl": {"path": "p"}}
     ("change", "place", "message"),
     [
         ({"verifer": {}}, "verifer", "did you mean 'verifier'"),
-        ({"verifier": {"name": "exakt"}}, "verifier", "name, one of reasoning_gym, exact, number, python"),
+        ({"verifier": {"name": "exakt"}}, "verifier", "name, one of reasoning_gym, exact, number, template, python"),
         ({"verifier": {}}, "verifier", "write {name: …} with the verifier's name"),
         ({"verifier": {"name": "number", "tolerence": 1}}, "verifier.tolerence", "did you mean 'tolerance'"),
         ({"verifier": {"name": "number", "tolerance": -1}}, "verifier.tolerance", "greater than or equal to 0"),

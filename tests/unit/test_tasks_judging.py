@@ -253,6 +253,17 @@ def test_right_and_wrong_answers_come_by_turns_and_are_verified(rubric: str) -> 
     assert min(corruptions.values()) >= 4
 
 
+def test_two_characters_anywhere_change_places(rubric: str) -> None:
+    _, judge = judged_and_judging(rubric, judging={"corruptions": ["exchange"]})
+    apart = set()
+    for right, wrong in zip(*[iter(item.metadata["answer"] for item in drawn(judge, 80))] * 2, strict=True):
+        places = [place for place in range(len(right)) if right[place] != wrong[place]]
+        assert len(places) == 2
+        assert sorted(right) == sorted(wrong)
+        apart.add(places[1] - places[0])
+    assert len(apart) > 2
+
+
 def test_items_are_a_function_of_seed_and_index_and_held_out_ones_of_the_index(rubric: str) -> None:
     _, one = judged_and_judging(rubric, seed=3)
     _, again = judged_and_judging(rubric, seed=3)

@@ -246,6 +246,20 @@ def test_a_function_of_ones_own() -> None:
         assert reason in (grade.failure or "")
 
 
+def test_a_template_renders_the_score() -> None:
+    text = "{{ 1 if answer == gold else (answer | length) / 10 if answer != '?' else metadata.nothing }}"
+    verifier = verification({"name": "template", "score": text})
+    assert verifier.grade(gold("g"), " g ") == RIGHT
+    assert verifier.grade(gold("g"), "xyz") == Grade(0.3, parsed=True)
+    for answer, reason in {"?": "cannot be rendered", "x" * 11: "returned 1.1, outside"}.items():
+        grade = verifier.grade(gold("g"), answer)
+        assert (grade.score, grade.parsed) == (None, False)
+        assert reason in (grade.failure or "")
+    assert "could not convert" in (verification({"name": "template", "score": "x"}).grade(gold("g"), "g").failure or "")
+    with pytest.raises(ConfigError, match=r"domains\.d\.verifier\.score: not a template"):
+        verification({"name": "template", "score": "{{"})
+
+
 def test_a_gold_answer_that_is_missing_or_no_number_is_a_failure() -> None:
     assert "no gold answer" in (verification({"name": "exact"}).grade(gold(None), "x").failure or "")
     assert "'x' is not a number" in (verification({"name": "number"}).grade(gold("x"), "1").failure or "")
