@@ -13,8 +13,8 @@ from tiny_models import BOS_ID, EOS_ID, tiny_tokenizer
 
 from opd_mesh.config.tasks import DEFAULT_EFFORTS, EffortConfig, LinearLengthPenalty, SoftOverlongPenalty
 from opd_mesh.errors import ConfigError
-from student_trainer.tasks.length_penalty import penalty
 from opd_mesh.rendering import Response, ResponseDecoder, render, split_reasoning
+from student_trainer.tasks.length_penalty import penalty
 
 MESSAGES = [{"role": "user", "content": "1+1?"}]
 

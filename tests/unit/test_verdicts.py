@@ -117,7 +117,8 @@ def test_ten_thousand_texts_of_rubbish_neither_crash_nor_score() -> None:
         except VerdictError:
             continue
         read += 1
-        said = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip() and not line.strip().startswith("```")]
+        lines = (line.strip() for line in text.replace("\r\n", "\n").split("\n"))
+        said = [line for line in lines if line and not line.startswith("```")]
         assert [line.split(":")[0].strip() for line in said] == ["clear", "true"]
         assert [float(line.split("|")[1]) for line in said] == list(found.scores.values())
         assert found.scores["clear"] in (1, 2, 3, 4, 5)
