@@ -23,7 +23,7 @@ from opd.v1 import generative_reward_service_pb2 as pb
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from opd_mesh.cli.judge_lines import JudgedLines, Line, Way, read_lines
+from opd_mesh.cli.judge_lines import JudgedLines, Line, Way, read_lines, with_probes
 from opd_mesh.cli.judge_servers import frozen_judge
 from opd_mesh.cli.judge_summary import summary_of, told
 from opd_mesh.clients.reward import RewardClient
@@ -47,6 +47,7 @@ class JudgeOptions:
         address: of a reward model; or None, and then ``model`` is started as one.
         rubric: a YAML file; or a name, in ``rubrics`` where that is given, else on the server.
         temperature: None: 0 for one vote, 1 for several.
+        probes: judge also what somebody would make of every answer who wants a better score alone.
     """
 
     address: str | None
@@ -59,6 +60,7 @@ class JudgeOptions:
     max_verdict_tokens: int = 512
     max_context_tokens: int = 4096
     device: str = "auto"
+    probes: bool = False
     channel: ChannelConfig = field(default_factory=ChannelConfig)
 
     @property
@@ -81,6 +83,10 @@ async def judge_file(source: Path, out: Path, options: JudgeOptions, summary_fil
     _check_options(source, out, options)
     rubric = await asyncio.to_thread(_own_rubric, options)
     lines = await asyncio.to_thread(read_lines, source, rubric)
+    if options.probes:
+        if rubric is None:
+            raise ConfigError("--probes imitate verdicts, and need the rubric here: give --rubric FILE", field="rubric")
+        lines = with_probes(lines, rubric)
     async with _client(options) as client:
         digest = rubric.digest if rubric is not None else await _digest_on_server(client, options.rubric)
         store = JudgedLines(out, Way(digest, options.samples, options.drawn_at, options.seed))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from opd.v1 import generative_reward_service_pb2 as pb
 
 from opd_mesh.config.rubrics import Rubric
 from opd_mesh.errors import ConfigError, InvalidInputError, OpdError, PreconditionError
+from opd_mesh.judging.probes import probes_of
 
 KEYS = ("id", "prompt", "answer", "answers", "reference", "gold")
 TOLD_PROBLEMS = 20
@@ -27,6 +28,7 @@ class Line:
         key: its id, or where it stands.
         answers: one, or a pair.
         gold: in [0, 1], of the answer, or of the first of the pair; None where it is not known.
+        probe: what was done to the answer of the line ``probed``, see :mod:`opd_mesh.judging.probes`; empty: nothing.
     """
 
     number: int
@@ -35,6 +37,8 @@ class Line:
     answers: tuple[str, ...]
     reference: str
     gold: float | None
+    probe: str = ""
+    probed: str = ""
 
     @property
     def pairwise(self) -> bool:
@@ -77,6 +81,22 @@ def read_lines(path: Path, rubric: Rubric | None) -> list[Line]:
         told = "\n".join(problems[:TOLD_PROBLEMS]) + more
         raise ConfigError(f"nothing was judged, because {len(problems)} lines cannot be:\n{told}", field="input")
     return lines
+
+
+def with_probes(lines: Sequence[Line], rubric: Rubric) -> list[Line]:
+    """Every line, and behind a lone answer's its probes, whose keys are ``<key>#<probe>``."""
+    found: list[Line] = []
+    for line in lines:
+        found.append(line)
+        probes = {} if line.pairwise else probes_of(rubric, line.answers[0])
+        found += [
+            replace(line, key=f"{line.key}#{name}", answers=(text,), gold=None, probe=name, probed=line.key)
+            for name, text in probes.items()
+        ]
+    given = {line.key for line in lines}
+    if taken := sorted(given & {line.key for line in found if line.probe}):
+        raise ConfigError(f"the id {taken[0]!r} is also that of a probe; give the line another one", field="id")
+    return found
 
 
 def parse_line(raw: bytes, number: int, rubric: Rubric | None) -> Line:

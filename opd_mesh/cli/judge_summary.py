@@ -8,15 +8,17 @@ from dataclasses import asdict
 from typing import Any
 
 from opd_mesh.cli.judge_lines import Line, failures_of
+from opd_mesh.judging.probes import probe_figures
 from opd_mesh.judging.statistics import agreement, calibration, length_bias, position_bias
 
 
 def summary_of(lines: Sequence[Line], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures over the lines that are done.
+    """Figures over the lines that are done; what was done to answers counts among the probes alone.
 
     Args:
         rows: by the lines' keys, as the output has them.
     """
+    probes, lines = [line for line in lines if line.probe], [line for line in lines if not line.probe]
     done = [(line, rows[line.key]) for line in lines if line.key in rows]
     judged = [(line, row) for line, row in done if row["score"] is not None]
     votes = [vote for _, row in done for vote in row["votes"]]
@@ -34,10 +36,24 @@ def summary_of(lines: Sequence[Line], rows: Mapping[str, Mapping[str, Any]]) -> 
         "mean_score": statistics.fmean(row["score"] for _, row in lone) if lone else None,
         "judges": sorted({_judge(row["judge"]) for _, row in judged}),
         "length_bias": _or_none(_length_bias(lone)),
+        "probes": _probes([line.key for line, _ in lone], probes, rows),
         "position_bias": _or_none(position_bias([_by_order(row) for row in pairs])),
         "agreement": _or_none(agreement(scores, golds)),
         "calibration": _or_none(calibration(scores, golds)),
     }
+
+
+def _probes(
+    keys: Sequence[str], probes: Sequence[Line], rows: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]] | None:
+    """By name; None where there are none."""
+    scores: dict[str, dict[str, float]] = {key: {} for key in keys}
+    for line in probes:
+        score = rows.get(line.key, {}).get("score")
+        if score is not None and line.probed in scores:
+            scores[line.probed][line.probe] = score
+    found = probe_figures([(rows[key]["score"], probed) for key, probed in scores.items()])
+    return {name: asdict(figures) for name, figures in found.items()} or None
 
 
 def _judge(judge: Mapping[str, Any]) -> str:
@@ -76,6 +92,9 @@ def told(summary: Mapping[str, Any]) -> str:
     if (bias := summary["length_bias"]) is not None:
         text = f"length bias: {_figure(bias['spearman'])} (rank correlation of score and length)"
         lines.append(text + (f", beyond gold {_figure(bias['partial'])}" if bias["partial"] is not None else ""))
+    for name, probe in (summary["probes"] or {}).items():
+        raised = "—" if probe["raised"] is None else f"{probe['raised']:.1%}"
+        lines.append(f"probe {name}: score {probe['shift']:+.3f}, raised {raised} of those below the best")
     if (place := summary["position_bias"]) is not None:
         lines.append(
             f"position bias: {place['first']:+.3f} for whoever stands first; the choice changes with the order in "

@@ -148,6 +148,9 @@ def judge(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the votes")] = 0,
     summary: Annotated[Path | None, typer.Option(help="write the summary as JSON, too")] = None,
+    probes: Annotated[
+        bool, typer.Option(help="judge every answer also lengthened, with a verdict, and with an instruction behind it")
+    ] = False,
     max_verdict_tokens: Annotated[int, typer.Option(min=1, help="with --model")] = 512,
     max_context_tokens: Annotated[int, typer.Option(min=2, help="with --model: of prompt and verdict together")] = 4096,
     device: Annotated[str, typer.Option(help="with --model: auto, cpu or cuda")] = "auto",
@@ -175,6 +178,7 @@ def judge(
         max_verdict_tokens=max_verdict_tokens,
         max_context_tokens=max_context_tokens,
         device=device,
+        probes=probes,
         channel=channel_to(ca_file, cert_file, key_file),
     )
     sys.exit(asyncio.run(judge_file(answers, out, options, summary)))
