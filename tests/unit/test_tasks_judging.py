@@ -210,7 +210,7 @@ def test_rewards_that_a_grm_cannot_give_are_refused(reward: Any, grm: Any, messa
     assert message in refused({"reverse": {**SPELL, "reward": {"name": "grm", **reward}}}, grm=grm)
 
 
-def test_verdicts_are_drawn_under_the_rubrics_grammar_where_they_are_constrained(rubric: str) -> None:
+async def test_verdicts_are_drawn_under_the_rubrics_grammar_where_they_are_constrained(rubric: str) -> None:
     def sampling(constrained: bool) -> tuple[str, str]:
         judge = {"judging": {"rubric": rubric, "domain": "reverse", "constrained": constrained}}
         recipe = recipe_of(
