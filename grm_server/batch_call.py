@@ -32,7 +32,8 @@ class BatchCall:
     """What one client is owed. For one event loop.
 
     Args:
-        judge: of one item; raises why it cannot be judged.
+        judge: of one item; raises why it cannot be judged. The event is set before the item is cancelled where its
+            client gave it up; where the stream ends it is not, for a client that asks again.
         credits: items that may be unanswered.
         idle_timeout_s: without an item, and with nothing owed.
         max_message_bytes: of what is sent.
@@ -40,7 +41,7 @@ class BatchCall:
 
     def __init__(
         self,
-        judge: Callable[[pb.JudgeItem], Awaitable[pb.JudgeResponse]],
+        judge: Callable[[pb.JudgeItem, asyncio.Event], Awaitable[pb.JudgeResponse]],
         *,
         credits: int,
         idle_timeout_s: float,
@@ -52,6 +53,7 @@ class BatchCall:
         self._max_judgement_bytes = max_message_bytes - ROOM_BYTES
         self._running: dict[str, asyncio.Task[None]] = {}
         self._given_up: dict[str, OpdError] = {}  # why an item's task was cancelled
+        self._unwanted: dict[str, asyncio.Event] = {}
         self._answers: asyncio.Queue[Response | None] = asyncio.Queue()  # None: no more
         self._sent = asyncio.Event()  # set when an answer goes out
         self._stopping = asyncio.Event()
@@ -117,6 +119,7 @@ class BatchCall:
     def _give_up(self, item_id: str, why: OpdError) -> None:
         if item_id in self._running:
             self._given_up.setdefault(item_id, why)
+            self._unwanted[item_id].set()
             self._running[item_id].cancel()
 
     def _begin(self, item: pb.JudgeBatchItem) -> None:
@@ -135,19 +138,21 @@ class BatchCall:
         if refusal is not None:
             self._answers.put_nowait(Response(item_id=item.item_id, status=status_of(refusal)))
             return
-        task = asyncio.create_task(self._answer(item))
+        unwanted = self._unwanted[item.item_id] = asyncio.Event()
+        task = asyncio.create_task(self._answer(item, unwanted))
         self._running[item.item_id] = task
         task.add_done_callback(partial(self._ended, item.item_id))
 
     def _ended(self, item_id: str, task: asyncio.Task[None]) -> None:
         self._running.pop(item_id, None)
+        self._unwanted.pop(item_id, None)
         why = self._given_up.pop(item_id, None)
         if why is not None and task.cancelled():  # else it was done already, or the stream has ended
             self._answers.put_nowait(Response(item_id=item_id, status=status_of(why)))
 
-    async def _answer(self, item: pb.JudgeBatchItem) -> None:
+    async def _answer(self, item: pb.JudgeBatchItem, unwanted: asyncio.Event) -> None:
         try:
-            judgement = await self._judge(item.item)
+            judgement = await self._judge(item.item, unwanted)
             size = judgement.ByteSize()
             if size > self._max_judgement_bytes:
                 raise TooLongError(

@@ -10,7 +10,7 @@ from opd_mesh.clients.replica_choice import rendezvous_ranking
 from opd_mesh.clients.rollout import RolloutClient
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import policy_from_proto
-from opd_mesh.errors import NoPolicyError, OpdError, TokenizerMismatchError
+from opd_mesh.errors import DeadlineError, NoPolicyError, OpdError, TokenizerMismatchError, UnavailableError
 from opd_mesh.policy import PolicyId
 
 log = logging.getLogger("grm_server")
@@ -25,7 +25,8 @@ class Judge:
     """One rollout server. For one event loop.
 
     Attributes:
-        policy: what it served when it was asked last; None where it serves none, or does not answer.
+        policy: what it served when it was asked last; None where it serves none, does not answer, or was never asked.
+        failed: when it was asked last it could not judge.
         constrained: whether verdicts are decoded under a grammar: as it is wanted, where the server's engine can.
     """
 
@@ -34,6 +35,7 @@ class Judge:
     ) -> None:
         self.client = RolloutClient(address, channel)
         self.policy: PolicyId | None = None
+        self.failed = False
         self.constrained = constrained
         self._wanted = constrained
         self._fingerprint = tokenizer_fingerprint
@@ -71,13 +73,17 @@ class Judge:
         self._asking, self._next = self._next, None  # who comes now is too late for this one
         try:
             self.policy = await self._ask()
-        except OpdError:
-            self.policy = None
+        except Exception:
+            self.policy, self.failed = None, True
             raise
+        self.failed = False
         return self.policy
 
     async def _ask(self) -> PolicyId:
-        response = await self.client.get_policy()
+        try:
+            response = await self.client.get_policy()
+        except DeadlineError as error:  # of this question, and not of the items that wait for it
+            raise UnavailableError(f"the rollout server {self.address} does not answer: {error}") from error
         if response.tokenizer_fingerprint != self._fingerprint:
             raise TokenizerMismatchError(
                 f"the rollout server {self.address} has tokenizer {response.tokenizer_fingerprint[:16]}…, the "
@@ -122,9 +128,12 @@ class Judges:
         return next((judge for judge in self._judges.values() if judge.policy is not None), None)
 
     def ranked(self, item_digest: str) -> list[Judge]:
-        """In the order in which they are asked for an item: those that can judge first."""
+        """In the order in which they are asked for an item: those that failed when they were asked come last.
+
+        Who was not asked yet keeps his place: the votes that an earlier process asked of him are there.
+        """
         ranking = [self._judges[address] for address in rendezvous_ranking(item_digest, self._judges)]
-        return sorted(ranking, key=lambda judge: judge.policy is None)
+        return sorted(ranking, key=lambda judge: judge.failed)
 
     async def _watch(self) -> None:
         told: bool | None = None
@@ -143,6 +152,10 @@ class Judges:
             policy = await judge.policy_now()
         except OpdError as error:
             problem = str(error)
+        except Exception as error:  # a defect of ours must not end the watch over all of them
+            problem = f"{judge.address}: {type(error).__name__}: {error}"
+            if problem != problems.get(judge.address):
+                log.exception("the rollout server %s cannot be asked", judge.address)
         if problem != problems.get(judge.address):
             if problem:
                 log.warning("cannot judge: %s", problem)

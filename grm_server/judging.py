@@ -8,10 +8,11 @@ what is being written or was written, and nothing is judged twice.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from opd_mesh.errors import (
     InvalidInputError,
     JudgeUnavailableError,
     OpdError,
+    PreconditionError,
     UnavailableError,
 )
 from opd_mesh.judging.plain import all_taken_apart, special_tokens
@@ -42,6 +44,7 @@ from opd_mesh.rendering import render
 from opd_mesh.seeds import derive_seed
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 
+log = logging.getLogger("grm_server")
 ROUNDS = 3  # that policies may spoil before an item is given up
 DOMAIN = "judge"
 # Texts that begin differently, and so do the tags that are drawn from them: what their prompts share, all prompts do.
@@ -49,6 +52,7 @@ PROBES = ("a", "Bc", "7", "(", "z y")
 MIN_SHARED_TOKENS = 16
 BEGINNINGS_KEPT = 256
 RETRY_S = 0.5
+ASKED_AGAIN = 2  # a vote that somebody cancelled
 ResultT = TypeVar("ResultT")
 
 
@@ -121,7 +125,10 @@ class Texts:
             if len(self._beginnings) >= BEGINNINGS_KEPT:
                 self._beginnings.clear()
             count = 2 if pairwise else 1
-            probes = [self._prompt_ids(rubric, text, [text] * count, text) for text in PROBES]
+            try:
+                probes = [self._prompt_ids(rubric, text, [text] * count, text) for text in PROBES]
+            except ConfigError:  # a template may ask for more of a text than ours have
+                probes = []
             common = tuple(
                 column[0] for column in takewhile(lambda ids: len(set(ids)) == 1, zip(*probes, strict=False))
             )
@@ -178,9 +185,14 @@ class Judging:
         way = digest_of(texts.fingerprint, texts.template, config.system_prompt, config.max_verdict_tokens)
         self._run_id = f"judge.{way[:16]}"
         self.counts = Counts()
+        self._cancelling: set[asyncio.Task[None]] = set()
 
-    async def judge(self, item: CheckedItem) -> pb.JudgeResponse:
+    async def judge(self, item: CheckedItem, given_up: asyncio.Event | None = None) -> pb.JudgeResponse:
         """The judgement on one item.
+
+        Args:
+            given_up: set where nobody will ask for it again, before this is cancelled: its votes are, too. Without it
+                they are written to their end, for whoever asks again.
 
         Raises:
             DeadlineError: not done within its time.
@@ -195,13 +207,21 @@ class Judging:
             with telemetry.span("grm.judge", {"rubric": item.rubric.name, "answers": len(item.answers)}):
                 async with asyncio.timeout(item.timeout_s):
                     while True:
+                        refused: PreconditionError | None = None
+                        may_come_back = False
                         for judge in self._judges.ranked(item.digest):
                             try:
-                                return await self._judged_by(judge, item)
+                                policy = await judge.policy_now()
+                                failing_since = None  # somebody is there
+                                return await self._judged_by(judge, policy, item, given_up)
                             except JudgeUnavailableError:
                                 raise
                             except UnavailableError as error:
-                                last = error
+                                last, may_come_back = error, True
+                            except PreconditionError as error:  # of this judge: another may have our tokenizer
+                                refused = error
+                        if refused is not None and not may_come_back:
+                            raise refused
                         failing_since = failing_since or loop.time()
                         if last is not None and loop.time() - failing_since > patience_s:
                             raise last
@@ -210,8 +230,10 @@ class Judging:
             why = f" (last: {last})" if last else ""
             raise DeadlineError(f"not judged within {item.timeout_s:g} s{why}") from last
 
-    async def _judged_by(self, judge: Judge, item: CheckedItem) -> pb.JudgeResponse:
-        policy = await judge.policy_now()
+    async def _judged_by(
+        self, judge: Judge, policy: PolicyId, item: CheckedItem, given_up: asyncio.Event | None
+    ) -> pb.JudgeResponse:
+        """By the policy that it serves now, or one that comes meanwhile."""
         grammar = ""
         if judge.constrained:
             grammar = verdict_grammar(item.rubric, pairwise=item.pairwise)
@@ -223,7 +245,7 @@ class Judging:
         for _ in range(ROUNDS):
             # A policy that is asked again was not alone the first time: what was written then must not come back.
             specs = [self.spec(item, ballot, policy, asked[policy], grammar) for ballot in ballots]
-            outcomes = await self._write(judge, specs, item.timeout_s)
+            specs, outcomes = await self._write(judge, specs, item.timeout_s, given_up)
             asked[policy] += 1
             now = await judge.policy_now()
             author = policy_behind((one for one in outcomes if isinstance(one, Trajectory)), policy, now)
@@ -265,23 +287,56 @@ class Judging:
         )
 
     async def _write(
-        self, judge: Judge, specs: Sequence[GenerateSpec], timeout_s: float
-    ) -> list[Trajectory | OpdError]:
-        """All votes; an error stands for one that can never be written."""
+        self, judge: Judge, specs: Sequence[GenerateSpec], timeout_s: float, given_up: asyncio.Event | None
+    ) -> tuple[list[GenerateSpec], list[Trajectory | OpdError]]:
+        """All votes, as they were asked for in the end; an error stands for one that can never be written."""
+        writing: set[str] = set()
 
-        async def write(spec: GenerateSpec) -> Trajectory | OpdError:
+        async def write_once(spec: GenerateSpec) -> Trajectory | OpdError:
             async with judge.places:
+                writing.add(spec.request_id)
                 try:
-                    return await judge.client.generate(spec, timeout_s=timeout_s)
+                    trajectory: Trajectory | OpdError = await judge.client.generate(spec, timeout_s=timeout_s)
                 except InvalidInputError as error:  # too long for the engine, or beyond what its tokens can spell
-                    return error
+                    trajectory = error
+                writing.discard(spec.request_id)
+                return trajectory
+
+        async def write(spec: GenerateSpec) -> tuple[GenerateSpec, Trajectory | OpdError]:
+            outcome = await write_once(spec)
+            for _ in range(ASKED_AGAIN):
+                if not _cancelled(outcome):
+                    break
+                # Somebody gave the same vote up, and the rollout server has nothing else under its id from now on.
+                spec = replace(spec, request_id=digest_of(spec.request_id, "cancelled"))
+                outcome = await write_once(spec)
+            return spec, outcome
 
         tasks = [asyncio.create_task(write(spec)) for spec in specs]
         try:
-            return list(await asyncio.gather(*tasks))
+            written = await asyncio.gather(*tasks)
+        except asyncio.CancelledError:
+            if given_up is not None and given_up.is_set():
+                self._cancel_votes(judge, sorted(writing))
+            raise
         finally:
             for task in tasks:  # where one failed the others are of no use
                 task.cancel()
+        return [spec for spec, _ in written], [outcome for _, outcome in written]
+
+    def _cancel_votes(self, judge: Judge, request_ids: Sequence[str]) -> None:
+        """Free their slots, behind the item's back."""
+
+        async def cancel(request_id: str) -> None:
+            try:
+                await judge.client.cancel(request_id, run_id=self._run_id)
+            except OpdError as error:  # it was not begun, or is written to its end
+                log.info("vote %s is not cancelled: %s", request_id, error)
+
+        for request_id in request_ids:
+            task = asyncio.create_task(cancel(request_id))
+            self._cancelling.add(task)
+            task.add_done_callback(self._cancelling.discard)
 
     async def _judgement(
         self,
@@ -315,8 +370,7 @@ class Judging:
         self.counts.items_judged += 1
         self.counts.votes += len(votes)
         self.counts.votes_unparsed += sum(vote.parsed is None for vote in votes)
-        cancelled = any(isinstance(o, Trajectory) and o.finish_reason is FinishReason.CANCELLED for o in outcomes)
-        if not cancelled:  # somebody's whim is no judgement
+        if not any(map(_cancelled, outcomes)):  # somebody's whim is no judgement
             self._keep(author, item, grammar, response)
         return response
 
@@ -352,6 +406,10 @@ class Judging:
         self._cache[self._key(policy, item, grammar)] = response
         if len(self._cache) > self._config.cache_entries:
             self._cache.popitem(last=False)
+
+
+def _cancelled(outcome: Trajectory | OpdError) -> bool:
+    return isinstance(outcome, Trajectory) and outcome.finish_reason is FinishReason.CANCELLED
 
 
 def _verdicts(item: CheckedItem, votes: Sequence[Vote]) -> list[pb.Verdict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
@@ -84,5 +85,5 @@ class GenerativeRewardServicer(pb_grpc.GenerativeRewardServiceServicer):
         finally:
             self._calls.discard(call)
 
-    async def _judge(self, item: pb.JudgeItem) -> pb.JudgeResponse:
-        return await self._judging.judge(check_item(item, self._config, self._rubrics))
+    async def _judge(self, item: pb.JudgeItem, given_up: asyncio.Event | None = None) -> pb.JudgeResponse:
+        return await self._judging.judge(check_item(item, self._config, self._rubrics), given_up)

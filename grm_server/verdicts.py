@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from opd.v1 import generative_reward_service_pb2 as pb
 
-from opd_mesh.config.rubrics import Rubric
+from opd_mesh.config.rubrics import Rubric, weighted_mean
 from opd_mesh.judging.verdict import ParsedVerdict, VerdictError, parse_verdict
 
 _DIGITS = 9  # to which two scores that are the same agree
@@ -74,7 +74,7 @@ def verdict_of(rubric: Rubric, votes: Sequence[Vote]) -> pb.Verdict:
     parsed = [vote for vote in votes if vote.parsed is not None]
     if not parsed:
         return _failed(votes)
-    return _told(rubric, parsed, [1 / len(parsed)] * len(parsed), asked=len(votes), second=False)
+    return _told(rubric, parsed, [1.0] * len(parsed), asked=len(votes), second=False)
 
 
 def pair_verdicts(rubric: Rubric, votes: Sequence[Vote]) -> list[pb.Verdict]:
@@ -87,7 +87,7 @@ def pair_verdicts(rubric: Rubric, votes: Sequence[Vote]) -> list[pb.Verdict]:
             alone = "swapped" if counts[True] else "given"
             failed.failure = f"only the {alone} order parsed, and one order alone says nothing: {failed.failure}"
         return [failed, failed]
-    weights = [0.5 / counts[vote.swapped] for vote in parsed]
+    weights = [1 / counts[vote.swapped] for vote in parsed]
     return [_told(rubric, parsed, weights, asked=len(votes), second=second) for second in (False, True)]
 
 
@@ -99,9 +99,9 @@ def _failed(votes: Sequence[Vote]) -> pb.Verdict:
 
 
 def _told(rubric: Rubric, parsed: Sequence[Vote], weights: Sequence[float], *, asked: int, second: bool) -> pb.Verdict:
-    """The verdict of votes that parsed, whose ``weights`` add up to 1; ``second``: on the other answer of the pair."""
+    """The verdict of votes that parsed; ``second``: on the other answer of the pair."""
     scores = [vote.score for vote in parsed]
-    mean = sum(weight * score for weight, score in zip(weights, scores, strict=True))
+    mean = weighted_mean(weights, scores)
     counts = Counter(round(score, _DIGITS) for score in scores)
     majority, most = counts.most_common(1)[0]  # of equals, the first that was voted
     telling = [vote for vote in parsed if round(vote.score, _DIGITS) == majority]
@@ -110,7 +110,7 @@ def _told(rubric: Rubric, parsed: Sequence[Vote], weights: Sequence[float], *, a
     assert teller.parsed is not None
     criteria = []
     for criterion in rubric.criteria:
-        value = sum(w * vote.criterion(criterion.name) for w, vote in zip(weights, parsed, strict=True))
+        value = weighted_mean(weights, [vote.criterion(criterion.name) for vote in parsed])
         criteria.append(
             pb.CriterionScore(
                 name=criterion.name,
@@ -121,7 +121,7 @@ def _told(rubric: Rubric, parsed: Sequence[Vote], weights: Sequence[float], *, a
     return pb.Verdict(
         criteria=criteria,
         score=1.0 - mean if second else mean,
-        score_variance=sum(weight * (score - mean) ** 2 for weight, score in zip(weights, scores, strict=True)),
+        score_variance=weighted_mean(weights, [(score - mean) ** 2 for score in scores]),
         agreement=most / len(parsed),
         samples_parsed=len(parsed),
         samples_asked=asked,

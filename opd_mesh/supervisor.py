@@ -172,11 +172,13 @@ class LocalMesh:
         model, judge = recipe.student.path, recipe.rollout.peers
         if isinstance(grm.judge, FrozenJudgeConfig):
             address = next(child.address for child in self.children if child.name == "judge")
-            model, judge = grm.judge.model, PeerConfig(addresses=[address], channel=judge.channel)
+            # It is on this machine, whatever it takes to reach the rollout servers.
+            model, judge = grm.judge.model, PeerConfig(addresses=[address], channel=judge.channel.replace(tls=None))
         return GrmServerConfig(
             model=model,
             judge=judge,
             rubrics=grm.rubrics,
+            inline_templates=True,
             sampling=grm.sampling,
             seed=recipe.run.seed,
             constrained=grm.constrained,

@@ -41,7 +41,8 @@ from rollout_server.saved_kv import SavedKv
 from rollout_server.token_log import TokenLog
 
 log = logging.getLogger("rollout_server")
-# The run of a policy that nobody trains.
+# What the run of a policy that nobody trains is called, before the beginning of its digest: versions of one run are in
+# an order, and those of two checkpoints are not.
 FROZEN_RUN = "frozen"
 
 
@@ -97,11 +98,13 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
     async def serve_frozen(self) -> None:
         """The checkpoint's own weights, which the engine holds since it was built, are the policy, and stay it."""
         generations = self._generations
-        policy = PolicyId(FROZEN_RUN, 0, 0, self._loaded.base_digest)
+        digest = self._loaded.base_digest
+        policy = PolicyId(f"{FROZEN_RUN}.{digest[:16]}", 0, 0, digest)
         saved = await self._take_saved_kv(policy)
         refused = await generations.driver.call(lambda: generations.submit_recovered(saved))
         self._weights = ServedWeights(generations.engine.tensor_shapes, policy=policy)
         generations.refuse(refused)
+        await generations.end_outdated(policy)
         log.info("serving the checkpoint's own weights, frozen: %s", policy)
         await self._on_serving(True)
 

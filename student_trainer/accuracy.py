@@ -59,8 +59,8 @@ class AccuracyEvaluator:
             line[f"graded/{domain.name}"] = found["graded"]
             line[f"ungraded/{domain.name}"] = found["ungraded"] or 0
             line[f"answer_length/{domain.name}"] = found["mean_length"] or 0.0
-            if found.get("kappa") is not None:
-                line[f"kappa/{domain.name}"] = found["kappa"] or 0.0
+            if (kappa := found.get("kappa")) is not None:
+                line[f"kappa/{domain.name}"] = kappa
         return line
 
     async def _answers(self, domain: Domain, grader: Grader, config: AccuracyConfig, name: str) -> list[Answer]:

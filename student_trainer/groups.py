@@ -79,9 +79,9 @@ class Groups:
             self._sums[f"judge_variance/{domain}"].append(reward.judged.variance)
 
     def take_counted(self) -> dict[str, float]:
-        """Metrics of the step; the next one begins. Of a domain they are means: ``ungraded/<domain>``,
-        ``judge_version/<domain>`` and ``judge_unparsed/<domain>`` (share of the votes) over all its responses, the
-        others over those that were graded."""
+        """Metrics of the step; the next one begins. Of a domain they are means: ``ungraded/<domain>``
+        over all its responses, ``judge_version/<domain>`` and ``judge_unparsed/<domain>`` (share of the votes) over
+        those that were judged, the others over those that were graded."""
         named = ("groups_taught", "groups_equal", "groups_single", "samples_dropped", "ungraded", "unparsed")
         line: dict[str, float] = {name: self._counts[name] for name in named}
         line |= {name: sum(values) / len(values) for name, values in self._sums.items()}

@@ -18,7 +18,6 @@ from opd_mesh.config.recipe import Recipe
 from opd_mesh.convert import policy_from_proto
 from opd_mesh.errors import ConfigError, OpdError, UnavailableError, VerifierError
 from opd_mesh.judging.messages import rubric_to_proto
-from opd_mesh.policy import PolicyId
 from opd_mesh.rendering import split_reasoning
 from opd_mesh.trajectory import FinishReason, Trajectory
 from student_trainer.answers import CANCELLED
@@ -29,6 +28,8 @@ from student_trainer.tasks.verifiers import MAX_REASON, ROUNDING
 
 log = logging.getLogger("student_trainer")
 NO_ANSWER = Grade(0.0, parsed=False)
+# For the way there and back: the server's time for an item ends first, and it says what kept it.
+ANSWER_S = 10.0
 
 
 class JudgeClient(Protocol):
@@ -121,10 +122,6 @@ class GroupJudge:
         """Whether a domain's responses are judged here."""
         return domain in self._domains
 
-    def has(self, trajectory_id: str) -> bool:
-        """Whether a response was asked for and not yet taken."""
-        return trajectory_id in self._group_of
-
     def ask(self, prompt: Prompt, trajectory: Trajectory) -> None:
         """Have a response judged with the others of its prompt."""
         group = self._open.setdefault((prompt.domain, prompt.index), _Group(prompt))
@@ -133,24 +130,21 @@ class GroupJudge:
         if len(group.responses) == self._group_size:
             self._send(group)
 
-    def _send(self, group: _Group) -> None:
+    def _send(self, group: _Group) -> asyncio.Task[dict[str, Reward]]:
         del self._open[group.prompt.domain, group.prompt.index]
         group.judging = asyncio.create_task(self._judged(group))
+        return group.judging
 
     async def take(self, trajectory_ids: Sequence[str]) -> list[Reward]:
         """Rewards of one group's responses, each once; a group that is not whole is judged as it is.
 
         Raises:
-            VerifierError: no server judged for as long as its channel allows.
+            VerifierError: the server is out of reach for as long as its channel allows.
             ConfigError: a server does not know the rubric.
         """
-        groups = [self._group_of.pop(name) for name in trajectory_ids]
-        for group in groups:
-            if group.judging is None:
-                self._send(group)
-        tasks = [group.judging for group in groups if group.judging is not None]
-        rewards = [found[name] for name, found in zip(trajectory_ids, await asyncio.gather(*tasks), strict=True)]
-        return _by_one_judge(rewards)
+        (group,) = {self._group_of.pop(name) for name in trajectory_ids}
+        rewards = await (group.judging or self._send(group))
+        return [rewards[name] for name in trajectory_ids]
 
     # --- one group ---------------------------------------------------------------------------------------------
     async def _judged(self, group: _Group) -> dict[str, Reward]:
@@ -162,6 +156,7 @@ class GroupJudge:
         found: list[tuple[Grade, Judged | None]] = []
         if shown:
             item = await asyncio.to_thread(_item, of, group.prompt, shown)
+            item.timeout.FromMilliseconds(round(self._timeout_s * 1000))
             found = _read(await self._ask(item, group.prompt.index % len(self._clients)), len(shown))
         rewards = {}
         for response, answer in zip(responses, answers, strict=True):
@@ -179,8 +174,8 @@ class GroupJudge:
     async def _ask(self, item: pb.JudgeItem, place: int) -> pb.JudgeResponse | OpdError:
         try:
             await self._check(place)
-            (response,) = await self._clients[place].judge_many([item], timeout_s=self._timeout_s)
-            if isinstance(response, UnavailableError):
+            (response,) = await self._clients[place].judge_many([item], timeout_s=self._timeout_s + ANSWER_S)
+            if isinstance(response, UnavailableError) and not await self._is_there(place):
                 raise response
         except UnavailableError as error:
             raise VerifierError(
@@ -189,6 +184,14 @@ class GroupJudge:
                 field="grm",
             ) from error
         return response
+
+    async def _is_there(self, place: int) -> bool:
+        """Whether a server answers though it has not judged an item, so that others may fare better."""
+        try:
+            await self._clients[place].get_judge()
+        except OpdError:
+            return False
+        return True
 
     async def _check(self, place: int) -> None:
         """Once for each server: it is there, and knows the rubrics that are named."""
@@ -255,6 +258,8 @@ def _read(response: pb.JudgeResponse | OpdError, count: int) -> list[tuple[Grade
         return [(failed(failure=f"it was not judged: {response.message}"[:MAX_REASON]), None)] * count
     if len(response.verdicts) != count:
         return [(failed(failure=f"the judge gave {len(response.verdicts)} verdicts on {count} answers"), None)] * count
+    if not response.HasField("judge"):
+        return [(failed(failure="the judge is not named, so nobody knows whether one judged all"), None)] * count
     judge = policy_from_proto(response.judge)
     found: list[tuple[Grade, Judged | None]] = []
     for verdict in response.verdicts:
@@ -269,13 +274,3 @@ def _read(response: pb.JudgeResponse | OpdError, count: int) -> list[tuple[Grade
             grade = Grade(min(1.0, max(0.0, verdict.score)), parsed=True)
         found.append((grade, judged))
     return found
-
-
-def _by_one_judge(rewards: Sequence[Reward]) -> list[Reward]:
-    """Scores of two judges do not compare: where a group has such, none of them is a reward."""
-    judges: dict[PolicyId, None] = dict.fromkeys(one.judged.judge for one in rewards if one.judged is not None)
-    if len(judges) < 2:
-        return list(rewards)
-    failure = f"the group was judged by {len(judges)} policies: {', '.join(map(str, judges))}"[:MAX_REASON]
-    grade = Grade(None, parsed=False, failure=failure)
-    return [one if one.judged is None else replace(one, total=None, grade=grade) for one in rewards]

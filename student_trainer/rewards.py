@@ -52,10 +52,6 @@ class Judge(Protocol):
         """Whether these are."""
         ...
 
-    def has(self, trajectory_id: str) -> bool:
-        """Whether a response was asked for and not yet taken."""
-        ...
-
     def ask(self, prompt: Prompt, trajectory: Trajectory) -> None:
         """Have a response judged."""
         ...
@@ -83,11 +79,13 @@ class Rewards:
         self._grader = grader
         self._waiting: list[tuple[Prompt, Trajectory, asyncio.Future[Reward]]] = []
         self._futures: dict[str, asyncio.Future[Reward]] = {}
+        self._judged: set[str] = set()  # responses that the judge has and that are not taken
         self._working: asyncio.Task[None] | None = None
 
     def ask(self, prompt: Prompt, trajectory: Trajectory) -> None:
         """Have a response graded."""
         if self._judge is not None and self._judge.judges(prompt.domain):
+            self._judged.add(trajectory.trajectory_id)
             self._judge.ask(prompt, trajectory)
             return
         future: asyncio.Future[Reward] = asyncio.get_running_loop().create_future()
@@ -99,7 +97,8 @@ class Rewards:
     async def take(self, trajectory_ids: Sequence[str]) -> list[Reward]:
         """Of responses to one prompt that were asked for, each once. Raises what keeps the verifiers, or the judge,
         from working at all."""
-        if self._judge is not None and all(map(self._judge.has, trajectory_ids)):
+        if self._judge is not None and self._judged.issuperset(trajectory_ids):
+            self._judged.difference_update(trajectory_ids)
             return await self._judge.take(trajectory_ids)
         return list(await asyncio.gather(*(self._futures.pop(name) for name in trajectory_ids)))
 

@@ -114,6 +114,7 @@ class Rollouts:
         Raises:
             UnavailableError, StreamUnavailableError: naming the address.
             TokenizerMismatchError: a server loaded another tokenizer.
+            PreconditionError: verdicts are constrained, and a server takes no grammars.
         """
         if self._stream is not None:
             await self._stream.length()
@@ -124,6 +125,13 @@ class Rollouts:
                 raise TokenizerMismatchError(
                     f"rollout server {client.address} has tokenizer {policy.tokenizer_fingerprint[:16]}…, the student "
                     f"in {self._recipe.student.path} has {self._fingerprint[:16]}…; start it with the same checkpoint"
+                )
+            if self._grammars and not policy.limits.grammars:
+                field = f"domains.{min(self._grammars)}.judging.constrained"
+                raise PreconditionError(
+                    f"rollout server {client.address} takes no grammars (its log says why), and verdicts are to be "
+                    f"constrained; start it with engine: transformers, or set {field} to false",
+                    field=field,
                 )
 
     @property

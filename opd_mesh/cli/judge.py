@@ -89,14 +89,16 @@ async def judge_file(source: Path, out: Path, options: JudgeOptions, summary_fil
         lines = with_probes(lines, rubric)
     async with _client(options) as client:
         digest = rubric.digest if rubric is not None else await _digest_on_server(client, options.rubric)
-        store = JudgedLines(out, Way(digest, options.samples, options.drawn_at, options.seed))
+        # A model of our own stays as it is; what a reward model judges with may be in training.
+        judge = None if options.model is None else (await client.get_judge()).policy.digest
+        store = JudgedLines(out, Way(digest, options.samples, options.drawn_at, options.seed, judge))
         judging = _Judging(client, store, options, rubric)
         await judging.run(lines)
     summary = summary_of(lines, {**store.done, **judging.failed})
     if summary_file is not None:
         await asyncio.to_thread(write_durably, summary_file, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     print(told(summary), file=sys.stderr)
-    return 1 if summary["failed"] else 0
+    return 1 if summary["failed"] or summary["failed_probes"] else 0
 
 
 def _check_options(source: Path, out: Path, options: JudgeOptions) -> None:
@@ -214,7 +216,7 @@ class _Judging:
         except (UnavailableError, NotFoundError, PreconditionError):
             raise  # as for this line, so for all
         except InvalidInputError as error:
-            outcome = error  # and it always will be
+            outcome = error  # and it always will be, unless the server is configured otherwise
         except OpdError as error:
             self._tell(line, str(error))
             self.failed[line.key] = {"score": None, "failure": str(error), "votes": []}

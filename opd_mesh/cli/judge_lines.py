@@ -18,6 +18,7 @@ from opd_mesh.judging.probes import probes_of
 
 KEYS = ("id", "prompt", "answer", "answers", "reference", "gold")
 TOLD_PROBLEMS = 20
+BEGINNING = b'{"id": '  # of every line of an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +171,17 @@ def _gold_by_criterion(value: Mapping[str, Any], rubric: Rubric | None) -> float
 # --- output ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How all lines of one output are judged; an output is never continued in another way."""
+    """How all lines of one output are judged; an output is never continued in another way.
+
+    Attributes:
+        judge: digest of the weights that judge, where they stay the same; None: whatever the reward model has.
+    """
 
     rubric_digest: str
     samples: int
     temperature: float
     seed: int
+    judge: str | None = None
 
 
 class JudgedLines:
@@ -197,7 +203,9 @@ class JudgedLines:
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 if not raw.endswith(b"\n"):
-                    break  # cut off in the middle of a write
+                    if not _is_torn(raw):
+                        raise self._foreign(number)
+                    break
                 self._check(raw, number)
                 whole += len(raw)
         if whole < self.path.stat().st_size:
@@ -207,12 +215,9 @@ class JudgedLines:
     def _check(self, raw: bytes, number: int) -> None:
         try:
             value = json.loads(raw)
-            key, way, _ = value["id"], value["way"], value["digest"]
+            key, way, _, _ = value["id"], value["way"], value["digest"], value["score"]
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"{self.path}, line {number}, is no judgement of opd judge: give another --out, or remove it",
-                field="out",
-            ) from None
+            raise self._foreign(number) from None
         for name, expected in self._way.items():
             if way.get(name) != expected:
                 raise ConfigError(
@@ -220,12 +225,21 @@ class JudgedLines:
                     "remove the file",
                     field="out",
                 )
-        self.done[key] = value
+        self.done[key] = value  # of lines that were tried again the last one counts
+
+    def _foreign(self, number: int) -> ConfigError:
+        return ConfigError(
+            f"{self.path}, line {number}, is no judgement of opd judge: give another --out, or remove it", field="out"
+        )
 
     def known(self, line: Line) -> bool:
-        """Whether it is judged already. Raises :class:`ConfigError` where other texts were, under its id."""
+        """Whether it has a score already: what failed is tried again.
+
+        Raises:
+            ConfigError: other texts have one, under its id.
+        """
         value = self.done.get(line.key)
-        if value is None:
+        if value is None or value["score"] is None:
             return False
         if value["digest"] != line.digest:
             raise ConfigError(
@@ -237,12 +251,24 @@ class JudgedLines:
     def add(self, line: Line, outcome: pb.JudgeResponse | OpdError) -> None:
         """Append one; handed to the operating system on return."""
         value = {"id": line.key, "digest": line.digest, "way": self._way, **_told(line, outcome)}
+        if value == self.done.get(line.key):
+            return  # it failed as it did before
         try:
             with self.path.open("ab") as file:
                 file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
         except OSError as error:
             raise PreconditionError(f"cannot write {self.path}: {error.strerror}") from error
         self.done[line.key] = value
+
+
+def _is_torn(raw: bytes) -> bool:
+    """Whether it is the beginning of a line of ours, cut off in the middle of a write."""
+    if not (raw.startswith(BEGINNING) or BEGINNING.startswith(raw)):
+        return False
+    try:
+        return "way" in json.loads(raw)
+    except ValueError:
+        return True
 
 
 def _told(line: Line, outcome: pb.JudgeResponse | OpdError) -> dict[str, Any]:

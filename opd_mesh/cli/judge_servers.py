@@ -24,7 +24,7 @@ from opd_mesh.config.services import (
     RolloutServerConfig,
     ServerConfig,
 )
-from opd_mesh.errors import UnavailableError
+from opd_mesh.errors import OpdError, UnavailableError
 from opd_mesh.supervisor import START_TIMEOUT_S, STOP_TIMEOUT_S, Child
 
 log = logging.getLogger("opd_mesh.cli")
@@ -41,7 +41,7 @@ async def frozen_judge(
         folder: of their configurations and logs.
 
     Raises:
-        UnavailableError: one does not start, with what it said.
+        UnavailableError: one does not start, or has ended before an error was raised inside; with what it said.
     """
     quick = ServerConfig(drain_propagation_s=0.0)
     engine = RolloutEngineConfig.model_validate({"device": device, "max_context_tokens": max_context_tokens})
@@ -50,10 +50,22 @@ async def frozen_judge(
         rollout = _start("rollout", RolloutServerConfig(model=model, frozen=True, engine=engine, server=quick), folder)
         children.append(rollout)
         judge = PeerConfig(addresses=[await _address(rollout)])
-        config = GrmServerConfig(model=model, judge=judge, max_verdict_tokens=max_verdict_tokens, server=quick)
+        config = GrmServerConfig(
+            model=model,
+            judge=judge,
+            max_verdict_tokens=max_verdict_tokens,
+            inline_templates=True,  # they are from this command line
+            server=quick,
+        )
         grm = _start("grm", config, folder)
         children.append(grm)
-        yield await _address(grm)
+        address = await _address(grm)
+        try:
+            yield address
+        except OpdError as error:  # which may be that one of them is gone, and its log goes with the folder
+            for child in children:
+                _check_alive(child, error)
+            raise
     finally:
         for child in reversed(children):
             await _stop(child)
@@ -80,12 +92,16 @@ def _start(name: str, config: BaseModel, folder: Path) -> Child:
 async def _address(child: Child) -> str:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not child.ready_file.exists():
-        if (code := child.process.poll()) is not None:
-            raise UnavailableError(f"the {child.name} server ended with code {code}: {child.said_error()}")
+        _check_alive(child)
         if time.monotonic() > deadline:
             raise UnavailableError(f"the {child.name} server is not ready: {child.said_error()}")
         await asyncio.sleep(0.05)
     return str(json.loads(child.ready_file.read_text())["address"])
+
+
+def _check_alive(child: Child, cause: OpdError | None = None) -> None:
+    if (code := child.process.poll()) is not None:
+        raise UnavailableError(f"the {child.name} server ended with code {code}: {child.said_error()}") from cause
 
 
 async def _stop(child: Child) -> None:

@@ -30,6 +30,7 @@ def summary_of(lines: Sequence[Line], rows: Mapping[str, Mapping[str, Any]]) -> 
         "lines": len(lines),
         "judged": len(judged),
         "failed": len(done) - len(judged),
+        "failed_probes": sum(rows[line.key]["score"] is None for line in probes if line.key in rows),
         "failures": failures_of([row for _, row in done]),
         "votes": len(votes),
         "parsed_share": sum(vote["score"] is not None for vote in votes) / len(votes) if votes else None,
@@ -84,7 +85,11 @@ def _by_order(row: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 def told(summary: Mapping[str, Any]) -> str:
     """For a person, a figure a line."""
     lines = [f"{summary['judged']} of {summary['lines']} judged, {summary['failed']} failed"]
+    if summary["failed_probes"]:
+        lines[0] += f", and {summary['failed_probes']} probes"
     lines += [f"  {count} × {reason}" for reason, count in list(summary["failures"].items())[:5]]
+    if len(judges := summary["judges"]) > 1:
+        lines.append(f"judged by {len(judges)} policies, whose scores may differ: {'; '.join(judges)}")
     if summary["parsed_share"] is not None:
         lines.append(f"votes: {summary['votes']}, of which {summary['parsed_share']:.1%} parsed")
     if summary["mean_score"] is not None:

@@ -144,9 +144,9 @@ def judge(
     rubrics: Annotated[Path | None, typer.Option(help="folder in which the rubric's name is looked up")] = None,
     samples: Annotated[int, typer.Option(min=1, max=64, help="votes for each answer; of a pair, in each order")] = 1,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="default: 0 for one vote, 1 for several", show_default=False)
+        float | None, typer.Option(min=0, max=100, help="default: 0 for one vote, 1 for several", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the votes")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="of the votes")] = 0,
     summary: Annotated[Path | None, typer.Option(help="write the summary as JSON, too")] = None,
     probes: Annotated[
         bool, typer.Option(help="judge every answer also lengthened, with a verdict, and with an instruction behind it")

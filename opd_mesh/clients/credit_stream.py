@@ -77,7 +77,7 @@ class CreditStream(ABC, Generic[ItemT, ResultT]):
     async def _ask(self, tag: int, item: ItemT) -> ResultT:
         """Send one item and wait for its answer.
 
-        Cancelling this coroutine stops nothing on the server.
+        Cancelling this coroutine stops nothing on the server, unless the stream's own class sees to it.
 
         Raises:
             OpdError: as the server says of this item; :class:`UnavailableError` where the stream broke, which says
@@ -89,6 +89,10 @@ class CreditStream(ABC, Generic[ItemT, ResultT]):
         self._waiting.append((tag, item, future))
         self._wake.set()
         return await future
+
+    def _is_sent(self, tag: int) -> bool:
+        """It is the server's, which has not answered it."""
+        return tag in self._sent
 
     async def _write(self) -> None:
         reader = self._tasks[0]

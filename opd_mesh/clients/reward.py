@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from opd.v1 import generative_reward_service_pb2 as pb
 from opd.v1 import generative_reward_service_pb2_grpc as pb_grpc
@@ -29,10 +31,25 @@ class JudgeStream(CreditStream[pb.JudgeBatchItem, pb.JudgeResponse]):
     server = "reward model"
     most_items = 1
 
+    def __init__(self, call: Any, target: str) -> None:
+        self._given_up: deque[int] = deque()
+        super().__init__(call, target)
+
     async def ask(self, item: pb.JudgeItem) -> pb.JudgeResponse:
-        """Send one item and wait for its judgement; see :meth:`CreditStream._ask`."""
+        """Send one item and wait for its judgement; see :meth:`CreditStream._ask`. Cancelled, so is the judging."""
         tag = self._next_tag()
-        return await self._ask(tag, pb.JudgeBatchItem(item_id=str(tag), item=item))
+        try:
+            return await self._ask(tag, pb.JudgeBatchItem(item_id=str(tag), item=item))
+        except asyncio.CancelledError:
+            if self._is_sent(tag):
+                self._given_up.append(tag)
+                self._wake.set()
+            raise
+
+    def _next_message(self) -> Any | None:
+        if self._given_up:
+            return pb.JudgeBatchRequest(cancel_item_id=str(self._given_up.popleft()))
+        return super()._next_message()
 
     def _message_of(self, items: list[pb.JudgeBatchItem]) -> pb.JudgeBatchRequest:
         (item,) = items
@@ -85,11 +102,22 @@ class RewardClient(ServiceClient):
             OpdError: as the server says of the item.
         """
 
-        async def call() -> pb.JudgeResponse:
-            async with rpc_errors(self.address):
-                return await self._stub.Judge(pb.JudgeRequest(item=item), timeout=timeout_s)
+        loop = asyncio.get_running_loop()
+        reached = False
 
-        return await self._until_judged(call, timeout_s, lambda: False)
+        async def call() -> pb.JudgeResponse:
+            nonlocal reached
+            started = loop.time()
+            try:
+                async with rpc_errors(self.address):
+                    return await self._stub.Judge(pb.JudgeRequest(item=item), timeout=timeout_s)
+            except UnavailableError as error:
+                # In gRPC's own words, so the connection broke, and one that was good for so long had been made.
+                broken = error.metadata.get("target") == self.address
+                reached = broken and loop.time() - started > self.config.connect_timeout_s
+                raise
+
+        return await self._until_judged(call, timeout_s, lambda: reached)
 
     async def judge_streamed(self, item: pb.JudgeItem, *, timeout_s: float = ITEM_TIMEOUT_S) -> pb.JudgeResponse:
         """As :meth:`judge`, over the one stream that everything asked for at one time shares."""

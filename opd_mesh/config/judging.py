@@ -111,6 +111,11 @@ class GrmConfig(Strict):
         """
         if self.peers.addresses:
             return  # of its settings nothing is known yet
+        if self.judge == "policy" and self.constrained and policy_engine.engine == "vllm":
+            raise ValueError(
+                f"{field}: the policy judges, and rollout.engine.engine vllm takes no grammars; choose transformers, "
+                "set grm.constrained to false, or name another grm.judge"
+            )
         context = (policy_engine if self.judge == "policy" else self.judge.engine).max_context_tokens
         if self.max_verdict_tokens >= context:
             raise ValueError(

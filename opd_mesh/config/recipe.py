@@ -395,6 +395,11 @@ class Recipe(Strict):
         for name, domain in self.domains.items():
             if domain.judging is None or not domain.judging.constrained:
                 continue
+            if self.rollout.engine.engine == "vllm":
+                raise ValueError(
+                    f"rollout.engine.engine: vllm takes no grammars, and verdicts of domain {name} are constrained; "
+                    "choose transformers, or set judging.constrained to false"
+                )
             if domain.effort is not None and self.efforts[domain.effort].closing:
                 raise ValueError(
                     f"domains.{name}.effort: {domain.effort} reasons first, and a constrained verdict has no room for "

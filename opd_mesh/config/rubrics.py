@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
+import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,11 +20,19 @@ from opd_mesh.errors import ConfigError
 MAX_POINTS = 101  # of a scale
 CHOICES = ("A", "B", "tie")  # of a pair's judge
 ROUNDING = 1e-9
+NUMBER = re.compile(r"[+-]?[0-9]{1,12}(\.[0-9]{1,12})?")  # a score in a verdict
+_DECIMALS = 12
 
 
 def as_text(score: float) -> str:
     """A point of a scale as a verdict has it: no needless digits."""
     return f"{score:.10g}"
+
+
+def weighted_mean(weights: Sequence[float], values: Sequence[float]) -> float:
+    """Between the least and the greatest of the values: rounding does not lead beyond them."""
+    mean = math.fsum(map(operator.mul, weights, values)) / math.fsum(weights)
+    return min(max(mean, min(values)), max(values))
 
 
 class Scale(Strict):
@@ -40,22 +51,32 @@ class Scale(Strict):
             raise ValueError(f"step: {self.step:g} does not lead from {self.min:g} to {self.max:g}")
         if steps + 1 > MAX_POINTS + ROUNDING:
             raise ValueError(f"step: {steps + 1:.0f} points are too many to be told apart; at most {MAX_POINTS}")
+        for index, point in enumerate(self.points):
+            text = as_text(point)
+            is_itself = NUMBER.fullmatch(text) is not None and self.nearest(float(text)) == point
+            if not is_itself or self.points.index(point) < index:
+                raise ValueError(
+                    f"step: the point {point!r} cannot be written as a plain number of at most 10 digits; take a scale "
+                    "such as 0 to 10 by 1, overall scores are in [0, 1] whatever it is"
+                )
         return self
 
     @property
     def points(self) -> list[float]:
         """Lowest first."""
-        return [self.min + index * self.step for index in range(round((self.max - self.min) / self.step) + 1)]
+        count = round((self.max - self.min) / self.step) + 1
+        # Rounded, so that -0.3 + 3 · 0.1 is 0, and not -0 either.
+        return [round(self.min + index * self.step, _DECIMALS) + 0.0 for index in range(count)]
 
     def nearest(self, score: float) -> float | None:
         """The point that a number is, or None."""
         if not math.isfinite(score):
             return None
-        return next((point for point in self.points if abs(point - score) <= ROUNDING), None)
+        return next((point for point in self.points if abs(point - score) <= ROUNDING * self.step), None)
 
     def share(self, score: float) -> float:
         """Where a score stands between the lowest (0) and the best (1)."""
-        return (score - self.min) / (self.max - self.min)
+        return min(max((score - self.min) / (self.max - self.min), 0.0), 1.0)
 
 
 def _one_line(text: str) -> str:
@@ -136,14 +157,10 @@ class Rubric(Strict):
         Args:
             scores: a point of the scale, or a mean of points, for every criterion.
         """
-        total = weights = 0.0
-        for criterion in self.criteria:
-            share = criterion.scale.share(scores[criterion.name])
-            if criterion.hard_requirement and share <= ROUNDING:
-                return 0.0
-            total += criterion.weight * share
-            weights += criterion.weight
-        return total / weights
+        shares = [criterion.scale.share(scores[criterion.name]) for criterion in self.criteria]
+        if any(one.hard_requirement and share <= ROUNDING for one, share in zip(self.criteria, shares, strict=True)):
+            return 0.0
+        return weighted_mean([criterion.weight for criterion in self.criteria], shares)
 
 
 def load_rubric(path: Path | str) -> Rubric:

@@ -20,11 +20,10 @@ import json
 import re
 from dataclasses import dataclass
 
-from opd_mesh.config.rubrics import CHOICES, Criterion, Rubric, as_text
+from opd_mesh.config.rubrics import CHOICES, NUMBER, Criterion, Rubric, as_text, weighted_mean
 
 VERDICT_FORMAT = 1
 MAX_VERDICT_CHARS = 100_000
-_NUMBER = re.compile(r"[+-]?[0-9]{1,12}(\.[0-9]{1,12})?")
 _FENCE = re.compile(r"```[a-z]*\n(.*)\n```", re.DOTALL)
 
 
@@ -144,7 +143,7 @@ def _score(criterion: Criterion, text: str, pairwise: bool) -> tuple[str, float]
         if text not in CHOICES:
             raise VerdictError(f"{criterion.name}: expected one of {', '.join(CHOICES)}, found {_shown(text)}")
         return text, 1.0 - CHOICES.index(text) if text != "tie" else 0.5
-    if _NUMBER.fullmatch(text) is None:
+    if NUMBER.fullmatch(text) is None:
         raise VerdictError(f"{criterion.name}: expected a score, found {_shown(text)}")
     point = criterion.scale.nearest(float(text))
     if point is None:
@@ -165,8 +164,8 @@ def _preference(rubric: Rubric, scores: dict[str, float]) -> float:
     for criterion in rubric.criteria:
         if criterion.hard_requirement and scores[criterion.name] != 0.5:
             return scores[criterion.name]
-    weights = sum(criterion.weight for criterion in rubric.criteria)
-    return sum(criterion.weight * scores[criterion.name] for criterion in rubric.criteria) / weights
+    weights = [criterion.weight for criterion in rubric.criteria]
+    return weighted_mean(weights, [scores[criterion.name] for criterion in rubric.criteria])
 
 
 def _shown(text: str) -> str:

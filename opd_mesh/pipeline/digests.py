@@ -241,7 +241,8 @@ def _recipe(recipe: Recipe, files: FileDigests, written: set[str]) -> dict[str, 
 
 def _grm(recipe: Recipe, files: FileDigests) -> dict[str, Any]:
     """Who judges and how; of servers that run already their addresses, for nothing else is known of them."""
-    value = _without(recipe.grm.model_dump(mode="json"), ("peers.channel", "judge.engine"))
+    engine = tuple(key.replace("rollout.", "judge.", 1) for key in _WITHOUT_EFFECT if key.startswith("rollout.engine."))
+    value = _without(recipe.grm.model_dump(mode="json"), ("peers.channel", *engine))
     if isinstance(recipe.grm.judge, FrozenJudgeConfig):
         value["judge"] = {**value["judge"], "model": files.of(recipe.grm.judge.model)}
     if recipe.grm.rubrics is not None:

@@ -227,7 +227,7 @@ def step_figures(run: RunData, cast: Cast) -> list[FigureCard]:
     from opd_mesh.report.training_figures import add_distillation, add_responses, add_rewards
 
     cards = Cards(run.metrics, cast)
-    add_rewards(cards)
+    add_rewards(cards, run.evaluations)
     add_distillation(cards)
     add_responses(cards)
     _add_machinery(cards)

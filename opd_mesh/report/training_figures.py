@@ -9,10 +9,11 @@ from opd_mesh.report.figures import Cards, keys_of
 from opd_mesh.report.plots import Line, Panel
 
 
-def add_rewards(cards: Cards) -> None:
+def add_rewards(cards: Cards, evaluations: Log) -> None:
     """Of policy gradients: what responses earn, and how much of them teaches."""
     reward, score = cards.by_domain("reward/"), cards.by_domain("score/")
     versions = cards.by_domain("judge_version/")
+    told = {line.label for line in versions} & set(evaluations.keys_under("accuracy/"))
     whose = "verifier, or of the judge" if versions else "verifier"
     panels = [Panel(reward, "mean reward", from_zero=False), Panel(score, f"mean score of the {whose}", top=1.0)]
     if _same(reward, score):  # without length penalties
@@ -22,7 +23,7 @@ def add_rewards(cards: Cards) -> None:
         "Rewards by domain",
         "What the responses of a step earn on average: the verifier's score, less penalties for length where there are "
         "any. This is what training pushes up."
-        + (" Where a judge gives the score, the truth is in the accuracies above." if versions else ""),
+        + (" Where a judge gives the score, the truth is in the accuracies above." if told else ""),
         panels,
         keys_of(reward, score),
     )

@@ -13,9 +13,10 @@ from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.rubrics import Rubric
 from opd_mesh.config.tasks import ExactVerifier, NumberVerifier, OthersConfig
 from opd_mesh.errors import ConfigError
+from opd_mesh.judging.plain import special_tokens
 from opd_mesh.rendering import PLAIN, ResponseDecoder, render, render_answer, split_reasoning
 from student_trainer.tasks.items import PASSED_OVER, Item, Messages, Prompt, Split
-from student_trainer.tasks.judging import open_judging, open_rubric
+from student_trainer.tasks.judging import open_judging, open_rubric, shows_prompt
 from student_trainer.tasks.length_penalty import penalty
 from student_trainer.tasks.sources import Lines, Source, SourceConfig, open_source
 from student_trainer.tasks.splits import split_of
@@ -91,7 +92,12 @@ class Domain:
         self._source = self._open_source(recipe.run.seed, count, answering)
         self._others = self._open_others(recipe.run.seed)
         self._held_out: dict[Split, _HeldOut] = {"validation": _HeldOut(), "test": _HeldOut()}
+        self._held_out_texts: set[int] = set()  # hashes of judges' prompts whose keys are not for training
+        self._check_judged_key(answering)
         self._kept = self._found("validation", count)
+        accuracy = recipe.evaluation.accuracy
+        if answering is not None and config.splits is not None and accuracy is not None:
+            self._found(accuracy.split, accuracy.prompts_per_domain)  # before anything like them is trained on
         self.heldout = self._kept[: recipe.evaluation.prompts_per_domain]
         self._heldout_ids = {prompt.token_ids for prompt in self._kept}
         self.heldout_keys = frozenset(self.key(self.item(prompt)) for prompt in self._kept)
@@ -113,9 +119,22 @@ class Domain:
         self._prompt_template = compiled(config.prompt, self._key("prompt"))
         self._answer_template = compiled(config.answer, self._key("answer"))
         # The items of another domain that are judged have its keys.
-        splits = None if config.judging and config.judging.domain else config.splits
+        splits = None if self._judged else config.splits
         self._key_template = compiled(splits.key if splits else None, self._key("splits.key"))
         self._others_template = compiled(config.others.prompt if config.others else None, self._key("others.prompt"))
+
+    def _check_judged_key(self, answering: Domain | None) -> None:
+        """By default another question is another key, and may be in another split, but the judge must see that."""
+        if answering is None or self.rubric is None or self.config.splits is None or shows_prompt(self.rubric):
+            return
+        if self.config.splits.key is None:
+            field = f"domains.{answering.name}.splits.key"
+            raise ConfigError(
+                f"domain {self.name}: rubric {self.rubric.name} does not show the judge the whole question, so a "
+                f"prompt that is held out may be trained on under another one; set {field} to what all questions of "
+                "one answer have in common, or show the question in the rubric's template",
+                field=field,
+            )
 
     def _open_source(self, seed: int, count: int, answering: Domain | None) -> Source:
         config = self.config
@@ -126,7 +145,14 @@ class Domain:
             "by_key": config.splits is not None,
         }
         if config.judging is not None and self.rubric is not None:
-            return open_judging(config.judging, self.rubric, answering, field=self._key("judging"), **held_out)
+            return open_judging(
+                config.judging,
+                self.rubric,
+                answering,
+                field=self._key("judging"),
+                special=special_tokens(self._tokenizer),
+                **held_out,
+            )
         key, source = _source_of(config)
         needs_answers = ""
         if config.verifier is not None and isinstance(config.verifier, ExactVerifier | NumberVerifier):
@@ -171,8 +197,11 @@ class Domain:
             return self._source.heldout(index) if heldout else self._source.train(index)
 
     def question(self, item: Item) -> str:
-        """The text of the last turn, as the template of prompts has it."""
-        return self._messages(item, other=False)[-1]["content"]
+        """What is asked, as the template of prompts has it: the text of the turn; of several, each behind its role."""
+        messages = self._messages(item, other=False)
+        if len(messages) == 1:
+            return messages[0]["content"]
+        return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
 
     def gold_answer(self, item: Item) -> str | None:
         """What SFT learns, without the reasoning; None where the item has no gold answer."""
@@ -234,43 +263,69 @@ class Domain:
     def after(self, cursor: int, count: int) -> tuple[list[Prompt], int]:
         """The next ``count`` training prompts from ``cursor`` on, and the cursor behind them."""
         prompts: list[Prompt] = []
-        index, skipped = cursor, 0
+        index, skipped, unusable = cursor, 0, 0
         with self._lock:
             while len(prompts) < count:
-                prompt = self._train_prompt(index)
+                other, item = self._train_item(index)
+                prompt = None if item is PASSED_OVER else self._train_prompt(index, item, other=other)
                 index += 1
                 if prompt is not None:
                     prompts.append(prompt)
-                    skipped = 0
+                    skipped = unusable = 0
                     continue
                 skipped += 1
+                unusable += item is PASSED_OVER
                 if skipped == MAX_SKIPPED:
-                    raise ConfigError(
-                        f"{MAX_SKIPPED} prompts in a row are held out for evaluation: the source has too few "
-                        "different ones",
-                        field=f"domains.{self.name}",
-                    )
+                    raise self._too_few(unusable)
         return prompts, index
 
-    def _train_prompt(self, index: int) -> Prompt | None:
-        other, item = self._train_item(index)
-        if item is PASSED_OVER or (item.key is not None and item.key in self.heldout_keys):
+    def _too_few(self, unusable: int) -> ConfigError:
+        why = []
+        if kept := MAX_SKIPPED - unusable:
+            why.append(f"{kept} are held out for evaluation: the source has too few different ones")
+        if unusable:
+            why.append(
+                f"{unusable} passed over, as the verifier of {self._judged} does not find their gold answers right, or "
+                "no corruption of them wrong: see both"
+            )
+        text = f"{MAX_SKIPPED} prompts in a row cannot be trained on: {'; '.join(why)}"
+        return ConfigError(text, field=f"domains.{self.name}")
+
+    def _train_prompt(self, index: int, item: Item, *, other: bool) -> Prompt | None:
+        if item.key is not None and item.key in self.heldout_keys:
             return None
         splits = self.config.splits
         if splits is not None and self._split_of(item, other=other) not in (None, "train"):
+            self._hold_out_text(item)
             return None
         prompt = self._rendered(index, item, other=other)
-        if splits is not None and not other and self._key_template is not None and isinstance(self._source, Lines):
-            self._check_key(prompt)
+        if splits is not None and not other and (self._judged is not None or self._reads_keys):
+            self._check_key(prompt, item)
         return None if prompt.token_ids in self._heldout_ids else prompt
 
-    def _check_key(self, prompt: Prompt) -> None:
-        """Of items that anyone can read, what is trained on and what is held out may differ in the key alone."""
-        if any(prompt.token_ids in found.seen for found in self._held_out.values()):
+    @property
+    def _judged(self) -> str | None:
+        """The domain whose answers this one judges, and whose keys are its own."""
+        return None if self.config.judging is None else self.config.judging.domain
+
+    @property
+    def _reads_keys(self) -> bool:
+        return self._key_template is not None and isinstance(self._source, Lines)
+
+    def _hold_out_text(self, item: Item) -> None:
+        if self._judged is not None:
+            self._held_out_texts.add(hash(item.question))
+
+    def _check_key(self, prompt: Prompt, item: Item) -> None:
+        """Of items that anyone can read, and of what a judge is shown of them, what is trained on and what is held out
+        may differ in the key alone."""
+        held_out = any(prompt.token_ids in found.seen for found in self._held_out.values())
+        if held_out or (self._judged is not None and hash(item.question) in self._held_out_texts):
+            field = f"domains.{self._judged or self.name}.splits.key"
             raise ConfigError(
                 f"domain {self.name}: training prompt {prompt.index} is also held out, under another key; make "
-                f"{self._key('splits.key')} a function of the prompt",
-                field=self._key("splits.key"),
+                f"{field} a function of {'what the judge is shown, right or wrong' if self._judged else 'the prompt'}",
+                field=field,
             )
 
     def held_out(self, split: Literal["validation", "test"], count: int) -> list[Prompt]:
@@ -312,7 +367,10 @@ class Domain:
         keys: list[Any] = [] if item.key is None else [(item.key, item.part)]
         if splits is not None:
             key = self._split_key(item, other=False)
-            if split_of(key, splits) != split:
+            belongs = split_of(key, splits)
+            if belongs != "train":
+                self._hold_out_text(item)
+            if belongs != split:
                 return None
             keys = keys or [key]
         if any(key in found.seen for key in keys):

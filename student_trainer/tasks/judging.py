@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from opd_mesh.config.judging import Corruption, JudgingSource
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.rubrics import Rubric, load_rubric
 from opd_mesh.errors import ConfigError, InternalError
+from opd_mesh.judging.plain import all_taken_apart
 from opd_mesh.judging.prompt import judge_prompt
 from opd_mesh.judging.verdict import VerdictError, verdict_grammar, write_verdict
 from student_trainer.tasks.items import PASSED_OVER, Item, Split
@@ -39,6 +40,12 @@ def open_rubric(path: Path, field: str) -> Rubric:
         return load_rubric(path)
     except ConfigError as error:
         raise ConfigError(f"{field}: {error.message}", field=field) from error
+
+
+def shows_prompt(rubric: Rubric) -> bool:
+    """Whether a judge's prompt holds the whole prompt of what is judged, so that it tells which one that is."""
+    probe = "What  is\nThis? " * 64 + "."  # as long as no template's excerpt, and as no filter leaves it
+    return probe in judge_prompt(rubric, probe, ["an answer"], "a reference")
 
 
 def verdict_grammars(recipe: Recipe) -> dict[str, str]:
@@ -65,6 +72,7 @@ def judging_item(
     part: int,
     key: str,
     facts: Mapping[str, Any] | None = None,
+    special: Sequence[str] = (),
 ) -> Item:
     """One answer to be judged.
 
@@ -73,19 +81,25 @@ def judging_item(
         verdict: its text, where that is known.
         part: which of the answers under one key.
         key: of all answers to one prompt, which belong to one split.
+        special: of the judge's tokenizer, see :func:`~opd_mesh.judging.plain.special_tokens`; taken apart as the reward
+            model does it, so that what is learned is what is asked.
     """
-    text = judge_prompt(rubric, prompt, [answer], reference)
+    shown = all_taken_apart((prompt, answer, reference), special)
+    text = judge_prompt(rubric, shown[0], shown[1:2], shown[2])
     metadata = {**(facts or {}), "prompt": prompt, "answer": answer, "gold": gold}
     return Item([{"role": "user", "content": text}], verdict, metadata, key=key, part=part)
 
 
 # --- from a file -----------------------------------------------------------------------------------------------
-def read_gold(path: Path, rubric: Rubric, field: str) -> list[Item]:
+def read_gold(path: Path, rubric: Rubric, field: str, special: Sequence[str] = ()) -> list[Item]:
     """All lines of a file of answers with gold verdicts. Raises :class:`ConfigError` naming file, line and key."""
     items: list[Item] = []
+    shown = shows_prompt(rubric)
     for where, value in lines_of(path, field):
         try:
-            items.append(_gold_item(value, rubric, len(items)))
+            item = _gold_item(value, rubric, len(items), special)
+            # Where the prompt is not shown, answers to different ones may be the same to the judge.
+            items.append(item if shown else replace(item, key=item.question))
         except (BadItemError, VerdictError) as error:
             raise ConfigError(f"{where}: {error}", field=field) from error
     if not items:
@@ -93,7 +107,7 @@ def read_gold(path: Path, rubric: Rubric, field: str) -> list[Item]:
     return items
 
 
-def _gold_item(value: Any, rubric: Rubric, number: int) -> Item:
+def _gold_item(value: Any, rubric: Rubric, number: int, special: Sequence[str]) -> Item:
     if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("prompt", "answer")):
         raise BadItemError('needs "prompt" and "answer" as text, and "gold"')
     reference, reasons = value.get("reference", ""), value.get("reasons")
@@ -109,7 +123,15 @@ def _gold_item(value: Any, rubric: Rubric, number: int) -> Item:
         verdict = write_verdict(rubric, scores, reasons)
     prompt, answer = value["prompt"], value["answer"]
     return judging_item(
-        rubric, prompt, answer, reference=reference, gold=gold, verdict=verdict, part=number, key=prompt
+        rubric,
+        prompt,
+        answer,
+        reference=reference,
+        gold=gold,
+        verdict=verdict,
+        part=number,
+        key=prompt,
+        special=special,
     )
 
 
@@ -191,13 +213,17 @@ class RightAndWrong:
     over.
     """
 
-    def __init__(self, config: JudgingSource, rubric: Rubric, answering: Answering, seed: int) -> None:
+    def __init__(
+        self, config: JudgingSource, rubric: Rubric, answering: Answering, seed: int, special: Sequence[str] = ()
+    ) -> None:
         self._config = config
+        self._special = special
         self._rubric = rubric
         self._answering = answering
         self._seed = seed
         spec = answering.verifier_spec
         self._closing = spec.closing
+        self._field = f"domains.{spec.domain}.verifier"
         self._verification = Verification(spec)
         self._pair = lru_cache(maxsize=ITEMS_KEPT)(self._pair_of)
         self._answered = lru_cache(maxsize=ITEMS_KEPT)(self._answered_of)
@@ -237,7 +263,8 @@ class RightAndWrong:
     def _shown(self, answered: _Answered, answer: str, part: int, facts: dict[str, Any]) -> Item:
         rubric, right = self._rubric, part == RIGHT
         scores = {one.name: one.scale.max if right else one.scale.min for one in rubric.criteria}
-        reasons = {one.name: "right" if right else "wrong" for one in rubric.criteria}
+        reason = ("right" if right else "wrong")[: rubric.max_reason_chars]
+        reasons = {one.name: reason for one in rubric.criteria}
         return judging_item(
             rubric,
             self._answering.question(answered.item),
@@ -248,12 +275,18 @@ class RightAndWrong:
             part=part,
             key=answered.key,
             facts=facts,
+            special=self._special,
         )
 
     # --- wrong answers -----------------------------------------------------------------------------------------
     def _is(self, item: Item, answer: str, *, right: bool) -> bool:
-        score = self._verification.grade(item, self._closing + answer).score
-        return score is not None and (score >= 1 - ROUNDING) == right
+        grade = self._verification.grade(item, self._closing + answer)
+        if right and grade.failure is not None:
+            raise ConfigError(
+                f"{self._field}: of the gold answer {answer[:60]!r}, to be judged as right, {grade.failure}",
+                field=self._field,
+            )
+        return grade.score is not None and (grade.score >= 1 - ROUNDING) == right
 
     def _wrong(self, index: int, heldout: bool, item: Item, gold: str) -> tuple[str, Corruption] | None:
         rng = random.Random(f"held out:{index}" if heldout else f"{self._seed}:{index}")
@@ -321,14 +354,16 @@ def open_judging(
     heldout_count: int,
     trained: bool,
     by_key: bool,
+    special: Sequence[str] = (),
 ) -> Source:
     """Open what a recipe names; arguments as of :func:`~student_trainer.tasks.sources.open_source`.
 
     Args:
         answering: the domain whose answers are judged, where the source names one.
+        special: as of :func:`judging_item`.
     """
     if source.path is not None:
-        items = read_gold(source.path, rubric, f"{field}.path")
+        items = read_gold(source.path, rubric, f"{field}.path", special)
         return lines(
             items,
             source.path,
@@ -340,4 +375,4 @@ def open_judging(
         )
     if answering is None:
         raise InternalError(f"{field}: opened without the domain that is judged")
-    return RightAndWrong(source, rubric, answering, seed)
+    return RightAndWrong(source, rubric, answering, seed, special)

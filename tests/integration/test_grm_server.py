@@ -124,7 +124,7 @@ class Grm:
 async def serving_grm(
     checkpoint: Path, address: str, rubrics: Path | None = None, *, ready: bool = True, **fields: Any
 ) -> AsyncIterator[Grm]:
-    values = {"max_verdict_tokens": 64, "system_prompt": None} | fields
+    values = {"max_verdict_tokens": 64, "system_prompt": None, "inline_templates": True} | fields
     addresses = values.pop("addresses", [address])
     config = GrmServerConfig(
         model=checkpoint,
@@ -516,6 +516,20 @@ async def test_credits_cancelling_and_ids_that_come_twice(slow: Served, checkpoi
             await call.next()
 
 
+async def test_what_a_client_gives_up_is_freed_and_written_anew_when_it_is_asked_for_again(
+    grm: Grm, judge: Served
+) -> None:
+    engine = judge.servicer._generations.engine
+    await judge.client.pause()
+    given_up = asyncio.create_task(grm.client.judge_streamed(item_of("an answer")))
+    await until(lambda: engine.waiting + engine.running == 1)
+    given_up.cancel()
+    await until(lambda: engine.waiting + engine.running == 0)
+    await judge.client.resume()
+    judged = await grm.client.judge_streamed(item_of("an answer"))
+    assert judged.verdicts[0].samples_parsed == 1
+
+
 async def test_more_items_than_credits_are_all_judged(judge: Served, checkpoint: Path, rubrics: Path) -> None:
     async with serving_grm(checkpoint, judge.address, rubrics, max_items=4) as grm:
         answers = await grm.client.judge_many([item_of(f"answer {number}") for number in range(24)])
@@ -567,7 +581,8 @@ async def test_a_frozen_checkpoint_judges_and_takes_no_policy(checkpoint: Path, 
     async with serving(checkpoint, engine={"max_context_tokens": CONTEXT}, frozen=True) as frozen:
         await frozen.servicer.serve_frozen()
         policy = (await frozen.client.get_policy()).policy
-        assert (policy.run_id, policy.lineage, policy.version) == ("frozen", 0, 0)
+        # Of no two checkpoints the same, though both are at version 0.
+        assert (policy.run_id, policy.lineage, policy.version) == (f"frozen.{policy.digest[:16]}", 0, 0)
         assert len(policy.digest) == 64
         with pytest.raises(PreconditionError, match="frozen: true"):
             await frozen.push(1, 1)
@@ -724,6 +739,8 @@ async def test_opd_judge_with_a_model_of_its_own(checkpoint: Path, rubrics: Path
     _, said = await asyncio.wait_for(process.communicate(), PATIENCE_S)
     assert process.returncode == 0, said.decode()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["judge"]["run_id"] for row in rows} == {"frozen"}
+    (weights,) = {row["judge"]["digest"] for row in rows}
+    assert {row["judge"]["run_id"] for row in rows} == {f"frozen.{weights[:16]}"}
+    assert {row["way"]["judge"] for row in rows} == {weights}
     assert all(row["score"] is not None for row in rows)
     assert "5 of 5 judged, 0 failed" in said.decode()

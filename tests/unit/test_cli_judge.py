@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from opd.v1 import common_pb2
 from opd.v1 import generative_reward_service_pb2 as pb
+from typer.testing import CliRunner
 
+from opd_mesh.cli import judge_servers
 from opd_mesh.cli.judge import JudgeOptions, judge_file
 from opd_mesh.cli.judge_lines import JudgedLines, Line, Way, parse_line, read_lines, with_probes
 from opd_mesh.cli.judge_summary import summary_of, told
+from opd_mesh.cli.main import app
 from opd_mesh.config.rubrics import Criterion, Rubric, Scale
-from opd_mesh.errors import ConfigError, InvalidInputError, TooLongError
+from opd_mesh.errors import ConfigError, InvalidInputError, JudgeUnavailableError, TooLongError, UnavailableError
+from opd_mesh.supervisor import Child
 
 RUBRIC = Rubric(name="r", criteria=[Criterion(name="a"), Criterion(name="b", scale=Scale(min=0, max=1), weight=3)])
 WAY = Way("rubric", 1, 0.0, 0)
@@ -111,16 +116,33 @@ def test_an_output_is_taken_up_and_a_torn_line_is_cut(tmp_path: Path) -> None:
     out.write_bytes(whole + whole[:30])
     again = JudgedLines(out, WAY)
     assert out.read_bytes() == whole
-    assert [again.known(line_of(number)) for number in (1, 2, 3)] == [True, True, False]
+    assert [again.known(line_of(number)) for number in (1, 2, 3)] == [True, False, False]  # what failed is tried again
+    again.add(line_of(2), TooLongError("too long", field="prompt"))
+    assert out.read_bytes() == whole  # as before
+    again.add(line_of(2), judged(0.5, (False, 0.5)))
+    third = JudgedLines(out, WAY)
+    assert third.known(line_of(2))
+    assert third.done["l2"]["score"] == 0.5
     with pytest.raises(ConfigError, match="a judgement on other texts under id 'l1'"):
         again.known(line_of(1, "other"))
     with pytest.raises(ConfigError, match="with samples 1, not 3"):
         JudgedLines(out, Way("rubric", 3, 0.0, 0))
+    with pytest.raises(ConfigError, match="with judge None, not weights"):
+        JudgedLines(out, Way("rubric", 1, 0.0, 0, "weights"))
     with pytest.raises(ConfigError, match="with rubric_digest rubric, not another"):
         JudgedLines(out, Way("another", 1, 0.0, 0))
     out.write_text('{"id": 1}\n')
     with pytest.raises(ConfigError, match="line 1, is no judgement of opd judge"):
         JudgedLines(out, WAY)
+
+
+@pytest.mark.parametrize("text", ["notes of mine", '{"id": "a", "prompt": "p", "answer": "x"}', '{"prompt": "p'])
+def test_what_is_not_ours_is_never_cut(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text(text)
+    with pytest.raises(ConfigError, match="line 1, is no judgement of opd judge"):
+        JudgedLines(out, WAY)
+    assert out.read_text() == text
 
 
 def test_probes_follow_their_answers_and_count_among_themselves(tmp_path: Path) -> None:
@@ -139,6 +161,11 @@ def test_probes_follow_their_answers_and_count_among_themselves(tmp_path: Path) 
         "instruction": {"count": 1, "shift": -0.25, "raised": 0.0},
     }
     assert "probe verdict: score +0.750, raised 100.0% of those below the best" in told(summary)
+    assert summary["failed_probes"] == 0
+    store.add(lines[3], judged(0, failure="no verdict: rubbish"))
+    summary = summary_of(lines, store.done)
+    assert (summary["failed"], summary["failed_probes"]) == (0, 1)
+    assert told(summary).startswith("2 of 2 judged, 0 failed, and 1 probes\n")
     with pytest.raises(ConfigError, match="'l1#length' is also that of a probe"):
         with_probes([line_of(1), Line(2, "l1#length", "p", ("x",), "", None)], RUBRIC)
 
@@ -170,6 +197,54 @@ def test_the_summary_by_hand(tmp_path: Path) -> None:
     for part in ("4 of 6 judged, 1 failed", "1 × no verdict: rubbish", "length bias: +0.866", "exact 50.0%"):
         assert part in text
     json.dumps(summary)
+
+
+def test_several_policies_are_told(tmp_path: Path) -> None:
+    store = JudgedLines(tmp_path / "out.jsonl", WAY)
+    for number, digest in ((1, "d"), (2, "e")):
+        response = judged(0.5, (False, 0.5))
+        response.judge.digest = digest
+        store.add(line_of(number), response)
+    text = told(summary_of([line_of(1), line_of(2)], store.done))
+    assert "judged by 2 policies, whose scores may differ: frozen/0/0 d; frozen/0/0 e" in text
+    assert "policies" not in told(summary_of([line_of(1)], store.done))
+
+
+def failing_child(name: str, folder: Path) -> Child:
+    log = folder / f"{name}.log"
+    log.write_text("the disk is full\n")
+    process = subprocess.Popen(["sh", "-c", "exit 3"])
+    process.wait()
+    return Child(name, process, log, folder / f"{name}.ready.json", Rubric(name="r", criteria=[Criterion(name="a")]))
+
+
+async def test_a_child_that_died_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def address(child: Child) -> str:
+        return "127.0.0.1:9"
+
+    configs: list[Any] = []
+
+    def start(name: str, config: Any, folder: Path) -> Child:
+        configs.append(config)
+        return failing_child(name, folder)
+
+    monkeypatch.setattr(judge_servers, "_start", start)
+    monkeypatch.setattr(judge_servers, "_address", address)
+    options: dict[str, Any] = {"device": "cpu", "max_context_tokens": 64, "max_verdict_tokens": 8}
+    with pytest.raises(UnavailableError, match=r"rollout server ended with code 3: [^\0]*the disk is full"):
+        async with judge_servers.frozen_judge(tmp_path, tmp_path, **options):
+            raise JudgeUnavailableError("nobody judges")
+    assert configs[1].inline_templates
+
+
+@pytest.mark.parametrize("option", [["--temperature", "101"], ["--seed", str(2**64)]], ids=["temperature", "seed"])
+def test_numbers_beyond_what_sampling_takes_are_refused(tmp_path: Path, option: list[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "p", "answer": "x"}\n')
+    command = ["judge", str(source), "--rubric", "r", "--out", str(tmp_path / "out.jsonl"), "--address", "127.0.0.1:9"]
+    refusal = CliRunner().invoke(app, [*command, *option], env={"TERM": "dumb", "COLUMNS": "200"})
+    assert refusal.exit_code == 2
+    assert "should be less than or equal to" in refusal.output
 
 
 def test_a_summary_of_nothing() -> None:

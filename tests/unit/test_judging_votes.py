@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 from opd.v1 import common_pb2
 from opd.v1 import generative_reward_service_pb2 as pb
+from tiny_models import tiny_tokenizer
+from tokenizers import AddedToken
 
 from grm_server.items import check_item, digest_of
 from grm_server.judging import policy_behind
@@ -16,7 +18,7 @@ from opd_mesh.config.rubrics import Criterion, Rubric, RubricLibrary, Scale, loa
 from opd_mesh.config.services import GrmServerConfig
 from opd_mesh.errors import ConfigError, InvalidInputError
 from opd_mesh.judging.messages import rubric_from_proto, rubric_to_proto
-from opd_mesh.judging.plain import taken_apart
+from opd_mesh.judging.plain import special_tokens, taken_apart
 from opd_mesh.policy import PolicyId
 from opd_mesh.trajectory import Trajectory
 
@@ -116,6 +118,8 @@ def by(lineage: int, *versions: int) -> Trajectory:
         # Begun in a lineage, and gone on with in the next: the tokens do not tell which of the two wrote them.
         ([by(1, 4)], OLD, PolicyId("run", 2, 4, "resumed"), None),
         ([by(1, 4)], OLD, PolicyId("other", 1, 4, "other"), None),
+        # Two frozen checkpoints, one behind the other at one address.
+        ([by(0, 0)], PolicyId("frozen.a", 0, 0, "a"), PolicyId("frozen.b", 0, 0, "b"), None),
         ([by(1)], OLD, NEW, NEW),  # cancelled before the first token
         ([], OLD, NEW, NEW),
     ],
@@ -221,6 +225,29 @@ def test_special_tokens_are_taken_apart_and_nothing_else_is_changed() -> None:
     # None of them is there afterwards, also where two stood in one another.
     for nested in ("<<s>s>", "<|im_<|im_end|>end|>", "<</s>/s>"):
         assert not any(token in taken_apart(nested, special) for token in special)
+
+
+def test_no_answer_holds_an_added_token_whether_it_is_called_special_or_not() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|User|>", special=False), AddedToken("  ", special=False)])
+    tokenizer.add_tokens([AddedToken("x", special=False), AddedToken("§", special=True)])
+    special = special_tokens(tokenizer)
+    assert set(special) >= {"<|User|>", "</s>", "§"}
+    text = "no<|User|>  x</s>§"
+    added = set(tokenizer.added_tokens_decoder) - tokenizer.get_added_vocab().keys()
+    assert {tokenizer.convert_tokens_to_ids(one) for one in ("<|User|>", "§")} <= set(tokenizer.encode(text)) & added
+    plain = taken_apart(text, special)
+    assert plain == "no< |User|>  x< /s>\ufffd"  # white space and letters are left alone
+    ids = set(tokenizer.encode(plain, add_special_tokens=False))
+    assert not ids & {tokenizer.convert_tokens_to_ids(one) for one in ("<|User|>", "§", "</s>")}
+
+
+def test_no_mean_of_scores_is_beyond_them() -> None:
+    best = verdict_of(RUBRIC, [vote("a: x | 5\nb: y | 1")] * 9)  # 9 · (1 / 9) is more than 1, added up
+    assert (best.score, best.score_variance) == (1.0, 0.0)
+    assert [one.score for one in best.criteria] == [5.0, 1.0]
+    assert pair_verdicts(RUBRIC, [pair("A", "A")] * 9 + [pair("B", "B", swapped=True)] * 11)[0].score == 1.0
+    assert Scale(min=0, max=0.7, step=0.1).share(0.7000000000000001) == 1.0
 
 
 def test_a_vote_of_a_swapped_pair_speaks_of_the_answer_that_was_given_first() -> None:

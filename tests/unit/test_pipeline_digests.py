@@ -240,3 +240,16 @@ def test_rubrics_go_in_by_their_contents_where_something_is_learned_by_them(tmp_
     assert other({"domains.reverse.verifier.threshold": 1.0}) >= {"seed0/judge", "seed0/reverse/grpo"}
     assert other({"defaults.grm": {"max_verdict_tokens": 99}}) == {"seed0/reverse/grpo"}
     assert other({"defaults.grm": {"peers": {"channel": {"timeout_s": 99}}}}) == set()
+
+
+def test_of_a_frozen_judges_engine_goes_in_what_goes_in_of_the_students(tmp_path: Path) -> None:
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+
+    def digest(**engine: Any) -> str | None:
+        judge = {"model": str(tmp_path / "judge"), "engine": {"max_context_tokens": 1024, **engine}}
+        return judging_digests(tmp_path, {"defaults.grm": {"judge": judge}})["seed0/reverse/grpo"]
+
+    assert digest(threads=3, cache_bytes=1 << 20, max_waiting=5) == digest()
+    assert digest(dtype="bfloat16") != digest()
+    assert digest(engine="vllm") != digest()

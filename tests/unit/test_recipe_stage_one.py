@@ -267,6 +267,12 @@ async def test_the_actor_judges_where_nothing_else_is_said(tmp_path: Path, monke
 
 async def test_a_frozen_judge_has_a_rollout_server_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = {"model": "models/judge", "engine": {"max_slots": 3}}
+    rollout = {"peers": {"addresses": ["far:1"], "channel": {"tls": {"ca_file": "ca.pem"}, "timeout_s": 99}}}
+    far = parsed({"name": "grpo"}, domains=REWARDED, grm={**GRM, "judge": judge}, rollout=rollout)
+    found = await started(far, tmp_path, monkeypatch)
+    assert [name for name, _ in found] == ["judge", "grm", "trainer"]
+    channel = dict(found)["grm"].judge.channel
+    assert channel == far.rollout.peers.channel.replace(tls=None)  # the judge is here, without TLS
     recipe = parsed({"name": "grpo"}, domains=REWARDED, grm={**GRM, "judge": judge})
     found = await started(recipe, tmp_path, monkeypatch)
     assert [name for name, _ in found] == ["rollout", "judge", "grm", "trainer"]

@@ -191,6 +191,9 @@ def test_answering_and_judging_stand_together_and_kappa_beside(
     assert [panel.unit for panel in drawn["judge"]] == ["policy version that judges", "variance of the votes"]
     assert drawn["rewards"][1].unit == "mean score of the verifier, or of the judge"
     assert "the truth is in the accuracies above" in text
+    elsewhere = [{key.replace("/add", "/other"): value for key, value in line.items()} for line in found]
+    text = text_of(build_report(write_run(tmp_path, lines, GRPO, BARE, elsewhere)).read_text())
+    assert "the truth is in the accuracies above" not in text
 
 
 def test_a_run_without_verdicts_shows_no_kappa(tmp_path: Path, undrawn: list[tuple[str, list[Panel]]]) -> None:

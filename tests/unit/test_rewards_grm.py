@@ -17,7 +17,15 @@ from opd_mesh.config.base import parse_config
 from opd_mesh.config.judging import GrmReward
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.training import GrpoConfig
-from opd_mesh.errors import ConfigError, JudgeUnavailableError, OpdError, TooLongError, VerifierError
+from opd_mesh.errors import (
+    ConfigError,
+    DeadlineError,
+    JudgeUnavailableError,
+    OpdError,
+    TooLongError,
+    UnavailableError,
+    VerifierError,
+)
 from opd_mesh.trajectory import FinishReason, Trajectory
 from student_trainer.batch import Sample
 from student_trainer.groups import Groups
@@ -59,8 +67,8 @@ def verdict(answer: str, **fields: Any) -> pb.Verdict:
     return pb.Verdict(**{"score": score, "score_variance": 0.125, "samples_parsed": 2, "samples_asked": 4} | fields)
 
 
-def judgement(item: pb.JudgeItem, version: int = 3) -> pb.JudgeResponse:
-    judge = common_pb2.Policy(run_id="run", lineage=1, version=version, digest="d")
+def judgement(item: pb.JudgeItem) -> pb.JudgeResponse:
+    judge = common_pb2.Policy(run_id="run", lineage=1, version=3, digest="d")
     return pb.JudgeResponse(judge=judge, verdicts=[verdict(answer) for answer in item.answers])
 
 
@@ -81,7 +89,7 @@ class FakeClient:
         return pb.GetJudgeResponse(rubrics=self.rubrics)
 
     async def judge_many(self, items: Sequence[pb.JudgeItem], *, timeout_s: float) -> list[pb.JudgeResponse | OpdError]:
-        assert timeout_s == 7.0
+        assert timeout_s > 7.0
         self.asked += items
         for item in items:
             if item.prompt in self.gates:
@@ -119,6 +127,7 @@ async def test_a_whole_group_is_one_item_in_an_order_of_its_own() -> None:
     rewards = await judge.take(["b", "c", "a"])
     (item,) = client.asked
     assert (item.prompt, list(item.answers), item.reference) == ("question 5", ["ab", "bb", "aa"], "gold 5")
+    assert item.timeout.ToMilliseconds() == 7000  # of the server, which says why before the client gives up
     assert (item.samples, item.mode, item.rubric_inline) == (4, pb.JUDGE_MODE_POINTWISE, RUBRIC)
     assert [reward.grade for reward in rewards] == [Grade(0.0, True), Grade(1.0, True), Grade(0.5, True)]
     assert [reward.total for reward in rewards] == pytest.approx([0.0 - 0.03, 1.0 - 0.05, 0.5 - 0.08])
@@ -154,10 +163,8 @@ async def test_what_is_not_whole_when_it_is_wanted_is_judged_as_it_is() -> None:
     judge = new_judge(client, size=8)
     ask(judge, "x", "!a")
     ask(judge, "y", "!b")
-    assert judge.has("x")
     assert [reward.grade.score for reward in await judge.take(["x", "y"])] == [1.0, 0.0]
     assert [list(item.answers) for item in client.asked] == [["a", "b"]]
-    assert not judge.has("x")
     await judge.close()
 
 
@@ -228,21 +235,26 @@ async def test_an_item_that_is_refused_or_answered_in_part_gives_no_reward_at_al
         assert [(reward.total, reward.grade.failure) for reward in rewards] == [(None, failure)] * 2
 
 
-async def test_a_group_that_two_policies_judged_has_no_rewards() -> None:
-    """No server does that: here a third response comes when the group of two is on its way."""
-    versions = iter((3, 4))
-    judge = new_judge(FakeClient(lambda item: judgement(item, next(versions))))
-    for name in "xyz":
-        ask(judge, name, "!a")
-    rewards = await judge.take(["x", "y", "z"])
+async def test_a_judgement_of_nobody_in_particular_is_none() -> None:
+    rewards = await failing(lambda item: pb.JudgeResponse(verdicts=judgement(item).verdicts))
     for reward in rewards:
         assert reward.total is None
-        assert "judged by 2 policies: run/1/3" in (reward.grade.failure or "")
-    await judge.close()
+        assert "the judge is not named" in (reward.grade.failure or "")
+
+
+async def test_what_took_too_long_has_no_reward_while_the_server_answers() -> None:
+    for error in (DeadlineError("not judged within 7 s"), JudgeUnavailableError("did not judge the item within 17 s")):
+        rewards = await failing(lambda _, error=error: error)
+        failure = f"it was not judged: {error.message}"
+        assert [(reward.total, reward.grade.failure) for reward in rewards] == [(None, failure)] * 2
 
 
 async def test_a_server_out_of_reach_ends_the_run_where_rewards_are_waited_for() -> None:
-    judge = new_judge(FakeClient(lambda _: JudgeUnavailableError("the reward model at h:1 did not judge for 60 s")))
+    class Gone(FakeClient):
+        async def get_judge(self) -> pb.GetJudgeResponse:
+            raise UnavailableError("nobody there")
+
+    judge = new_judge(Gone(lambda _: JudgeUnavailableError("the reward model at h:1 did not judge for 60 s")))
     ask(judge, "x", "!a")
     ask(judge, "y", "!a")
     with pytest.raises(VerifierError, match=r"did not judge for 60 s\. Without the reward model") as error:

@@ -52,6 +52,10 @@ def test_two_rubrics_have_one_digest_only_if_they_are_the_same() -> None:
         ({"criteria": [CLEAR | {"scale": {"min": 1, "max": 1}}]}, "not above min"),
         ({"criteria": [CLEAR | {"scale": {"min": 0, "max": 1, "step": 0.3}}]}, "does not lead from 0 to 1"),
         ({"criteria": [CLEAR | {"scale": {"min": 0, "max": 1000}}]}, "too many to be told apart"),
+        ({"criteria": [CLEAR | {"scale": {"min": 0, "max": 0.0005, "step": 0.00005}}]}, "the point 5e-05 cannot be"),
+        ({"criteria": [CLEAR | {"scale": {"min": 0, "max": 1e10, "step": 1e10}}]}, "the point 10000000000.0 cannot be"),
+        ({"criteria": [CLEAR | {"scale": {"min": 1e9, "max": 1e9 + 0.5, "step": 0.25}}]}, "cannot be written"),
+        ({"criteria": [CLEAR | {"scale": {"min": 0, "max": 1e-13, "step": 1e-14}}]}, "cannot be written"),
         ({"criteria": [CLEAR | {"name": "No spaces"}]}, "name"),
         ({"criteria": [CLEAR | {"description": "two\nlines"}]}, "must be one line"),
         ({"form": "score"}, "of one criterion without a reason"),
@@ -67,6 +71,10 @@ def test_points_of_a_scale_are_found_by_number() -> None:
     scale = Scale(min=0, max=1, step=0.1)
     assert [as_text(point) for point in scale.points][:4] == ["0", "0.1", "0.2", "0.3"]
     assert scale.nearest(0.3) == scale.points[3]
+    assert [as_text(point) for point in Scale(min=-0.3, max=0.3, step=0.1).points][2:5] == ["-0.1", "0", "0.1"]
+    fine = Scale(min=0, max=0.005, step=0.0005)
+    assert fine.nearest(0.0005) == fine.points[1]
+    assert fine.nearest(0.0005000001) is None  # off by less than the step of a coarse scale would allow
     assert scale.nearest(0.35) is scale.nearest(float("nan")) is scale.nearest(float("inf")) is None
 
 

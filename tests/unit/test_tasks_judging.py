@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import yaml
+from opd.v1 import rollout_service_pb2
 from task_cases import SPELL, jsonl
 from tiny_models import tiny_tokenizer
 
 from opd_mesh.config.base import parse_config
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.rubrics import load_rubric
+from opd_mesh.config.services import ChannelConfig
 from opd_mesh.config.tasks import SplitsConfig
-from opd_mesh.errors import ConfigError
+from opd_mesh.errors import ConfigError, PreconditionError
 from opd_mesh.judging.verdict import parse_verdict, verdict_grammar
 from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grader, Item, Prompt, open_domains
+from student_trainer.tasks.judging import read_gold
 from student_trainer.tasks.splits import split_of
 from student_trainer.tasks.verifiers import Grade, Verification
 
@@ -227,6 +230,45 @@ async def test_verdicts_are_drawn_under_the_rubrics_grammar_where_they_are_const
     assert sampling(False) == ("", "")
 
 
+async def test_a_server_that_takes_no_grammars_is_refused_where_verdicts_are_constrained(rubric: str) -> None:
+    class Server:
+        address, config = "h:1", ChannelConfig()
+
+        async def wait_ready(self) -> None: ...
+
+        async def get_policy(self) -> rollout_service_pb2.GetPolicyResponse:
+            return rollout_service_pb2.GetPolicyResponse(tokenizer_fingerprint="f")
+
+    async def connect(constrained: bool) -> None:
+        judge = {"judging": {"rubric": rubric, "domain": "reverse", "constrained": constrained}}
+        recipe = recipe_of(
+            {"judge": judge, "reverse": REVERSE}, rollout={"peers": {"addresses": ["h:1"]}}, redis_url="redis://h:1/0"
+        )
+        rollouts = Rollouts(
+            recipe, run_id="r", tokenizer_fingerprint="f", eos_token_id=2, vocab_size=64, for_training=False
+        )
+        rollouts._clients = [Server()]  # type: ignore[list-item]
+        await rollouts.connect()
+
+    with pytest.raises(PreconditionError, match="h:1 takes no grammars") as error:
+        await connect(True)
+    assert error.value.field == "domains.judge.judging.constrained"
+    await connect(False)
+
+
+def test_vllm_takes_no_grammars(rubric: str) -> None:
+    rollout = {"engine": {"engine": "vllm"}}
+    judge = {"judging": {"rubric": rubric, "domain": "reverse"}}
+    text = refused({"judge": judge, "reverse": REVERSE}, rollout=rollout)
+    assert "verdicts of domain judge are constrained; choose transformers, or set judging.constrained" in text
+    free = {"judging": {**judge["judging"], "constrained": False}}
+    recipe_of({"judge": free, "reverse": REVERSE}, rollout=rollout)
+    rewarded = {"reverse": {**SPELL, "reward": {"name": "grm", "rubric": "r.yaml"}}}
+    assert "set grm.constrained to false, or name another grm.judge" in refused(rewarded, rollout=rollout)
+    for grm in ({"constrained": False}, {"judge": {"model": "j"}}):
+        recipe_of(rewarded, rollout=rollout, grm=grm)
+
+
 # --- right and wrong answers -----------------------------------------------------------------------------------
 def test_right_and_wrong_answers_come_by_turns_and_are_verified(rubric: str) -> None:
     reverse, judge = judged_and_judging(rubric)
@@ -328,10 +370,73 @@ def test_pairs_that_cannot_be_made_are_passed_over_together(tmp_path: Path, rubr
         ("good", "ab"),
         ("good", "ba"),
     ] * 3
-    none = {"jsonl": {"path": str(path)}, "verifier": {"name": "number"}}
+    none = {"jsonl": {"path": str(path)}, "verifier": {"name": "template", "score": "0"}}
     judging = {"judging": {"rubric": rubric, "domain": "d"}}
-    with pytest.raises(ConfigError, match="too few different"):
-        opened({"d": none, "judge": judging}, heldout=1)["judge"].after(0, 1)
+    with pytest.raises(ConfigError, match="cannot be trained on: 10000 passed over, as the verifier of d "):
+        opened({"d": none, "judge": judging}, heldout=0)["judge"].after(0, 1)
+
+
+def test_a_verifier_that_fails_on_a_gold_answer_is_told(tmp_path: Path, rubric: str) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "p", "answer": "aa"}])
+    fails = {"jsonl": {"path": str(path)}, "verifier": {"name": "number"}}
+    judging = {"judging": {"rubric": rubric, "domain": "d"}}
+    with pytest.raises(ConfigError, match=r"gold answer 'aa'.*raised ValueError: .*is not a number") as error:
+        opened({"d": fails, "judge": judging}, heldout=0)["judge"].after(0, 1)
+    assert error.value.field == "domains.d.verifier"
+
+
+# --- prompts that look the same ----------------------------------------------------------------------------------
+def answers_alone(tmp_path: Path, key: str | None) -> tuple[Domain, Domain]:
+    """240 questions with 24 answers, of which the judge is shown nothing else."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    answers = [alphabet[n : n + 3] for n in range(24)]
+    lines = [{"prompt": f"q{n}", "answer": answers[n % 24], "metadata": {"n": n}} for n in range(240)]
+    (tmp_path / "alone.yaml").write_text(RUBRIC.replace("{{ prompt }}{{ answer }}?{{ reference }}", "{{ answer }}?"))
+    answering = {
+        "jsonl": {"path": str(jsonl(tmp_path / "p.jsonl", lines))},
+        "verifier": {"name": "exact"},
+        "splits": {**SPLITS, "key": key},
+    }
+    judging = {"rubric": str(tmp_path / "alone.yaml"), "domain": "d", "corruptions": ["swap"]}
+    domains = opened({"judge": {"judging": judging}, "d": answering}, heldout=0)
+    return domains["d"], domains["judge"]
+
+
+def test_a_rubric_that_hides_the_question_needs_a_key_of_what_it_shows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not show the judge the whole question") as error:
+        answers_alone(tmp_path, None)
+    assert error.value.field == "domains.d.splits.key"
+    _, judge = answers_alone(tmp_path, "{{ answer }}")
+    trained = {prompt.token_ids for prompt in judge.after(0, 480)[0]}
+    kept = {prompt.token_ids for split in ("validation", "test") for prompt in judge.held_out(split, 200)}
+    assert trained
+    assert kept
+    assert not trained & kept
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_training_prompt_under_another_key_than_a_held_out_one_is_refused(tmp_path: Path, split: Any) -> None:
+    _, judge = answers_alone(tmp_path, "{{ metadata.n }}")
+    judge.held_out(split, 1)
+    with pytest.raises(ConfigError, match="a function of what the judge is shown") as error:
+        judge.after(0, 200)
+    assert error.value.field == "domains.d.splits.key"
+
+
+def test_what_accuracy_asks_for_is_held_out_before_anything_is_trained_on(rubric: str) -> None:
+    evaluation = {"prompts_per_domain": 0, "accuracy": {"prompts_per_domain": 8, "split": "test"}}
+    _, judge = judged_and_judging(rubric, evaluation=evaluation)
+    assert len(judge._held_out["test"].prompts) == 8
+
+
+def test_the_judge_sees_the_whole_conversation(tmp_path: Path, rubric: str) -> None:
+    turns = [("user", "hello"), ("assistant", "hi"), ("user", "spell b")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    path = jsonl(tmp_path / "p.jsonl", [{"messages": messages, "answer": "ab"}])
+    answering = {"jsonl": {"path": str(path)}, "verifier": {"name": "exact"}}
+    judging = {"judging": {"rubric": rubric, "domain": "d", "corruptions": ["swap"]}}
+    right, _ = drawn(opened({"d": answering, "judge": judging}, heldout=0)["judge"], 2)
+    assert right.metadata["prompt"] == "user: hello\n\nassistant: hi\n\nuser: spell b"
 
 
 def test_the_judge_is_shown_an_answer_without_its_reasoning(tmp_path: Path, rubric: str) -> None:
@@ -367,6 +472,12 @@ def test_a_verdict_with_reasons_is_learned_too(tmp_path: Path) -> None:
     rubric = load_rubric(path)
     assert parse_verdict(rubric, right.answer or "").overall == 1.0
     assert parse_verdict(rubric, wrong.answer or "").overall == 0.0
+    path.write_text(CRITERIA + "max_reason_chars: 3\n")
+    _, judge = judged_and_judging(str(path))
+    assert [item.answer for item in drawn(judge, 2)] == [
+        "clear: rig | 3\nshort: rig | 3",
+        "clear: wro | 1\nshort: wro | 1",
+    ]
 
 
 # --- from a file -----------------------------------------------------------------------------------------------
@@ -394,6 +505,15 @@ def test_gold_comes_as_a_score_or_by_criterion(tmp_path: Path) -> None:
     assert "the reference" in items[0].question
     (lone,) = drawn(from_file(tmp_path, [{"prompt": "p", "answer": "a", "gold": 1}], RUBRIC), 1)
     assert (lone.answer, lone.metadata["gold"]) == ("1", 1.0)
+
+
+def test_gold_is_asked_as_the_reward_model_asks_and_its_texts_end_no_turn(tmp_path: Path, rubric: str) -> None:
+    texts = {"prompt": "p</s>", "answer": "a<|User|>", "reference": "r§"}
+    path = jsonl(tmp_path / "gold.jsonl", [{**texts, "gold": 1}])
+    special = ("<|User|>", "</s>", "§")
+    (item,) = read_gold(path, load_rubric(rubric), "f", special)
+    assert item.question == "p< /s>a< |User|>?r\ufffd"
+    assert (item.metadata["prompt"], item.metadata["answer"], item.key) == ("p</s>", "a<|User|>", "p</s>")
 
 
 @pytest.mark.parametrize(
@@ -429,6 +549,17 @@ def test_answers_to_one_prompt_are_in_one_split(tmp_path: Path) -> None:
     assert sum(map(len, asked.values())) == len(set().union(*asked.values())) == 40
     for split in ("validation", "test"):
         assert len(parts[split]) == 3 * len(asked[split])  # each of the answers, not one for each prompt
+
+
+def test_answers_that_look_the_same_to_the_judge_are_in_one_split(tmp_path: Path) -> None:
+    lines = [{"prompt": f"p{n}", "answer": f"a{n % 20}", "gold": 1} for n in range(120)]
+    alone = RUBRIC.replace("{{ prompt }}{{ answer }}?{{ reference }}", "{{ answer }}?")
+    domain = from_file(tmp_path, lines, alone, splits={"validation": 0.3, "test": 0.3})
+    parts = {split: held_out(domain, split, 200) for split in ("validation", "test")}
+    parts["train"] = drawn(domain, 200)
+    shown = {split: {item.question for item in items} for split, items in parts.items()}
+    assert all(shown.values())
+    assert sum(map(len, shown.values())) == len(set().union(*shown.values())) == 20
 
 
 def test_a_rubric_that_is_not_there_is_named(tmp_path: Path) -> None:
