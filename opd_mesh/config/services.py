@@ -285,8 +285,8 @@ class GrmServerConfig(Strict):
     judge: PeerConfig = PeerConfig()
     # Folder of YAML rubrics that items may name; unset: rubrics come with the items.
     rubrics: Path | None = None
-    # A rubric's template is a program in Jinja's sandbox, which bounds what it reaches and not how long it runs, and all
-    # items wait for it: True takes them from requests, of clients that are trusted.
+    # A rubric's template is a program in Jinja's sandbox, which bounds what it reaches and not how long it runs, and
+    # all items wait for it: True takes them from requests, of clients that are trusted.
     inline_templates: bool = False
     # Votes for each answer, or pair in each order, where the item does not say.
     samples: int = Field(1, ge=1, le=64)
