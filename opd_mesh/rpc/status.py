@@ -30,8 +30,7 @@ _BY_CODE: dict[str, type[OpdError]] = {
     "FAILED_PRECONDITION": errors.PreconditionError,
     "RESOURCE_EXHAUSTED": errors.OverloadedError,
     "DEADLINE_EXCEEDED": errors.DeadlineError,
-    # Who gives a call up himself gets asyncio.CancelledError: this is a stream that a stopping server reset.
-    "CANCELLED": errors.UnavailableError,
+    "CANCELLED": errors.CancelledByCallerError,
     "UNAVAILABLE": errors.UnavailableError,
     "UNIMPLEMENTED": errors.UnimplementedError,
     "DATA_LOSS": errors.CorruptWeightsError,
@@ -103,7 +102,8 @@ def error_of_rpc(error: grpc.aio.AioRpcError, *, target: str) -> OpdError:
                 break  # not ours to read: the code and the words remain
     name = error.code().name
     cls = _BY_CODE.get(name, errors.InternalError)
-    if name == "INTERNAL" and error.details() == WRITE_FAILED:
+    # Who gives a call up himself gets asyncio.CancelledError: CANCELLED is a stream that a stopping server reset.
+    if name == "CANCELLED" or (name == "INTERNAL" and error.details() == WRITE_FAILED):
         cls = errors.UnavailableError
     if cls is errors.OverloadedError and "larger than max" in (error.details() or ""):
         cls = errors.TooLongError  # gRPC's own limit on messages: sending it again later never helps
