@@ -7,12 +7,13 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-smollm2 demo-models experiment test test-slow test-kill lint format protos protos-check protos-accept kernels bench clean
+.PHONY: help setup demo demo-smollm2 demo-models experiment experiment-1k test test-slow test-kill lint format protos protos-check protos-accept kernels bench clean
 
 help:
 	@echo "make demo          a base model, four experts, one student with all their skills (minutes, two cores)"
 	@echo "make demo-smollm2  two teachers teach a damaged SmolLM2-135M (minutes, two cores)"
 	@echo "make experiment    the demo over three seeds with every baseline (hours), for docs/experiment.md"
+	@echo "make experiment-1k one seed of it with a vocabulary of 1,036 tokens (minutes)"
 	@echo "make test          unit and integration tests"
 	@echo "make test-slow     pipelines killed, changed and resumed; a demo's losses against recorded ones (a quarter of an hour)"
 	@echo "make test-kill     a rollout server killed at random moments, a hundred times (minutes)"
@@ -49,6 +50,11 @@ demo: $(VENV)/.demo
 
 demo-smollm2: demo-models
 	$(BIN)/opd run recipes/smollm2.yaml
+
+# One seed, whole numbers as tokens, so that a top k leaves something out: twenty minutes on two cores.
+experiment-1k: $(VENV)/.demo
+	$(BIN)/opd run recipes/experiment-1k.yaml --run-dir runs/experiment-1k
+	$(BIN)/python -m opd_mesh.report.experiment runs/experiment-1k --docs docs --command "make experiment-1k"
 
 # Three seeds, every baseline, a sweep for each: more than an hour on two cores. Goes on where it was.
 experiment: $(VENV)/.demo

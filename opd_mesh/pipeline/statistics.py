@@ -1,5 +1,5 @@
 """What a pipeline came to: ``results.json`` and the answers that it names → accuracies, recovered gain and paired
-differences with intervals, and the content of ``docs/experiment.json``.
+differences with intervals, and the content of an experiment's JSON.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class ExperimentSummary:
         return [name for name, value in values.items() if value == max(values.values())]
 
     def to_json(self, command: str | None = None) -> dict[str, Any]:
-        """The content of docs/experiment.json: accuracies, gains and differences are shares, 1.0 for all."""
+        """The content of an experiment's JSON: accuracies, gains and differences are shares, 1.0 for all."""
         return ({} if command is None else {"command": command}) | {
             "pipeline": self.name,
             "seeds": list(self.seeds),

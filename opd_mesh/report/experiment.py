@@ -1,5 +1,5 @@
-"""The measured table of an experiment for the documentation: ``docs/experiment.json``, and the generated part of
-``docs/experiment.md``.
+"""The measured table of an experiment for the documentation: ``docs/NAME.json`` of the pipeline's name, and its part of
+``docs/experiment.md``, between two marks.
 
     python -m opd_mesh.report.experiment RUN_DIR --docs docs --command "make experiment"
 """
@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from opd_mesh.config.pipeline import NAME
 from opd_mesh.errors import OpdError, PreconditionError
 from opd_mesh.pipeline.statistics import ExperimentSummary, summarize
 from opd_mesh.report import tables
@@ -18,8 +20,12 @@ from opd_mesh.report.page import write
 from opd_mesh.report.pipeline import results_json
 from opd_mesh.report.words import format_count, format_duration
 
-BEGIN = "<!-- experiment: what is between these marks is generated -->"
-END = "<!-- experiment: end -->"
+PAGE = "experiment.md"
+
+
+def marks_of(name: str) -> tuple[str, str]:
+    """What stands before and behind the part of an experiment."""
+    return f"<!-- {name}: what is between these marks is generated -->", f"<!-- {name}: end -->"
 
 
 def experiment_markdown(summary: ExperimentSummary, command: str) -> str:
@@ -114,23 +120,27 @@ def _escaped(text: str) -> str:
 
 
 def update_docs(summary: ExperimentSummary, docs: Path, command: str) -> list[Path]:
-    """Write both files; of experiment.md what is outside the marks stays.
+    """Write both files; of experiment.md what is outside the experiment's marks stays.
 
     Raises:
-        PreconditionError: experiment.md has no marks, so that nobody knows what may be replaced.
+        PreconditionError: experiment.md has no marks of this experiment, so that nobody knows what may be replaced; or
+            a name that no pipeline's recipe would have.
     """
-    page, data = docs / "experiment.md", docs / "experiment.json"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# The experiment\n\n{BEGIN}\n{END}\n"
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    if re.fullmatch(NAME, summary.name) is None:
+        raise PreconditionError(f"{summary.name!r} cannot name a file; mend the recipe's pipeline.name", field="name")
+    page, data = docs / PAGE, docs / f"{summary.name}.json"
+    begin, end = marks_of(summary.name)
+    text = page.read_text(encoding="utf-8") if page.exists() else f"# The experiment\n\n{begin}\n{end}\n"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise PreconditionError(
             f"{page} must hold each of these two lines once, in this order, around the part to be replaced: "
-            f"{BEGIN} and {END}",
+            f"{begin} and {end}",
             field="docs",
         )
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    before, after = text.partition(begin)[0], text.partition(end)[2]
     docs.mkdir(parents=True, exist_ok=True)
     write(data, results_json(summary, command))
-    write(page, f"{before}{BEGIN}\n\n{experiment_markdown(summary, command)}\n{END}{after}")
+    write(page, f"{before}{begin}\n\n{experiment_markdown(summary, command)}\n{end}{after}")
     return [page, data]
 
 
@@ -138,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one clear message."""
     parser = argparse.ArgumentParser(prog="python -m opd_mesh.report.experiment", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="folder of a finished pipeline")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where experiment.md and experiment.json go")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where experiment.md and the JSON go")
     parser.add_argument("--command", required=True, help="what to run to make it again, for the reader")
     given = parser.parse_args(arguments)
     try:

@@ -10,7 +10,10 @@ from test_statistics import write_pipeline
 
 from opd_mesh.errors import PreconditionError
 from opd_mesh.pipeline.statistics import summarize
-from opd_mesh.report.experiment import BEGIN, END, experiment_markdown, main, update_docs
+from opd_mesh.report.experiment import experiment_markdown, main, marks_of, update_docs
+
+BEGIN, END = marks_of("tiny")
+OTHER = "{}\nof another\n{}".format(*marks_of("tiny-1k"))
 
 
 def test_the_tables_in_markdown(tmp_path: Path) -> None:
@@ -40,14 +43,14 @@ def test_names_do_not_break_the_table(tmp_path: Path) -> None:
 def test_the_rest_of_the_page_stays(tmp_path: Path) -> None:
     folder, docs = write_pipeline(tmp_path), tmp_path / "docs"
     docs.mkdir()
-    (docs / "experiment.md").write_text(f"# Before\n\n{BEGIN}\nof last year\n{END}\n\nafter\n")
+    (docs / "experiment.md").write_text(f"# Before\n\n{BEGIN}\nof last year\n{END}\n\n{OTHER}\n")
     command = "make 'experiment'"
     assert main([str(folder), "--docs", str(docs), "--command", command]) == 0
     text = (docs / "experiment.md").read_text()
     assert text.startswith(f"# Before\n\n{BEGIN}\n\nMade by `{command}`")
-    assert text.endswith(f"\n{END}\n\nafter\n")
+    assert text.endswith(f"\n{END}\n\n{OTHER}\n")
     assert "of last year" not in text
-    told = json.loads((docs / "experiment.json").read_text())
+    told = json.loads((docs / "tiny.json").read_text())
     assert told["command"] == command
     assert told == summarize(folder).to_json(command)
     update_docs(summarize(folder), docs, command)
@@ -66,7 +69,15 @@ def test_a_page_without_marks_is_left_alone(tmp_path: Path, text: str) -> None:
     with pytest.raises(PreconditionError, match="must hold each of these two lines once"):
         update_docs(summarize(folder, resamples=100), tmp_path, "x")
     assert (tmp_path / "experiment.md").read_text() == text
-    assert not (tmp_path / "experiment.json").exists()
+    assert not (tmp_path / "tiny.json").exists()
+
+
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
+    folder = write_pipeline(tmp_path)
+    results = (folder / "results.json").read_text().replace('"pipeline": "tiny"', '"pipeline": "../tiny"')
+    (folder / "results.json").write_text(results)
+    with pytest.raises(PreconditionError, match="cannot name a file"):
+        update_docs(summarize(folder, resamples=100), tmp_path / "docs", "x")
 
 
 def test_what_is_wrong_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
