@@ -25,7 +25,7 @@ from opd_mesh.pipeline.jobs import Plan
 from opd_mesh.pipeline.plan import plan
 from opd_mesh.pipeline.results import Results, Status
 from opd_mesh.pipeline.scheduler import JobFailedError, JobStoppedError, run_jobs
-from opd_mesh.pipeline.store import Store
+from opd_mesh.pipeline.store import SHORT, Store
 from opd_mesh.pipeline.view import PipelineView, accuracies_line
 from opd_mesh.pipeline.work import Worker, cause_of
 
@@ -101,7 +101,7 @@ class PipelineRun:
             else:
                 there = sum(self.store.find(digest) is not None for digest in resolved.parts.values())
                 note = f"  ({there} of {len(resolved.parts)} models kept)" if there else ""
-            digest = (resolved.digest or "")[:12]
+            digest = (resolved.digest or "")[:SHORT]
             line = f"{state:<6} {resolved.job.kind:<9} {digest:<12} {job_id}{note}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         self.console.print(f"{kept} kept, {len(self.resolved) - kept} to do", highlight=False)
@@ -185,7 +185,7 @@ class PipelineRun:
         logs = [
             path / "logs"
             for root in (self.store.root, self.folder / "answering")
-            for path in sorted(root.glob(f"*-{digest[:12]}"))
+            for path in sorted(root.glob(f"*-{digest[:SHORT]}"))
             if (path / "logs").is_dir()
         ]
         self.console.print("[bold red]error:[/] ", end="")

@@ -21,7 +21,7 @@ from opd_mesh.files import write_durably
 from opd_mesh.pipeline.digests import FileDigests, Resolved
 from opd_mesh.pipeline.jobs import Answers, Choose, Evaluate, Init, Soup, Train
 from opd_mesh.pipeline.scheduler import JobStoppedError
-from opd_mesh.pipeline.store import Artefact, Store
+from opd_mesh.pipeline.store import SHORT, Artefact, Store
 from opd_mesh.pipeline.view import JobView
 from opd_mesh.process import error_in
 from opd_mesh.supervisor import LocalMesh, run_mesh, run_training
@@ -93,7 +93,7 @@ class Worker:
     def _artefact(self, digest: str) -> Artefact:
         artefact = self._store.find(digest)
         if artefact is None:
-            raise InternalError(f"the artefact {digest[:12]} is not there, though its job has ended")
+            raise InternalError(f"the artefact {digest[:SHORT]} is not there, though its job has ended")
         return artefact
 
     def _model(self, resolved: Resolved, role: str) -> Path:
@@ -217,13 +217,13 @@ class Worker:
     # --- answers -----------------------------------------------------------------------------------------------
     def _answering(self, resolved: Resolved) -> Path:
         assert resolved.digest is not None  # its inputs are there
-        return self._store.root.parent / "answering" / f"{resolved.job.name}-{resolved.digest[:12]}"
+        return self._store.root.parent / "answering" / f"{resolved.job.name}-{resolved.digest[:SHORT]}"
 
     async def _answer(self, resolved: Resolved, answers: Answers, view: JobView) -> None:
         """All models that have not answered yet, in one process. What one has answered is kept at its end."""
         started = time.monotonic()
         missing = {
-            f"{model}-{digest[:12]}": model
+            f"{model}-{digest[:SHORT]}": model
             for model, digest in resolved.parts.items()
             if self._store.find(digest) is None
         }
