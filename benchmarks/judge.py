@@ -18,10 +18,8 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import statistics
 import string
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +31,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from servers import START_TIMEOUT_S, say
+from servers import say
 
 CONTEXT_TOKENS = 2048
 CRITERIA = ("truth", "order", "brevity")
@@ -63,32 +61,6 @@ def make_checkpoint(folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-
-
-class Server:
-    """``python -m MODULE``, from its start to SIGTERM."""
-
-    def __init__(self, folder: Path, module: str, config: dict[str, Any]) -> None:
-        path, self._ready, self.log = folder / f"{module}.yaml", folder / f"{module}.ready", folder / f"{module}.log"
-        path.write_text(json.dumps(config))  # JSON is YAML
-        command = [sys.executable, "-m", module, "--config", str(path), "--listen", "127.0.0.1:0"]
-        command += ["--ready-file", str(self._ready), "--die-with-parent", str(os.getpid())]
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-
-    async def address(self) -> str:
-        """Once it listens."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._ready.exists():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                sys.exit(f"{self.log.stem} did not come up; its log ends with:\n{self.log.read_text()[-2000:]}")
-            await asyncio.sleep(0.05)
-        return str(json.loads(self._ready.read_text())["address"])
-
-    def stop(self) -> None:
-        """SIGTERM, and wait."""
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(60)
 
 
 def items_of(rubric: Any, count: int, number: int) -> list[Any]:
@@ -130,12 +102,14 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The whole measurement."""
     from opd.v1 import generative_reward_service_pb2 as pb
 
+    from grm_server.ballots import Texts
     from grm_server.judges import Judges
-    from grm_server.judging import Judging, Texts
+    from grm_server.judging import Judging
+    from opd_mesh.children import Child
     from opd_mesh.clients.reward import RewardClient
     from opd_mesh.clients.rollout import RolloutClient
     from opd_mesh.config.rubrics import Criterion, Rubric
-    from opd_mesh.config.services import GrmServerConfig
+    from opd_mesh.config.services import GrmServerConfig, RolloutServerConfig
     from opd_mesh.convert import policy_from_proto
     from opd_mesh.models.tokenizer import load_tokenizer
 
@@ -146,11 +120,8 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         max_reason_chars=24,
     )
     engine = {"max_context_tokens": CONTEXT_TOKENS, "max_slots": arguments.slots, "threads": 1}
-    rollout = Server(
-        folder,
-        "rollout_server",
-        {"model": str(folder / "judge"), "frozen": True, "engine": engine, "log": {"path": str(folder / "log")}},
-    )
+    values = {"model": folder / "judge", "frozen": True, "engine": engine, "log": {"path": folder / "log"}}
+    rollout = Child.start("judge", RolloutServerConfig.model_validate(values), services=folder, logs=folder)
     servers = [rollout]
     ratios: list[float] = []
     read_shares: list[float] = []
@@ -158,17 +129,17 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     direct_rates: list[float] = []
     prompt_tokens = verdict_tokens = 0
     try:
-        address = await rollout.address()
-        values = {"model": str(folder / "judge"), "judge": {"addresses": [address]}, "cache_entries": 0}
+        address = await rollout.ready()
+        values = {"model": folder / "judge", "judge": {"addresses": [address]}, "cache_entries": 0}
         config = GrmServerConfig.model_validate(values)
-        grm = Server(folder, "grm_server", values)
+        grm = Child.start("grm", config, services=folder, logs=folder)
         servers.append(grm)
         texts = Texts(load_tokenizer(folder / "judge"), None)
 
         async def nothing(serving: bool) -> None: ...
 
         judging = Judging(config, Judges([], nothing), texts)
-        async with RolloutClient(address) as direct, RewardClient(await grm.address()) as client:
+        async with RolloutClient(address) as direct, RewardClient(await grm.ready()) as client:
             await client.wait_ready()
             policy = policy_from_proto((await direct.get_policy()).policy)
             for number in range(-1, arguments.rounds):
@@ -207,7 +178,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         texts.close()
     finally:
         for server in reversed(servers):
-            server.stop()
+            await server.stop()
     return {
         "answers": arguments.answers,
         "slots": arguments.slots,

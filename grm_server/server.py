@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 from opd.v1 import generative_reward_service_pb2_grpc
 
+from grm_server.ballots import Texts
 from grm_server.judges import Judge, Judges
-from grm_server.judging import Texts
 from grm_server.service import GenerativeRewardServicer
 from opd_mesh.config.rubrics import RubricLibrary
 from opd_mesh.config.services import GrmServerConfig

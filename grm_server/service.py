@@ -10,10 +10,11 @@ import grpc
 from opd.v1 import generative_reward_service_pb2 as pb
 from opd.v1 import generative_reward_service_pb2_grpc as pb_grpc
 
+from grm_server.ballots import Texts
 from grm_server.batch_call import BatchCall
 from grm_server.items import check_item
 from grm_server.judges import Judges
-from grm_server.judging import Judging, Texts
+from grm_server.judging import Judging
 from opd_mesh.config.rubrics import RubricLibrary
 from opd_mesh.config.services import GrmServerConfig
 from opd_mesh.convert import policy_to_proto

@@ -12,8 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from opd_mesh.errors import OpdError
 
 if TYPE_CHECKING:
+    from opd_mesh.children import Child
     from opd_mesh.clients.trainer import TrainerClient
-    from opd_mesh.supervisor import Child, LocalMesh
+    from opd_mesh.supervisor import LocalMesh
 
 
 _GROUPS = {"kl/": "KL", "reward/": "reward", "score/": "score"}

@@ -8,22 +8,18 @@ server, teacher server, Valkey.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from opd_mesh.children import STOP_TIMEOUT_S, Child
 from opd_mesh.config.answers import AnswersConfig
-from opd_mesh.config.base import dump_config
 from opd_mesh.config.judging import FrozenJudgeConfig, GrmConfig
 from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.services import (
@@ -34,58 +30,17 @@ from opd_mesh.config.services import (
     TeacherServerConfig,
     TokenLogConfig,
 )
-from opd_mesh.errors import OpdError, UnavailableError
-from opd_mesh.process import error_in
+from opd_mesh.errors import OpdError
 from opd_mesh.progress import MeshView
 from opd_mesh.valkey import EmbeddedValkey
 
 log = logging.getLogger("opd_mesh.supervisor")
-START_LIMIT_S = 7200.0
-START_TIMEOUT_S = 600.0  # without a word in its log; a large teacher takes minutes to load and prove
-STOP_TIMEOUT_S = 60.0
-LOG_TAIL_LINES = 12
 # A rollout server that ends is started again on its address: its log and the trainer's policy bring it back to where it
 # was. A reward model and its judge are asked again. Not for ever: what ends it every time is not mended by starting it.
 RESTARTED = ("rollout", "judge", "grm")
 MAX_RESTARTS = 5
 RESTARTS_WITHIN_S = 1800.0
 RESTART_DELAY_S = 1.0
-
-
-MODULES = {
-    "teacher": "teacher_server",
-    "rollout": "rollout_server",
-    "judge": "rollout_server",
-    "grm": "grm_server",
-    "trainer": "student_trainer",
-    "answers": "student_trainer.answering",
-}
-
-
-@dataclass(eq=False)
-class Child:
-    """A server process."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log_path: Path
-    ready_file: Path
-    config: BaseModel
-    address: str = ""  # once it is known
-    log_offset: int = 0  # where this process's part of the log begins: a resumed run appends
-
-    def log_tail(self) -> str:
-        """The last lines it wrote, for an error message."""
-        return "\n".join(f"    {line}" for line in self._log_lines()[-LOG_TAIL_LINES:])
-
-    def _log_lines(self) -> list[str]:
-        with self.log_path.open("rb") as file:
-            file.seek(self.log_offset)
-            return file.read().decode("utf-8", errors="replace").splitlines()
-
-    def said_error(self) -> str:
-        """The one clear message that a service ends with, or the tail of its log."""
-        return error_in(self._log_lines()) or f"the end of {self.log_path}:\n{self.log_tail()}"
 
 
 class LocalMesh:
@@ -130,18 +85,18 @@ class LocalMesh:
         resolved = await self._with_grm(await self._with_addresses())
         extra = ["--run-dir", str(self.run_dir)] + (["--resume"] if self._resume else [])
         self.trainer = self._start("trainer", resolved, *extra)
-        return await self._address(self.trainer)
+        return await self.trainer.ready()
 
     async def start_answers(self, config: AnswersConfig, out: Path) -> Child:
         """Wait for the rollout server's address, then start the process in which models answer."""
         resolved = config.replace(recipe=await self._with_addresses())
         child = self._start("answers", resolved, "--out", str(out))
-        await self._address(child)
+        await child.ready()
         return child
 
     async def _with_addresses(self) -> Recipe:
         """The recipe with the addresses of our own servers, once they are known."""
-        addresses = {child.name: await self._address(child) for child in list(self.children)}
+        addresses = {child.name: await child.ready() for child in list(self.children)}
         recipe = self.recipe
         teachers = {
             name: teacher if teacher.addresses else teacher.replace(addresses=[addresses["teacher"]])
@@ -162,7 +117,7 @@ class LocalMesh:
         if not self._serves_grm:
             return recipe
         child = self._start("grm", self._grm_config(recipe))
-        peers = recipe.grm.peers.replace(addresses=[await self._address(child)])
+        peers = recipe.grm.peers.replace(addresses=[await child.ready()])
         # Its settings are the server's now.
         return recipe.replace(grm=GrmConfig(peers=peers))
 
@@ -240,49 +195,17 @@ class LocalMesh:
         return again
 
     def _start(self, name: str, config: BaseModel, *extra: str, listen: str = "127.0.0.1:0") -> Child:
-        config_path = self.run_dir / "services" / f"{name}.yaml"
-        dump_config(config, config_path)
-        ready_file = self.run_dir / "services" / f"{name}.ready.json"
-        ready_file.unlink(missing_ok=True)
-        log_path = self.run_dir / "logs" / f"{name}.log"
-        command = [sys.executable, "-m", MODULES[name], "--config", str(config_path), "--listen", listen]
-        command += ["--ready-file", str(ready_file), "--die-with-parent", str(os.getpid()), *extra]
-        # The processes take turns on the same cores: one whose OpenMP threads spin while they wait steals the others'.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        log_offset = log_path.stat().st_size if log_path.exists() else 0
-        with log_path.open("ab") as file:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=self._keep_open,
-                env=environment,
-            )
-        child = Child(name, process, log_path, ready_file, config, log_offset=log_offset)
+        child = Child.start(
+            name,
+            config,
+            services=self.run_dir / "services",
+            logs=self.run_dir / "logs",
+            listen=listen,
+            extra=extra,
+            keep_open=self._keep_open,
+        )
         self.children.append(child)
         return child
-
-    async def _address(self, child: Child) -> str:
-        deadline, said = time.monotonic() + START_TIMEOUT_S, 0
-        limit = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < min(deadline, limit):
-            if (size := child.log_path.stat().st_size) != said:
-                deadline, said = time.monotonic() + START_TIMEOUT_S, size
-            if child.ready_file.exists():
-                child.address = str(json.loads(child.ready_file.read_text())["address"])
-                return child.address
-            code = child.process.poll()
-            if code is not None:
-                raise UnavailableError(
-                    f"the {child.name} server ended with code {code} before it was ready: {child.said_error()}"
-                )
-            await asyncio.sleep(0.05)
-        raise UnavailableError(
-            f"the {child.name} server is not ready; it said nothing for {START_TIMEOUT_S:g} s, or was not done in "
-            f"{START_LIMIT_S:g} s: see {child.log_path}"
-        )
 
     def ended(self) -> list[Child]:
         """Children that are gone."""
@@ -291,14 +214,7 @@ class LocalMesh:
     async def stop(self) -> None:
         """End every child, newest first, by SIGTERM, and by SIGKILL what does not end; then Valkey."""
         for child in reversed(self.children):
-            if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.to_thread(child.process.wait, STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                log.warning("%s did not end within %g s and is killed", child.name, STOP_TIMEOUT_S)
-                child.process.kill()
-                await asyncio.to_thread(child.process.wait)
+            await child.stop()
         if self.valkey is not None:
             await asyncio.to_thread(self.valkey.stop)
 
@@ -378,8 +294,7 @@ async def run_mesh(
                     if child is main or child in reported:
                         continue
                     if not restarts:
-                        code = child.process.returncode
-                        raise UnavailableError(f"the {child.name} server ended with code {code}: {child.said_error()}")
+                        raise child.gone()
                     again = mesh.may_restart(child)
                     view.lost(child, again=again)
                     if again:

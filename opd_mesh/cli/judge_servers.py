@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from pydantic import BaseModel
-
-from opd_mesh.config.base import dump_config
+from opd_mesh.children import Child
 from opd_mesh.config.services import (
     GrmServerConfig,
     PeerConfig,
@@ -24,11 +14,7 @@ from opd_mesh.config.services import (
     RolloutServerConfig,
     ServerConfig,
 )
-from opd_mesh.errors import OpdError, UnavailableError
-from opd_mesh.supervisor import START_TIMEOUT_S, STOP_TIMEOUT_S, Child
-
-log = logging.getLogger("opd_mesh.cli")
-MODULES = {"rollout": "rollout_server", "grm": "grm_server"}
+from opd_mesh.errors import OpdError
 
 
 @asynccontextmanager
@@ -47,70 +33,26 @@ async def frozen_judge(
     engine = RolloutEngineConfig.model_validate({"device": device, "max_context_tokens": max_context_tokens})
     children: list[Child] = []
     try:
-        rollout = _start("rollout", RolloutServerConfig(model=model, frozen=True, engine=engine, server=quick), folder)
-        children.append(rollout)
-        judge = PeerConfig(addresses=[await _address(rollout)])
+        judge_config = RolloutServerConfig(model=model, frozen=True, engine=engine, server=quick)
+        judge = Child.start("judge", judge_config, services=folder, logs=folder)
+        children.append(judge)
         config = GrmServerConfig(
             model=model,
-            judge=judge,
+            judge=PeerConfig(addresses=[await judge.ready()]),
             max_verdict_tokens=max_verdict_tokens,
             inline_templates=True,  # they are from this command line
             server=quick,
         )
-        grm = _start("grm", config, folder)
+        grm = Child.start("grm", config, services=folder, logs=folder)
         children.append(grm)
-        address = await _address(grm)
+        address = await grm.ready()
         try:
             yield address
         except OpdError as error:  # which may be that one of them is gone, and its log goes with the folder
             for child in children:
-                _check_alive(child, error)
+                if child.process.poll() is not None:
+                    raise child.gone() from error
             raise
     finally:
         for child in reversed(children):
-            await _stop(child)
-
-
-def _start(name: str, config: BaseModel, folder: Path) -> Child:
-    config_path, ready_file, log_path = folder / f"{name}.yaml", folder / f"{name}.ready.json", folder / f"{name}.log"
-    dump_config(config, config_path)
-    command = [sys.executable, "-m", MODULES[name], "--config", str(config_path), "--listen", "127.0.0.1:0"]
-    command += ["--ready-file", str(ready_file), "--die-with-parent", str(os.getpid())]
-    with log_path.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            # They take turns on the same cores: OpenMP threads that spin while they wait steal the other's.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        )
-    return Child(name, process, log_path, ready_file, config)
-
-
-async def _address(child: Child) -> str:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not child.ready_file.exists():
-        _check_alive(child)
-        if time.monotonic() > deadline:
-            raise UnavailableError(f"the {child.name} server is not ready: {child.said_error()}")
-        await asyncio.sleep(0.05)
-    return str(json.loads(child.ready_file.read_text())["address"])
-
-
-def _check_alive(child: Child, cause: OpdError | None = None) -> None:
-    if (code := child.process.poll()) is not None:
-        raise UnavailableError(f"the {child.name} server ended with code {code}: {child.said_error()}") from cause
-
-
-async def _stop(child: Child) -> None:
-    """SIGTERM, and SIGKILL where that does not end it."""
-    if child.process.poll() is None:
-        child.process.send_signal(signal.SIGTERM)
-    try:
-        await asyncio.to_thread(child.process.wait, STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        log.warning("%s did not end within %g s and is killed", child.name, STOP_TIMEOUT_S)
-        child.process.kill()
-        await asyncio.to_thread(child.process.wait)
+            await child.stop()

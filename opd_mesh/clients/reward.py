@@ -13,6 +13,7 @@ from opd.v1 import generative_reward_service_pb2_grpc as pb_grpc
 
 from opd_mesh.clients.base import ServiceClient
 from opd_mesh.clients.credit_stream import CreditStream
+from opd_mesh.clients.patience import Patience
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.errors import JudgeUnavailableError, OpdError, OverloadedError, TooLongError, UnavailableError
 from opd_mesh.rpc.channel import open_channel, rpc_errors, wait_until_serving
@@ -161,8 +162,7 @@ class RewardClient(ServiceClient):
         Args:
             was_reached: whether the connection that broke had been good.
         """
-        loop = asyncio.get_running_loop()
-        failing_since: float | None = None
+        patience = Patience(self.config.connect_timeout_s)
         last: OpdError | None = None
         try:
             async with asyncio.timeout(timeout_s):
@@ -170,14 +170,15 @@ class RewardClient(ServiceClient):
                     try:
                         return await call()
                     except OverloadedError as error:
-                        last, failing_since = error, None
+                        last = error
+                        patience.reached()
                         await asyncio.sleep(error.retry_delay_s or ASK_AGAIN_S)
                         continue
                     except UnavailableError as error:
                         last = error
-                        failing_since = None if was_reached() else failing_since
-                    failing_since = failing_since or loop.time()
-                    if loop.time() - failing_since > self.config.connect_timeout_s:
+                        if was_reached():
+                            patience.reached()
+                    if patience.is_over():
                         raise JudgeUnavailableError(
                             f"the reward model at {self.address} did not judge for {self.config.connect_timeout_s:g} s "
                             f"(last: {last})",

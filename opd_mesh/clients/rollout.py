@@ -13,6 +13,7 @@ from opd.v1 import common_pb2, rollout_service_pb2, rollout_service_pb2_grpc
 
 from opd_mesh.clients.base import ServiceClient
 from opd_mesh.clients.generation_stream import GenerationStream
+from opd_mesh.clients.patience import Patience
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.convert import finish_reason_from_proto, sampling_to_proto, trajectory_from_proto
 from opd_mesh.errors import (
@@ -153,8 +154,7 @@ class RolloutClient(ServiceClient):
     ) -> rollout_service_pb2.GenerateBatchResult:
         request = _request_of(spec)
         last: OpdError | None = None
-        loop = asyncio.get_running_loop()
-        failing_since: float | None = None
+        patience = Patience(self.config.connect_timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -169,14 +169,9 @@ class RolloutClient(ServiceClient):
                     except UnavailableError as error:
                         last = error
                         if stream.broken is not None and stream.reached:
-                            failing_since = None
-                    failing_since = failing_since or loop.time()
-                    if loop.time() - failing_since > self.config.connect_timeout_s:
-                        raise RolloutUnavailableError(
-                            f"rollout server {self.address} was not to be reached for "
-                            f"{self.config.connect_timeout_s:g} s (last: {last})",
-                            metadata={"target": self.address},
-                        )
+                            patience.reached()
+                    if patience.is_over():
+                        raise self._out_of_reach(last)
                     await asyncio.sleep(REATTACH_DELAY_S)
         except TimeoutError:
             raise RolloutUnavailableError(
@@ -281,22 +276,23 @@ class RolloutClient(ServiceClient):
 
     async def _until_answered(self, call: Callable[[], Awaitable[AnswerT]]) -> AnswerT:
         """Ask again where the connection breaks, for ``connect_timeout_s`` on end."""
-        loop = asyncio.get_running_loop()
-        failing_since: float | None = None
+        patience = Patience(self.config.connect_timeout_s)
         while True:
-            started = loop.time()
+            started = asyncio.get_running_loop().time()
             try:
                 async with rpc_errors(self.address):
                     return await call()
             except UnavailableError as error:
-                failing_since = failing_since or started
-                if loop.time() - failing_since > self.config.connect_timeout_s:
-                    raise RolloutUnavailableError(
-                        f"rollout server {self.address} was not to be reached for {self.config.connect_timeout_s:g} s "
-                        f"(last: {error})",
-                        metadata={"target": self.address},
-                    ) from error
+                if patience.is_over(failing_since=started):
+                    raise self._out_of_reach(error) from error
             await asyncio.sleep(REATTACH_DELAY_S)
+
+    def _out_of_reach(self, last: OpdError) -> RolloutUnavailableError:
+        return RolloutUnavailableError(
+            f"rollout server {self.address} was not to be reached for {self.config.connect_timeout_s:g} s "
+            f"(last: {last})",
+            metadata={"target": self.address},
+        )
 
     async def pause(self, reason: str = "") -> rollout_service_pb2.PauseGenerationResponse:
         """Stop decoding between two tokens."""

@@ -17,8 +17,9 @@ from opd_mesh.errors import OpdError
 from opd_mesh.progress import told
 
 if TYPE_CHECKING:
+    from opd_mesh.children import Child
     from opd_mesh.clients.trainer import TrainerClient
-    from opd_mesh.supervisor import Child, LocalMesh
+    from opd_mesh.supervisor import LocalMesh
 
 LINE_EVERY_S = 5.0
 _COLOURS = {"done": "green", "kept": "green", "running": "bold", "failed": "red", "stopped": "yellow"}

@@ -13,6 +13,7 @@ from opd.v1 import common_pb2
 from opd.v1 import generative_reward_service_pb2 as pb
 from typer.testing import CliRunner
 
+from opd_mesh.children import Child
 from opd_mesh.cli import judge_servers
 from opd_mesh.cli.judge import JudgeOptions, judge_file
 from opd_mesh.cli.judge_lines import JudgedLines, Line, Way, parse_line, read_lines, with_probes
@@ -20,7 +21,6 @@ from opd_mesh.cli.judge_summary import summary_of, told
 from opd_mesh.cli.main import app
 from opd_mesh.config.rubrics import Criterion, Rubric, Scale
 from opd_mesh.errors import ConfigError, InvalidInputError, JudgeUnavailableError, TooLongError, UnavailableError
-from opd_mesh.supervisor import Child
 
 RUBRIC = Rubric(name="r", criteria=[Criterion(name="a"), Criterion(name="b", scale=Scale(min=0, max=1), weight=3)])
 WAY = Way("rubric", 1, 0.0, 0)
@@ -224,14 +224,14 @@ async def test_a_child_that_died_is_told_with_its_last_words(tmp_path: Path, mon
 
     configs: list[Any] = []
 
-    def start(name: str, config: Any, folder: Path) -> Child:
+    def start(name: str, config: Any, *, services: Path, logs: Path) -> Child:
         configs.append(config)
-        return failing_child(name, folder)
+        return failing_child(name, logs)
 
-    monkeypatch.setattr(judge_servers, "_start", start)
-    monkeypatch.setattr(judge_servers, "_address", address)
+    monkeypatch.setattr(Child, "start", start)
+    monkeypatch.setattr(Child, "ready", address)
     options: dict[str, Any] = {"device": "cpu", "max_context_tokens": 64, "max_verdict_tokens": 8}
-    with pytest.raises(UnavailableError, match=r"rollout server ended with code 3: [^\0]*the disk is full"):
+    with pytest.raises(UnavailableError, match=r"judge server ended with code 3: [^\0]*the disk is full"):
         async with judge_servers.frozen_judge(tmp_path, tmp_path, **options):
             raise JudgeUnavailableError("nobody judges")
     assert configs[1].inline_templates

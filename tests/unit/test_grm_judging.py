@@ -12,10 +12,11 @@ from opd.v1 import rollout_service_pb2
 from tiny_models import EOS_ID, tiny_tokenizer
 
 import grm_server.judging as judging_module
+from grm_server.ballots import Texts
 from grm_server.batch_call import BatchCall
 from grm_server.items import CheckedItem, check_item
 from grm_server.judges import Judge, Judges
-from grm_server.judging import Judging, Texts
+from grm_server.judging import Judging
 from opd_mesh.clients.replica_choice import rendezvous_ranking
 from opd_mesh.clients.rollout import GenerateSpec
 from opd_mesh.config.base import parse_config

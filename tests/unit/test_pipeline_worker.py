@@ -18,6 +18,7 @@ import pytest
 from pipeline_cases import files_below, pipeline
 from rich.console import Console
 
+from opd_mesh.children import Child
 from opd_mesh.errors import UnavailableError
 from opd_mesh.files import write_durably
 from opd_mesh.pipeline import run as run_module
@@ -28,7 +29,7 @@ from opd_mesh.pipeline.run import PipelineRun
 from opd_mesh.pipeline.store import FILE
 from opd_mesh.pipeline.view import JobView
 from opd_mesh.pipeline.work import Worker
-from opd_mesh.supervisor import Child, LocalMesh, run_mesh
+from opd_mesh.supervisor import LocalMesh, run_mesh
 
 STAGES = {
     "base": {"kind": "base", "domains": ["add"], "recipe": {"run": {"steps": 2}}},

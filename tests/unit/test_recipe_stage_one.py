@@ -239,16 +239,17 @@ async def started(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch)
 
     def start(self: LocalMesh, name: str, config: Any, *_: str, **__: str) -> Any:
         found.append((name, config))
-        child = SimpleNamespace(name=name, address="")
-        self.children.append(child)  # type: ignore[arg-type]
+        child: Any = SimpleNamespace(name=name, address="")
+
+        async def ready() -> str:
+            child.address = f"{name}:1"
+            return str(child.address)
+
+        child.ready = ready
+        self.children.append(child)
         return child
 
-    async def address(self: LocalMesh, child: Any) -> str:
-        child.address = f"{child.name}:1"
-        return str(child.address)
-
     monkeypatch.setattr(LocalMesh, "_start", start)
-    monkeypatch.setattr(LocalMesh, "_address", address)
     mesh = LocalMesh(recipe.replace(redis_url="redis://h:1/0"), folder)
     mesh.start(resume=False)
     await mesh.start_trainer()
