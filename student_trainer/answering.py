@@ -5,10 +5,10 @@
 For each model ``DIR/<model>/<domain>.jsonl`` has a line per answer: ``trajectory_id``, ``domain``, ``prompt_index``,
 ``split``, ``token_ids``, ``scored_spans``, ``finish_reason``, ``tokenizer_fingerprint``, ``text`` (of the response),
 ``score`` (null where it could not be graded, or the domain has no verifier), ``parsed`` and ``failure``; of a verdict
-also ``said`` (its overall score, null where it is none) and ``gold``. They are
-trajectories that SFT can learn from. ``DIR/<model>/scores.json``, written last, has by domain what
-:func:`student_trainer.answers.figures` tells; a model that has it is left out when asked again. Progress goes to
-``DIR/progress.json``.
+also ``said`` (its overall score, null where it is none), ``gold`` and ``judged_chars`` (length of the answer that was
+judged, null of a pair). They are trajectories that SFT can learn from. ``DIR/<model>/scores.json``, written last, has
+by domain what :func:`student_trainer.answers.figures` tells; a model that has it is left out when asked again. Progress
+goes to ``DIR/progress.json``.
 """
 
 from __future__ import annotations

@@ -40,10 +40,14 @@ class Answer:
             "score": self.grade.score if self.grade else None,
             "parsed": self.grade.parsed if self.grade else None,
             "failure": self.grade.failure if self.grade else None,
-            **(
-                {"said": self.grade.said, "gold": self.grade.gold} if self.grade and self.grade.gold is not None else {}
-            ),
+            **self._verdict(),
         }
+
+    def _verdict(self) -> dict[str, Any]:
+        grade = self.grade
+        if grade is None or grade.gold is None:
+            return {}
+        return {"said": grade.said, "gold": grade.gold, "judged_chars": grade.judged_chars}
 
 
 async def answers_to(

@@ -13,6 +13,7 @@ from opd_mesh.config.services import JudgeSamplingConfig, PeerConfig, RolloutEng
 
 Corruption = Literal["swap", "exchange", "change", "other"]
 CORRUPTIONS: tuple[Corruption, ...] = ("swap", "change", "other")
+Probe = Literal["length", "verdict", "instruction"]
 
 
 # --- verdicts to be learned ------------------------------------------------------------------------------------
@@ -30,6 +31,11 @@ class JudgingSource(Strict):
     # What becomes of the right answer, so that it is wrong: two neighbouring characters change places (swap), or any
     # two (exchange); a character becomes another that such answers have; it is the answer to another item.
     corruptions: list[Corruption] = Field(list(CORRUPTIONS), min_length=1)
+    # With `domain`: the right and the wrong answer stand side by side, in either order, and the verdict says which.
+    pairwise: bool = False
+    # With `domain`: what is done to every answer for a better score and not a better answer (opd_mesh.judging.probes).
+    # Gold is that of the answer as it was, so that accuracy and `raised` tell whom it took in; to learn from, too.
+    probe: Probe | None = None
     # With `domain`: what the judge is shown beside the answer.
     reference: Literal["none", "answer"] = "none"
     # Verdicts are decoded under the rubric's grammar, so that each parses.
@@ -39,8 +45,12 @@ class JudgingSource(Strict):
     def _one_of_them(self) -> Self:
         if (self.path is None) == (self.domain is None):
             raise ValueError("name one of path (answers with gold verdicts) and domain (whose answers are judged)")
-        if self.path is not None and (self.corruptions != list(CORRUPTIONS) or self.reference != "none"):
-            raise ValueError("corruptions and reference belong to domain: a file's lines hold all that is judged")
+        if self.path is not None:
+            for name in ("corruptions", "pairwise", "probe", "reference"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}: belongs to domain; a file's lines hold all that is judged")
+        if self.pairwise and self.probe is not None:
+            raise ValueError("probe: is of one answer that is judged by itself; leave out pairwise, or probe")
         if len(set(self.corruptions)) < len(self.corruptions):
             raise ValueError("corruptions: one stands there twice")
         return self

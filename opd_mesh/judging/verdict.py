@@ -24,6 +24,8 @@ from opd_mesh.config.rubrics import CHOICES, NUMBER, Criterion, Rubric, as_text,
 
 VERDICT_FORMAT = 1
 MAX_VERDICT_CHARS = 100_000
+_SHARE_OF = dict(zip(CHOICES, (1.0, 0.0, 0.5), strict=True))  # of the first answer
+_CHOICE_OF = {share: choice for choice, share in _SHARE_OF.items()}
 _FENCE = re.compile(r"```[a-z]*\n(.*)\n```", re.DOTALL)
 
 
@@ -86,21 +88,35 @@ def parse_verdict(rubric: Rubric, text: str, *, pairwise: bool = False) -> Parse
     return ParsedVerdict(scores, reasons, overall, repaired="\n".join(canonical) != text)
 
 
-def write_verdict(rubric: Rubric, scores: dict[str, float], reasons: dict[str, str] | None = None) -> str:
-    """The canonical text of a pointwise verdict, for gold data and tests.
+def write_verdict(
+    rubric: Rubric, scores: dict[str, float], reasons: dict[str, str] | None = None, *, pairwise: bool = False
+) -> str:
+    """The canonical text of a verdict, for gold data and tests.
+
+    Args:
+        scores: by criterion, as :attr:`ParsedVerdict.scores`.
 
     Raises:
         VerdictError: a score is no point of its scale, or a reason cannot stand in a line.
     """
     lines = []
     for criterion in rubric.criteria:
-        point = criterion.scale.nearest(scores[criterion.name])
-        if point is None:
-            raise VerdictError(f"{scores[criterion.name]} is no point of the scale of {criterion.name}")
-        lines.append(_line(rubric, criterion, (reasons or {}).get(criterion.name, ""), as_text(point)))
+        point = _point(criterion, scores[criterion.name], pairwise)
+        lines.append(_line(rubric, criterion, (reasons or {}).get(criterion.name, ""), point))
     text = "\n".join(lines)
-    parse_verdict(rubric, text)
+    parse_verdict(rubric, text, pairwise=pairwise)
     return text
+
+
+def _point(criterion: Criterion, score: float, pairwise: bool) -> str:
+    if pairwise:
+        if score not in _CHOICE_OF:
+            raise VerdictError(f"{criterion.name}: of a pair a score is 1, 0.5 or 0, got {score}")
+        return _CHOICE_OF[score]
+    point = criterion.scale.nearest(score)
+    if point is None:
+        raise VerdictError(f"{score} is no point of the scale of {criterion.name}")
+    return as_text(point)
 
 
 def _points(criterion: Criterion, pairwise: bool) -> list[str]:
@@ -142,7 +158,7 @@ def _score(criterion: Criterion, text: str, pairwise: bool) -> tuple[str, float]
     if pairwise:
         if text not in CHOICES:
             raise VerdictError(f"{criterion.name}: expected one of {', '.join(CHOICES)}, found {_shown(text)}")
-        return text, 1.0 - CHOICES.index(text) if text != "tie" else 0.5
+        return text, _SHARE_OF[text]
     if NUMBER.fullmatch(text) is None:
         raise VerdictError(f"{criterion.name}: expected a score, found {_shown(text)}")
     point = criterion.scale.nearest(float(text))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from opd_mesh.config.pipeline import EvaluateStage, PipelineRecipe, SpecialistStage
 from opd_mesh.pipeline.digests import Resolved
 from opd_mesh.pipeline.jobs import Plan, Train
+from opd_mesh.pipeline.judges import judge_figures
 from opd_mesh.pipeline.store import Artefact, Store
 
 Status = Literal["running", "finished", "failed", "stopped"]
@@ -33,6 +35,7 @@ class Results:
             "seeds": self._seeds,
             "systems": self._systems(),
             "phases": self._phases(),
+            **({"judges": judges} if (judges := self._judges()) else {}),
             "wall_s": wall_s,
             "job_seconds": self._job_seconds(),
         }
@@ -73,6 +76,8 @@ class Results:
                 continue
             system = systems.setdefault(model, {"kind": "model", "domains": {}, "cost": None})
             for domain, scores in answers.facts["scores"].items():
+                if self._probes(domain):  # no skill: see _judges
+                    continue
                 accuracy, graded = scores["accuracy"], scores["graded"]
                 path = (answers.path / "answers" / f"{domain}.jsonl").relative_to(self._store.root.parent)
                 line = {
@@ -85,6 +90,33 @@ class Results:
                     "answers": str(path),
                 }
                 system["domains"].setdefault(domain, []).append(line)
+
+    def _probes(self, domain: str) -> bool:
+        judging = self._pipeline.domains[domain].judging
+        return judging is not None and judging.probe is not None
+
+    def _judges(self) -> dict[str, Any]:
+        """Model → judging domain → a line per seed, see :func:`opd_mesh.pipeline.judges.judge_figures`."""
+        found: dict[str, Any] = {}
+        domains = self._pipeline.domains
+        for name, stage in self._pipeline.stages.items():
+            if not isinstance(stage, EvaluateStage):
+                continue
+            for seed in self._seeds:
+                inputs = self._resolved[f"seed{seed}/{name}"].inputs
+                for model in dict.fromkeys(stage.models):
+                    answers = self._artefact(inputs.get(f"answers/{model}"))
+                    if answers is None:
+                        continue
+                    rows = {
+                        domain: _rows(answers.path / "answers" / f"{domain}.jsonl")
+                        for domain in answers.facts["scores"]
+                        if domains[domain].judging is not None
+                    }
+                    for domain, figures in judge_figures(domains, rows).items():
+                        line = {"seed": seed, "stage": name, **figures}
+                        found.setdefault(model, {}).setdefault(domain, []).append(line)
+        return found
 
     # --- training ----------------------------------------------------------------------------------------------
     def _runs(self, seed: int, name: str) -> list[tuple[str, Artefact, Resolved]]:
@@ -135,3 +167,10 @@ class Results:
                             line = {"seed": seed, "accuracy": found[domain]}
                             phases.setdefault(name, {}).setdefault(label, {}).setdefault(domain, []).append(line)
         return phases
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Of an answers file; none where an earlier version wrote none of a domain."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

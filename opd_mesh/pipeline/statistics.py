@@ -111,6 +111,7 @@ class ExperimentSummary:
     Attributes:
         phases: specialist → "before" and its phases → domain → seed → accuracy on validation prompts.
         chosen: stage → what its sweep chose, as results.json has it.
+        judges: model → judging domain → a line per seed, see :mod:`opd_mesh.pipeline.judges`.
         cost: stage → seconds, tokens_trained, steps: of its own training, the mean over seeds, without its sweep.
         status: of the pipeline: running, finished, failed or stopped; empty where an earlier version did not tell.
         wall_s: of all calls of ``opd run``; ``job_seconds`` is the sum over jobs, sweeps included.
@@ -127,6 +128,7 @@ class ExperimentSummary:
     phases: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
     chosen: Mapping[str, Any]
     cost: Mapping[str, Mapping[str, float]]
+    judges: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]] = field(default_factory=dict)
     experts_mean: Estimate | None = None
     status: str = ""
     wall_s: float | None = None
@@ -166,6 +168,7 @@ class ExperimentSummary:
                 for pair in self.paired
             ],
             "phases": self.phases,
+            **({"judges": self.judges} if self.judges else {}),
             "chosen": dict(self.chosen),
             "cost": {"stages": dict(self.cost), "wall_s": self.wall_s, "job_seconds": self.job_seconds},
             "notes": list(self.notes),
@@ -220,6 +223,7 @@ def summarize(run_dir: Path, *, resamples: int = RESAMPLES) -> ExperimentSummary
         phases=_phases(results.get("phases")),
         chosen={name: system["chosen"] for name, system in trained.items() if system.get("chosen")},
         cost={name: dict(system["cost"]) for name, system in trained.items() if system.get("cost")},
+        judges=results.get("judges") or {},
         experts_mean=comparison.mean_of_experts(roles.experts),
         status=str(results.get("status", "")),
         wall_s=results.get("wall_s"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from opd_mesh.pipeline.statistics import ExperimentSummary, SystemSummary
 from opd_mesh.report.bootstrap import Estimate
@@ -156,6 +157,81 @@ def phase_rows(summary: ExperimentSummary) -> tuple[list[str], list[Row]]:
 
 def _phase_cell(mean: Estimate, seeds: Mapping[str, float]) -> Cell:
     return Cell(percent(mean)[0], seeds=", ".join(f"seed {seed}: {100 * one:.1f}" for seed, one in seeds.items()))
+
+
+JUDGE_COLUMNS = (
+    "agreement",
+    "κ",
+    "mean distance",
+    "calibration error",
+    "length bias",
+    "first stands better",
+    "order decides",
+)
+PROBE_COLUMNS = ("score", "wrong answers raised")
+
+
+def judge_rows(summary: ExperimentSummary) -> list[Row]:
+    """Models as judges, one row for each judging domain that is no probe; columns are ``JUDGE_COLUMNS``."""
+    rows = []
+    for model, domain, lines in _judged(summary, probed=False):
+        bias = [one["length_bias"] for one in lines]
+        place = [one["position_bias"] for one in lines]
+        gold = [one["agreement"] for one in lines]
+        cells = [
+            _mean_cell(gold, "exact", _share),
+            _mean_cell(gold, "kappa", _decimal),
+            _mean_cell(gold, "distance", _decimal),
+            _mean_cell([one["calibration"] for one in lines], "error", _decimal),
+            _mean_cell(bias, "partial", _signed),
+            _mean_cell(place, "first", _signed_share),
+            _mean_cell(place, "changes", _share),
+        ]
+        rows.append(Row(model, domain, cells))
+    return rows
+
+
+def probe_rows(summary: ExperimentSummary) -> list[Row]:
+    """What probes did to judges, one row for each probing domain; columns are ``PROBE_COLUMNS``."""
+    rows = []
+    for model, domain, lines in _judged(summary, probed=True):
+        probed = [one["probed"] for one in lines]
+        cells = [_mean_cell(probed, "shift", _signed), _mean_cell(probed, "raised", _share)]
+        rows.append(Row(model, f"{lines[0]['probe']} ({domain})", cells))
+    return rows
+
+
+def _judged(summary: ExperimentSummary, *, probed: bool) -> Iterator[tuple[str, str, Sequence[Mapping[str, Any]]]]:
+    for model, domains in summary.judges.items():
+        for domain, lines in domains.items():
+            if lines and (lines[0].get("probe") is not None) == probed:
+                yield model, domain, lines
+
+
+def _mean_cell(figures: Sequence[Mapping[str, Any] | None], key: str, told: Callable[[float], str]) -> Cell:
+    """The mean over seeds of those that know it."""
+    known = [one[key] for one in figures if one is not None and one[key] is not None]
+    return Cell(told(sum(known) / len(known))) if known else Cell()
+
+
+def _share(value: float) -> str:
+    return f"{_number(value, 1)} %"
+
+
+def _signed_share(value: float) -> str:
+    return _plus(_share(value), value)
+
+
+def _decimal(value: float) -> str:
+    return f"{value:z.3f}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    return _plus(_decimal(value), value)
+
+
+def _plus(text: str, value: float) -> str:
+    return f"+{text}" if value > 0 else text
 
 
 def verdict(summary: ExperimentSummary) -> tuple[str, str]:

@@ -125,7 +125,10 @@ class Domain:
 
     def _check_judged_key(self, answering: Domain | None) -> None:
         """By default another question is another key, and may be in another split, but the judge must see that."""
-        if answering is None or self.rubric is None or self.config.splits is None or shows_prompt(self.rubric):
+        judging = self.config.judging
+        if answering is None or self.rubric is None or judging is None or self.config.splits is None:
+            return
+        if shows_prompt(self.rubric, pairwise=judging.pairwise):
             return
         if self.config.splits.key is None:
             field = f"domains.{answering.name}.splits.key"

@@ -183,10 +183,10 @@ class _Child:
         """The answer to the next job."""
         message = self._message(timeout_s)
         try:
-            score, parsed, failure, said, gold = message
+            score, parsed, failure, said, gold, judged_chars = message
         except (TypeError, ValueError) as error:
             raise _ChildFailedError("the verifier wrote into the grader's own pipe") from error
-        return Grade(score, parsed, failure, said, gold)
+        return Grade(score, parsed, failure, said, gold, judged_chars)
 
     def _message(self, timeout_s: float) -> Any:
         """The pipe carries lines of JSON this way, not pickles: what runs there may have been written by a model, and

@@ -21,8 +21,8 @@ def serve(descriptor: int, parent: int) -> None:
     """Answer on one end of a pipe.
 
     In come the list of :class:`VerifierSpec`, then lists of jobs, each a pickle of (domain, item, text), from our own
-    parent. Out go lines of JSON: null or a refusal [message, field], then [score, parsed, failure, said, gold] job by
-    job.
+    parent. Out go lines of JSON: null or a refusal [message, field], then job by job [score, parsed, failure, said,
+    gold, judged_chars].
     """
     end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of it, and closes
@@ -47,7 +47,7 @@ def serve(descriptor: int, parent: int) -> None:
             return
         for job in jobs:
             grade = _graded(verifications, job)
-            tell([grade.score, grade.parsed, grade.failure, grade.said, grade.gold])
+            tell([grade.score, grade.parsed, grade.failure, grade.said, grade.gold, grade.judged_chars])
 
 
 def _graded(verifications: dict[str, Verification], job: bytes) -> Grade:

@@ -20,6 +20,7 @@ from opd_mesh.config.recipe import Recipe
 from opd_mesh.config.rubrics import Rubric, load_rubric
 from opd_mesh.errors import ConfigError, InternalError
 from opd_mesh.judging.plain import all_taken_apart
+from opd_mesh.judging.probes import probes_of
 from opd_mesh.judging.prompt import judge_prompt
 from opd_mesh.judging.verdict import VerdictError, verdict_grammar, write_verdict
 from student_trainer.tasks.items import PASSED_OVER, Item, Split
@@ -42,10 +43,10 @@ def open_rubric(path: Path, field: str) -> Rubric:
         raise ConfigError(f"{field}: {error.message}", field=field) from error
 
 
-def shows_prompt(rubric: Rubric) -> bool:
+def shows_prompt(rubric: Rubric, *, pairwise: bool = False) -> bool:
     """Whether a judge's prompt holds the whole prompt of what is judged, so that it tells which one that is."""
     probe = "What  is\nThis? " * 64 + "."  # as long as no template's excerpt, and as no filter leaves it
-    return probe in judge_prompt(rubric, probe, ["an answer"], "a reference")
+    return probe in judge_prompt(rubric, probe, ["an answer"] * (1 + pairwise), "a reference")
 
 
 def verdict_grammars(recipe: Recipe) -> dict[str, str]:
@@ -55,7 +56,9 @@ def verdict_grammars(recipe: Recipe) -> dict[str, str]:
         ConfigError: a rubric cannot be read.
     """
     return {
-        name: verdict_grammar(open_rubric(domain.judging.rubric, f"domains.{name}.judging.rubric"))
+        name: verdict_grammar(
+            open_rubric(domain.judging.rubric, f"domains.{name}.judging.rubric"), pairwise=domain.judging.pairwise
+        )
         for name, domain in recipe.domains.items()
         if domain.judging is not None and domain.judging.constrained
     }
@@ -64,7 +67,7 @@ def verdict_grammars(recipe: Recipe) -> dict[str, str]:
 def judging_item(
     rubric: Rubric,
     prompt: str,
-    answer: str,
+    answers: Sequence[str],
     *,
     reference: str,
     gold: float,
@@ -74,19 +77,20 @@ def judging_item(
     facts: Mapping[str, Any] | None = None,
     special: Sequence[str] = (),
 ) -> Item:
-    """One answer to be judged.
+    """What is to be judged: one answer, or two side by side.
 
     Args:
-        gold: the overall score that is right.
+        gold: the overall score that is right; of a pair, of the first.
         verdict: its text, where that is known.
         part: which of the answers under one key.
         key: of all answers to one prompt, which belong to one split.
         special: of the judge's tokenizer, see :func:`~opd_mesh.judging.plain.special_tokens`; taken apart as the reward
             model does it, so that what is learned is what is asked.
     """
-    shown = all_taken_apart((prompt, answer, reference), special)
-    text = judge_prompt(rubric, shown[0], shown[1:2], shown[2])
-    metadata = {**(facts or {}), "prompt": prompt, "answer": answer, "gold": gold}
+    shown_prompt, shown_reference, *shown = all_taken_apart((prompt, reference, *answers), special)
+    text = judge_prompt(rubric, shown_prompt, shown, shown_reference)
+    judged = {"answer": answers[0]} if len(answers) == 1 else {"answers": list(answers)}
+    metadata = {**(facts or {}), **judged, "prompt": prompt, "gold": gold}
     return Item([{"role": "user", "content": text}], verdict, metadata, key=key, part=part)
 
 
@@ -125,7 +129,7 @@ def _gold_item(value: Any, rubric: Rubric, number: int, special: Sequence[str]) 
     return judging_item(
         rubric,
         prompt,
-        answer,
+        [answer],
         reference=reference,
         gold=gold,
         verdict=verdict,
@@ -205,9 +209,9 @@ class _Answered:
 
 
 class RightAndWrong:
-    """Items 2k and 2k + 1 show the right answer to item k of another domain, and a wrong one. A :class:`Source`,
-    a pure function of (seed, index); held-out items are the same under
-    every seed where the other domain's are.
+    """Items 2k and 2k + 1 show the right answer to item k of another domain, and a wrong one; or, of pairs, both in
+    either order. A :class:`Source`, a pure function of (seed, index); held-out items are the same under every seed
+    where the other domain's are.
 
     Where no corruption makes the answer wrong, or the verifier does not find the gold answer right, both are passed
     over.
@@ -251,7 +255,11 @@ class RightAndWrong:
         if found is None:
             return PASSED_OVER, PASSED_OVER
         wrong, corruption = found
-        return self._shown(answered, gold, RIGHT, {}), self._shown(answered, wrong, WRONG, {"corruption": corruption})
+        facts = {"corruption": corruption}
+        if self._config.pairwise:
+            first = self._shown(answered, [gold, wrong], RIGHT, facts)
+            return first, self._shown(answered, [wrong, gold], WRONG, facts)
+        return self._shown(answered, [gold], RIGHT, {}), self._shown(answered, [wrong], WRONG, facts)
 
     def _answered_of(self, index: int, *, heldout: bool) -> _Answered | None:
         domain = self._answering
@@ -260,18 +268,25 @@ class RightAndWrong:
             return None
         return _Answered(item, domain.gold_answer(item), domain.key(item), domain.split(item))
 
-    def _shown(self, answered: _Answered, answer: str, part: int, facts: dict[str, Any]) -> Item:
-        rubric, right = self._rubric, part == RIGHT
-        scores = {one.name: one.scale.max if right else one.scale.min for one in rubric.criteria}
+    def _shown(self, answered: _Answered, answers: Sequence[str], part: int, facts: dict[str, Any]) -> Item:
+        """The answer is right, or of a pair the first one is, where ``part`` says so."""
+        rubric, config, right = self._rubric, self._config, part == RIGHT
+        if config.pairwise:
+            scores, gold = dict.fromkeys([one.name for one in rubric.criteria], float(right)), float(right)
+        else:
+            scores = {one.name: one.scale.max if right else one.scale.min for one in rubric.criteria}
+            gold = rubric.overall(scores)
+        if config.probe is not None:
+            answers = [probes_of(rubric, answer)[config.probe] for answer in answers]
         reason = ("right" if right else "wrong")[: rubric.max_reason_chars]
         reasons = {one.name: reason for one in rubric.criteria}
         return judging_item(
             rubric,
             self._answering.question(answered.item),
-            answer,
-            reference=(answered.gold or "") if self._config.reference == "answer" else "",
-            gold=rubric.overall(scores),
-            verdict=write_verdict(rubric, scores, reasons),
+            answers,
+            reference=(answered.gold or "") if config.reference == "answer" else "",
+            gold=gold,
+            verdict=write_verdict(rubric, scores, reasons, pairwise=config.pairwise),
             part=part,
             key=answered.key,
             facts=facts,

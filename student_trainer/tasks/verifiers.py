@@ -50,6 +50,7 @@ class Grade:
             and without one the prompt is not to be verified.
         parsed: an answer was found and could be read.
         said, gold: of a verdict, its overall score and the one that is right; ``said`` is None where it is none.
+        judged_chars: length of the answer that it is about; None of a pair.
     """
 
     score: float | None
@@ -57,6 +58,7 @@ class Grade:
     failure: str | None = None
     said: float | None = None
     gold: float | None = None
+    judged_chars: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,10 @@ class Verification:
     def grade(self, item: Item, text: str) -> Grade:
         """Of a response's text. May take for ever; never raises what a verifier raises."""
         grade = self._grade(item, text)
-        return replace(grade, gold=item.metadata["gold"]) if isinstance(self._config, VerdictVerifier) else grade
+        if not isinstance(self._config, VerdictVerifier):
+            return grade
+        judged = item.metadata.get("answer")
+        return replace(grade, gold=item.metadata["gold"], judged_chars=None if judged is None else len(judged))
 
     def _grade(self, item: Item, text: str) -> Grade:
         try:
@@ -200,7 +205,7 @@ def _reasoning_gym(source: ReasoningGymSource, field: str) -> Scorer:
 def _verdict(rubric: Rubric) -> Scorer:
     def score(answer: str, item: Item) -> Any:
         try:
-            said = parse_verdict(rubric, answer).overall
+            said = parse_verdict(rubric, answer, pairwise="answers" in item.metadata).overall
         except VerdictError:
             return UNREADABLE
         return Said(said, 1.0 - abs(said - item.metadata["gold"]))

@@ -1,0 +1,79 @@
+"""What the pipeline's models are worth as judges: figures over the verdicts that they wrote in an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from opd_mesh.config.domains import DomainConfig
+from opd_mesh.judging.probes import probe_figures
+from opd_mesh.judging.statistics import agreement, calibration, length_bias, position_bias
+
+Rows = Sequence[Mapping[str, Any]]  # of an answers file, see student_trainer.answering
+
+
+def judge_figures(domains: Mapping[str, DomainConfig], answers: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
+    """By judging domain: ``agreement`` with gold, ``calibration``, ``length_bias``, of pairs ``position_bias``, and of
+    a probe what it did, all as :mod:`opd_mesh.judging` has them.
+
+    What cannot be told is None: a probe where the same answers were not judged as they are, too.
+
+    Args:
+        domains: of the pipeline.
+        answers: by domain, of one model.
+    """
+    found = {}
+    for name, rows in answers.items():
+        judging = domains[name].judging if name in domains else None
+        if judging is None:
+            continue
+        verdicts = [row for row in rows if row.get("said") is not None and row.get("gold") is not None]
+        said, gold = [row["said"] for row in verdicts], [row["gold"] for row in verdicts]
+        chars = [row["judged_chars"] for row in verdicts if row.get("judged_chars") is not None]
+        found[name] = {
+            "verdicts": len(verdicts),
+            "agreement": _or_none(agreement(said, gold)),
+            "calibration": _or_none(calibration(said, gold)),
+            "length_bias": None,
+            "position_bias": _or_none(position_bias(_by_order(verdicts))) if judging.pairwise else None,
+            "probe": judging.probe,
+            "probed": None,
+        }
+        if judging.probe is not None:
+            plain = _plain(domains, name, answers)
+            pairs = [
+                (plain[row["prompt_index"]], {judging.probe: row["said"]})
+                for row in verdicts
+                if row["prompt_index"] in plain
+            ]
+            found[name]["probed"] = _or_none(probe_figures(pairs).get(judging.probe))
+        elif len(chars) == len(verdicts):  # not of pairs
+            found[name]["length_bias"] = _or_none(length_bias(said, chars, gold))
+    return found
+
+
+def _plain(domains: Mapping[str, DomainConfig], name: str, answers: Mapping[str, Rows]) -> dict[int, float]:
+    """What was said of the answers of a probing domain as they are, by prompt; of none, where nobody was asked."""
+    judging = domains[name].judging
+    assert judging is not None
+    for other, rows in answers.items():
+        if other in domains and domains[other].judging == judging.replace(probe=None):
+            return {row["prompt_index"]: row["said"] for row in rows if row.get("said") is not None}
+    return {}
+
+
+def _by_order(rows: Rows) -> list[tuple[list[float], list[float]]]:
+    """Of each pair what was said for the right answer, where it stood first and where it stood second."""
+    pairs: dict[int, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        given, swapped = pairs.setdefault(row["prompt_index"] // 2, ([], []))
+        if row["prompt_index"] % 2:
+            swapped.append(1 - row["said"])
+        else:
+            given.append(row["said"])
+    return list(pairs.values())
+
+
+def _or_none(figures: Any) -> dict[str, Any] | None:
+    return None if figures is None else asdict(figures)
