@@ -42,12 +42,10 @@ def judge_figures(domains: Mapping[str, DomainConfig], answers: Mapping[str, Row
         }
         if judging.probe is not None:
             plain = _plain(domains, name, answers)
-            pairs = [
-                (plain[row["prompt_index"]], {judging.probe: row["said"]})
-                for row in verdicts
-                if row["prompt_index"] in plain
-            ]
-            found[name]["probed"] = _or_none(probe_figures(pairs).get(judging.probe))
+            probe: str = judging.probe
+            known = [row for row in verdicts if row["prompt_index"] in plain]
+            pairs = [(plain[row["prompt_index"]], {probe: row["said"]}) for row in known]
+            found[name]["probed"] = _or_none(probe_figures(pairs).get(probe))
         elif len(chars) == len(verdicts):  # not of pairs
             found[name]["length_bias"] = _or_none(length_bias(said, chars, gold))
     return found

@@ -165,7 +165,7 @@ JUDGE_COLUMNS = (
     "mean distance",
     "calibration error",
     "length bias",
-    "first stands better",
+    "for the first",
     "order decides",
 )
 PROBE_COLUMNS = ("score", "wrong answers raised")
