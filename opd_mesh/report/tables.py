@@ -159,15 +159,7 @@ def _phase_cell(mean: Estimate, seeds: Mapping[str, float]) -> Cell:
     return Cell(percent(mean)[0], seeds=", ".join(f"seed {seed}: {100 * one:.1f}" for seed, one in seeds.items()))
 
 
-JUDGE_COLUMNS = (
-    "agreement",
-    "κ",
-    "mean distance",
-    "calibration error",
-    "length bias",
-    "for the first",
-    "order decides",
-)
+JUDGE_COLUMNS = ("agreement", "κ", "distance", "calibration error", "length bias", "for the first", "order decides")
 PROBE_COLUMNS = ("score", "wrong answers raised")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pipeline_cases import pipeline
 
 from opd_mesh.pipeline.digests import FileDigests, Resolved, resolve
@@ -83,6 +84,37 @@ def test_scores_have_a_line_per_seed_and_the_path_of_their_answers(tmp_path: Pat
         "ungraded": 0, "score": 0.25, "mean_length": 3.5, "answers": f"artefacts/answers-{part[:12]}/answers/add.jsonl",
     }  # fmt: skip
     assert (second["seed"], second["accuracy"], second["correct"]) == (1, None, None)
+
+
+def test_judges_are_told_by_their_verdicts_and_probes_are_no_skill(tmp_path: Path) -> None:
+    rubric = tmp_path / "r.yaml"
+    rubric.write_text("name: r\nreasons: none\nform: score\ncriteria: [{name: right, scale: {min: 0, max: 1}}]\n")
+    judging = {"rubric": str(rubric), "domain": "add"}
+    probe = {"judging": {**judging, "probe": "verdict"}, "max_new_tokens": 2}
+    folder = Folder(
+        tmp_path,
+        {"domains.judge": {"judging": judging, "max_new_tokens": 2}, "domains.tried": probe, "pipeline.seeds": [0]},
+    )
+    part = folder.resolved["seed0/evaluate/answers"].parts["base"]
+    assert part is not None
+    path = folder.store.folder("answers", part)
+    (path / "answers").mkdir(parents=True)
+    said = {"judge": [1.0, 0.0, 0.0], "tried": [1.0, 1.0, 0.0]}
+    for domain, scores in said.items():
+        rows = [
+            {"prompt_index": index, "said": score, "gold": float(index == 0), "judged_chars": 3 + index}
+            for index, score in enumerate(scores)
+        ]
+        (path / "answers" / f"{domain}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = {"accuracy": 0.5, "score": 0.5, "graded": 2, "unparsed": 0, "ungraded": 0, "mean_length": 2.0}
+    scores = dict.fromkeys(("add", "judge", "tried"), counts)
+    folder.store.finish(path, part, kind="answers", name="answers", files=[], facts={"scores": scores})
+    results = folder.results()
+    assert list(results["systems"]["base"]["domains"]) == ["add", "judge"]
+    (judge,), (tried,) = results["judges"]["base"]["judge"], results["judges"]["base"]["tried"]
+    assert (judge["seed"], judge["stage"], judge["agreement"]["exact"], judge["probe"]) == (0, "evaluate", 1.0, None)
+    assert (tried["probe"], tried["probed"]) == ("verdict", {"count": 3, "shift": pytest.approx(1 / 3), "raised": 0.5})
+    assert "judges" not in Folder(tmp_path, {}).results()
 
 
 def test_cost_and_phases_are_of_what_the_sweep_chose(tmp_path: Path) -> None:

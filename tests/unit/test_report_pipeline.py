@@ -286,3 +286,42 @@ def test_runs_that_learn_to_judge_have_their_curves_on_the_page(tmp_path: Path, 
     assert len(checker.ids) == len(set(checker.ids))
     (joint / "evaluations.jsonl").write_text(json.dumps({"step": 0, "accuracy/reverse": 0.1}) + "\n")
     assert "Answering and judging" not in text_of(build_report(folder).read_text())
+
+
+def test_what_judges_are_worth_and_what_probes_did_to_them(tmp_path: Path, undrawn: dict[str, list[Dot]]) -> None:
+    folder = write_pipeline(tmp_path)
+    results = json.loads((folder / "results.json").read_text())
+    figures = {
+        "verdicts": 10,
+        "agreement": {"count": 10, "exact": 0.9, "kappa": 0.8, "distance": 0.1},
+        "calibration": {"fifths": [], "error": 0.05},
+        "length_bias": {"spearman": 0.5, "partial": -0.125},
+        "position_bias": None,
+        "probe": None,
+        "probed": None,
+    }
+    other = {**figures, "agreement": {"count": 10, "exact": 0.8, "kappa": None, "distance": 0.2}}
+    pairs = {**figures, "length_bias": None, "position_bias": {"votes": 10, "first": 0.034, "changes": 0.2}}
+    nothing = dict.fromkeys(("agreement", "calibration", "length_bias", "position_bias"))
+    probe = {**nothing, "verdicts": 10, "probe": "length", "probed": {"count": 9, "shift": -0.25, "raised": 0.125}}
+    results["judges"] = {
+        "union": {
+            "verdicts": [{"seed": 0, "stage": "evaluate", **figures}, {"seed": 1, "stage": "evaluate", **other}],
+            "pairs": [{"seed": 0, "stage": "evaluate", **pairs}],
+            "repeated": [{"seed": 0, "stage": "evaluate", **probe}],
+        }
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    summary = summarize(folder)
+    first, second = tables.judge_rows(summary)
+    assert (first.name, first.kind) == ("union", "verdicts")
+    values = [cell.value for cell in first.cells]
+    assert values == ["85.0 %", "0.800", "0.150", "0.050", "−0.125", "—", "—"]
+    assert [cell.value for cell in second.cells][-3:] == ["—", "+3.4 %", "20.0 %"]
+    (probed,) = tables.probe_rows(summary)
+    assert (probed.kind, [cell.value for cell in probed.cells]) == ("length (repeated)", ["−0.250", "12.5 %"])
+    text = text_of(build_report(folder).read_text())
+    assert undrawn
+    assert "Models as judges" in text
+    assert "length (repeated) −0.250 12.5 %" in text
+    assert summary.to_json()["judges"] == results["judges"]

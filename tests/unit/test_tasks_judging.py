@@ -19,10 +19,11 @@ from opd_mesh.config.rubrics import load_rubric
 from opd_mesh.config.services import ChannelConfig
 from opd_mesh.config.tasks import SplitsConfig
 from opd_mesh.errors import ConfigError, PreconditionError
+from opd_mesh.judging.probes import probes_of
 from opd_mesh.judging.verdict import parse_verdict, verdict_grammar
 from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grader, Item, Prompt, open_domains
-from student_trainer.tasks.judging import read_gold
+from student_trainer.tasks.judging import read_gold, verdict_grammars
 from student_trainer.tasks.splits import split_of
 from student_trainer.tasks.verifiers import Grade, Verification
 
@@ -121,7 +122,7 @@ def test_a_judging_domain_is_verified_by_its_gold_and_split_as_what_it_judges() 
     [
         ({"judging": {"rubric": "r.yaml"}}, "name one of path (answers with gold verdicts) and domain"),
         ({"judging": {"rubric": "r.yaml", "path": "p", "domain": "reverse"}}, "name one of path"),
-        ({"judging": {"rubric": "r.yaml", "path": "p", "reference": "answer"}}, "corruptions and reference belong to"),
+        ({"judging": {"rubric": "r.yaml", "path": "p", "reference": "answer"}}, "reference: belongs to domain"),
         ({"judging": {"rubric": "r.yaml", "domain": "reverse", "corruptions": ["swap", "swap"]}}, "stands there twice"),
         (
             {"judging": {"rubric": "r.yaml", "domain": "nobody"}},
@@ -140,6 +141,11 @@ def test_a_judging_domain_is_verified_by_its_gold_and_split_as_what_it_judges() 
         (
             {"judging": {"rubric": "r.yaml", "path": "p"}, "verifier": {"name": "exact"}},
             "verdict and judging go together",
+        ),
+        ({"judging": {"rubric": "r.yaml", "path": "p", "pairwise": True}}, "pairwise: belongs to domain"),
+        (
+            {"judging": {"rubric": "r.yaml", "domain": "reverse", "pairwise": True, "probe": "length"}},
+            "leave out pairwise, or probe",
         ),
         ({**SPELL, "verifier": {"name": "verdict"}}, "verdict and judging go together"),
         ({"judging": {"rubric": "r.yaml", "path": "p"}, "jsonl": {"path": "p"}}, "name exactly one source"),
@@ -304,6 +310,58 @@ def test_two_characters_anywhere_change_places(rubric: str) -> None:
         assert sorted(right) == sorted(wrong)
         apart.add(places[1] - places[0])
     assert len(apart) > 2
+
+
+PAIRS = """
+name: pairs
+reasons: none
+form: score
+pairwise_template: "{{ prompt }}{{ answers | join('/') }}?"
+criteria: [{name: better, scale: {min: 0, max: 1}}]
+"""
+
+
+def test_of_a_pair_the_right_answer_stands_first_and_second_by_turns(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.yaml"
+    path.write_text(PAIRS)
+    _, judge = judged_and_judging(str(path), judging={"pairwise": True})
+    _, alone = judged_and_judging(str(path), judging={})
+    items, singles = drawn(judge, 20), drawn(alone, 20)
+    assert [(item.metadata["gold"], item.answer) for item in items] == [(1.0, "A"), (0.0, "B")] * 10
+    for place in range(0, 20, 2):
+        right, wrong = (single.metadata["answer"] for single in singles[place : place + 2])
+        assert items[place].metadata["answers"] == [right, wrong]
+        assert items[place + 1].metadata["answers"] == [wrong, right]
+        question = items[place].metadata["prompt"]
+        assert items[place + 1].question == f"{question}{wrong}/{right}?"
+    verification = Verification(judge.verifier_spec)
+    for text, said in (("A", 1.0), ("tie", 0.5), ("B", 0.0)):
+        assert verification.grade(items[1], text) == Grade(1.0 - said, parsed=True, said=said, gold=0.0)
+    assert verification.grade(items[1], "1") == Grade(0.0, parsed=False, gold=0.0)
+    assert judge.item(judge.held_out("test", 2)[1]).metadata["gold"] == 0.0
+
+
+def test_pairs_are_drawn_under_the_grammar_of_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.yaml"
+    path.write_text(PAIRS)
+    judging = {"rubric": str(path), "domain": "reverse"}
+    domains = {"one": {"judging": judging}, "two": {"judging": {**judging, "pairwise": True}}, "reverse": REVERSE}
+    grammars = verdict_grammars(recipe_of(domains))
+    assert grammars == {name: verdict_grammar(load_rubric(path), pairwise=name == "two") for name in ("one", "two")}
+    assert grammars["one"] != grammars["two"]
+
+
+@pytest.mark.parametrize("probe", ["length", "verdict", "instruction"])
+def test_a_probe_is_done_to_the_very_answers_that_are_judged_without_it(rubric: str, probe: str) -> None:
+    _, plain = judged_and_judging(rubric)
+    _, probed = judged_and_judging(rubric, judging={"probe": probe})
+    for ours, theirs in zip(drawn(probed, 12), drawn(plain, 12), strict=True):
+        answer = theirs.metadata["answer"]
+        assert ours.metadata["answer"] == probes_of(load_rubric(Path(rubric)), answer)[probe] != answer
+        assert (ours.metadata["gold"], ours.answer) == (theirs.metadata["gold"], theirs.answer)
+    for split in ("validation", "test"):
+        indices = [[prompt.index for prompt in one.held_out(split, 10)] for one in (plain, probed)]  # type: ignore[arg-type]
+        assert indices[0] == indices[1]
 
 
 def test_items_are_a_function_of_seed_and_index_and_held_out_ones_of_the_index(rubric: str) -> None:
@@ -573,15 +631,19 @@ def test_a_rubric_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gold", "text", "wanted"),
     [
-        (0.625, "clear: yes | 3\nshort: no | 2", Grade(1.0, parsed=True, said=0.625, gold=0.625)),
-        (0.625, "clear: yes | 3\r\n\r\n short:  no | 2.0 \n", Grade(1.0, parsed=True, said=0.625, gold=0.625)),
-        (0.0, "clear: yes | 3\nshort: yes | 3", Grade(0.0, parsed=True, said=1.0, gold=0.0)),
-        (1.0, "clear: yes | 3\nshort: no | 2", Grade(0.625, parsed=True, said=0.625, gold=1.0)),
-        (0.0, "clear: yes | 3\nshort: no | 4", Grade(0.0, parsed=False, gold=0.0)),  # off the scale
-        (0.0, "clear: yes | 3", Grade(0.0, parsed=False, gold=0.0)),
-        (0.0, "I give clear: yes | 1\nshort: no | 1", Grade(0.0, parsed=False, gold=0.0)),
-        (0.0, "", Grade(0.0, parsed=False, gold=0.0)),
-        (0.0, "\ud800\x00|||:" * 50, Grade(0.0, parsed=False, gold=0.0)),
+        (0.625, "clear: yes | 3\nshort: no | 2", Grade(1.0, parsed=True, said=0.625, gold=0.625, judged_chars=1)),
+        (
+            0.625,
+            "clear: yes | 3\r\n\r\n short:  no | 2.0 \n",
+            Grade(1.0, parsed=True, said=0.625, gold=0.625, judged_chars=1),
+        ),
+        (0.0, "clear: yes | 3\nshort: yes | 3", Grade(0.0, parsed=True, said=1.0, gold=0.0, judged_chars=1)),
+        (1.0, "clear: yes | 3\nshort: no | 2", Grade(0.625, parsed=True, said=0.625, gold=1.0, judged_chars=1)),
+        (0.0, "clear: yes | 3\nshort: no | 4", Grade(0.0, parsed=False, gold=0.0, judged_chars=1)),  # off the scale
+        (0.0, "clear: yes | 3", Grade(0.0, parsed=False, gold=0.0, judged_chars=1)),
+        (0.0, "I give clear: yes | 1\nshort: no | 1", Grade(0.0, parsed=False, gold=0.0, judged_chars=1)),
+        (0.0, "", Grade(0.0, parsed=False, gold=0.0, judged_chars=1)),
+        (0.0, "\ud800\x00|||:" * 50, Grade(0.0, parsed=False, gold=0.0, judged_chars=1)),
     ],
 )
 def test_a_verdict_earns_what_it_is_near_to_gold_and_rubbish_earns_nothing(
@@ -595,6 +657,7 @@ def test_a_verdict_earns_what_it_is_near_to_gold_and_rubbish_earns_nothing(
 async def test_what_a_verdict_says_comes_back_from_the_graders_process(rubric: str) -> None:
     _, judge = judged_and_judging(rubric)
     prompts: list[Prompt] = judge.after(0, 2)[0]
+    chars = [len(judge.item(prompt).metadata["answer"]) for prompt in prompts]
     grader = Grader([judge])
     await grader.start()
     try:
@@ -602,7 +665,7 @@ async def test_what_a_verdict_says_comes_back_from_the_graders_process(rubric: s
     finally:
         await grader.close()
     assert grades == [
-        Grade(1.0, parsed=True, said=1.0, gold=1.0),
-        Grade(0.0, parsed=True, said=1.0, gold=0.0),
-        Grade(0.0, parsed=False, gold=0.0),
+        Grade(1.0, parsed=True, said=1.0, gold=1.0, judged_chars=chars[0]),
+        Grade(0.0, parsed=True, said=1.0, gold=0.0, judged_chars=chars[1]),
+        Grade(0.0, parsed=False, gold=0.0, judged_chars=chars[1]),
     ]
