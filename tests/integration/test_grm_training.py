@@ -77,9 +77,8 @@ def grpo(student: Path, domains: dict[str, Any], **sections: Any) -> Recipe:
 @asynccontextmanager
 async def serving_grm(recipe: Recipe, **settings: Any) -> AsyncIterator[Recipe]:
     """A reward model whose judge is the policy on the recipe's rollout servers."""
-    config = GrmServerConfig(
-        model=recipe.student.path, judge=recipe.rollout.peers, server=QUICK, max_verdict_tokens=4, **settings
-    )
+    values = {"max_verdict_tokens": 4, "inline_templates": True} | settings  # the recipe's rubrics have templates
+    config = GrmServerConfig(model=recipe.student.path, judge=recipe.rollout.peers, server=QUICK, **values)
     server = MeshServer(config.server, services=[SERVICE])
     async with judging_service(config, server.set_serving) as servicer:
         generative_reward_service_pb2_grpc.add_GenerativeRewardServiceServicer_to_server(servicer, server.grpc)
