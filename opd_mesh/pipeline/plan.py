@@ -296,7 +296,9 @@ class _Planner:
         value["domains"] = dict(phase.domains)
         if has(value, "evaluation.accuracy") and value["evaluation"]["accuracy"] is not None:
             for domain, config in self._pipeline.domains.items():
-                if domain not in value["domains"] and config.verifier is not None:
+                # What is tried on judges is for evaluations: of a run's curves there would be one for each trick.
+                probes = config.judging is not None and config.judging.probe is not None
+                if domain not in value["domains"] and config.verifier is not None and not probes:
                     value["domains"][domain] = self._dumped(domain, 0.0)
         value["domains"] = self._with_judged(value["domains"])
         teachers = dict.fromkeys([*phase.teachers, *references(value)])

@@ -420,6 +420,17 @@ def test_a_stage_that_judges_knows_the_domain_that_is_judged_and_does_not_train_
     assert (set(answers.recipe.domains), dict(answers.domains)) == ({"judge", "reverse"}, {"judge": ("judge",)})
 
 
+def test_a_run_looks_at_every_domain_with_a_verifier_but_at_no_probe() -> None:
+    probe = {"judging": {"rubric": "r.yaml", "domain": "reverse", "probe": "length"}}
+    accuracy = {"accuracy": {"prompts_per_domain": 8}, "prompts_per_domain": 0}
+    changes = JUDGE | {"domains.tried": probe, "defaults.evaluation": accuracy}
+    (recipe,) = train_of(planned(changes).jobs["seed0/reverse/grpo"]).options
+    assert set(recipe.domains) == {"add", "reverse", "judge"}
+    learned = changes | {"stages.tried": {"kind": "base", "domains": ["tried"], "recipe": {"run": {"steps": 2}}}}
+    (recipe,) = train_of(planned(learned).jobs["seed0/tried"]).options
+    assert recipe.domains["tried"].share == 1.0
+
+
 def test_a_judge_of_nobody_is_found_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match="'nobody' is none of the domains"):
         pipeline(JUDGE | {"domains.judge": {"judging": {"rubric": "r.yaml", "domain": "nobody"}}})
