@@ -284,6 +284,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             policy=lambda: self._policy,
             credits=self._config.engine.max_slots + self._config.engine.max_waiting,
             idle_timeout_s=self._config.server.stream_idle_timeout_s,
+            max_message_bytes=self._config.server.max_message_bytes,
         )
         self._batch_calls.add(call)
         try:
