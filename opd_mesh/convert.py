@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from google.protobuf import json_format
@@ -29,6 +30,7 @@ def sampling_to_proto(sampling: SamplingParams) -> common_pb2.SamplingParams:
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=sampling.stop_token_ids,
         grammar=sampling.grammar,
+        keep_mask=sampling.keep_mask,
     )
 
 
@@ -42,6 +44,7 @@ def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
         max_new_tokens=message.max_new_tokens,
         stop_token_ids=tuple(message.stop_token_ids),
         grammar=message.grammar,
+        keep_mask=message.keep_mask,
     )
     sampling.validate()
     return sampling
@@ -55,6 +58,11 @@ def finish_reason_to_proto(reason: FinishReason | None) -> common_pb2.FinishReas
 def finish_reason_from_proto(code: common_pb2.FinishReason) -> FinishReason:
     """Enum → enum; what is unknown here ended somehow."""
     return _FINISH_BACK.get(code, FinishReason.STOP)
+
+
+def kept_to_proto(kept: Iterable[Sequence[int]]) -> list[common_pb2.TokenIds]:
+    """The ids that each token was drawn from → messages."""
+    return [common_pb2.TokenIds(ids=ids) for ids in kept]
 
 
 def trajectory_to_proto(trajectory: Trajectory) -> common_pb2.Trajectory:
@@ -71,6 +79,7 @@ def trajectory_to_proto(trajectory: Trajectory) -> common_pb2.Trajectory:
         finish_reason=_FINISH[trajectory.finish_reason],
         run_id=trajectory.run_id,
         lineage=trajectory.lineage,
+        kept_token_ids=kept_to_proto(trajectory.kept_token_ids),
     )
 
 
@@ -89,6 +98,7 @@ def trajectory_from_proto(message: common_pb2.Trajectory) -> Trajectory:
         finish_reason=finish_reason_from_proto(message.finish_reason),
         run_id=message.run_id,
         lineage=message.lineage,
+        kept_token_ids=tuple(tuple(kept.ids) for kept in message.kept_token_ids),
     )
 
 

@@ -93,12 +93,15 @@ class SampledTokens:
             applied); 0 when greedy; NaN where the row failed.
         policy_logprobs_B: fp32 [B], nats, log-softmax of the raw logits over the valid vocabulary; NaN where failed.
         errors: per row None, or why nothing could be drawn.
+        kept_ids: per row with ``keep_mask`` the ids that the token was drawn from, ascending: allowed, and left by
+            top-k and top-p; the token alone when greedy. None for other rows, and for those that failed.
     """
 
     token_ids_B: Tensor
     sampling_logprobs_B: Tensor
     policy_logprobs_B: Tensor
     errors: tuple[OpdError | None, ...]
+    kept_ids: tuple[tuple[int, ...] | None, ...]
 
 
 def sample_tokens(
@@ -139,6 +142,7 @@ def sample_tokens(
     draws_B = uniforms([row.seed for row in params], positions)
     token_ids, sampling, policy = np.full(rows, -1, np.int64), np.full(rows, np.nan), np.full(rows, np.nan)
     errors: list[OpdError | None] = [None] * rows
+    kept: list[tuple[int, ...] | None] = [None] * rows
     # exp underflows to 0 for hopeless tokens, and a tiny temperature overflows to −inf before it: both are meant.
     with np.errstate(over="ignore", under="ignore"):
         alone = list(range(rows))
@@ -146,7 +150,9 @@ def sample_tokens(
             largest_B = logits.max(axis=1)
             finite_B = np.isfinite(largest_B)
             truncates = [row.temperature != 0 and (0 < row.top_k < valid_vocab_size or row.top_p < 1) for row in params]
-            together = [row for row in range(rows) if finite_B[row] and not truncates[row]]
+            together = [
+                row for row in range(rows) if finite_B[row] and not truncates[row] and not params[row].keep_mask
+            ]
             free = [row for row in together if allowed[row] is None]
             masked = [row for row in together if allowed[row] is not None]
             masked_BV = logits[:0]
@@ -183,7 +189,7 @@ def sample_tokens(
                     f"the logits for response token {positions[row]} are not finite (largest is {best})"
                 )
             else:
-                token_ids[row], sampling[row], policy[row] = _draw(
+                token_ids[row], sampling[row], policy[row], kept[row] = _draw(
                     logits[row], largest, params[row], float(draws_B[row]), masked_V
                 )
     return SampledTokens(
@@ -191,13 +197,14 @@ def sample_tokens(
         sampling_logprobs_B=torch.from_numpy(sampling).float(),
         policy_logprobs_B=torch.from_numpy(policy).float(),
         errors=tuple(errors),
+        kept_ids=tuple(kept),
     )
 
 
 def _draw(
     logits_V: Float32Array, largest: np.float32, params: SamplingParams, draw: float, masked_V: Float32Array | None
-) -> tuple[int, float, float]:
-    """One row → (token id, sampling log-probability, policy log-probability).
+) -> tuple[int, float, float, tuple[int, ...] | None]:
+    """One row → (token id, sampling log-probability, policy log-probability, ids that were kept, where that is asked).
 
     Args:
         masked_V: −inf where an id is not allowed; None: all are.
@@ -208,23 +215,29 @@ def _draw(
     log_normalizer = float(np.log(cdf.total))
     if params.temperature == 0:
         token = int((logits_V if masked_V is None else masked_V).argmax())
-        return token, 0.0, float(shifted_V[token]) - log_normalizer
+        return token, 0.0, float(shifted_V[token]) - log_normalizer, (token,) if params.keep_mask else None
 
     # What is drawn from, before temperature and truncation.
     open_V = shifted_V if masked_V is None else masked_V - masked_V.max()
     scaled_V = open_V
     truncated = 0 < params.top_k < logits_V.size or params.top_p < 1
+    kept_V = _kept(open_V, params) if truncated else None
     if params.temperature != 1 or truncated or masked_V is not None:
         if params.temperature != 1:
             # In float64 before rounding: a temperature of 1e-40 is 0 in fp32 and would give 0 / 0.
             scaled_V = (open_V / np.float64(params.temperature)).astype(np.float32)
         if scaled_V is not shifted_V:
             mass_V = np.exp(scaled_V)
-        if truncated:
-            mass_V = np.where(_kept(open_V, params), mass_V, np.float32(0))
+        if kept_V is not None:
+            mass_V = np.where(kept_V, mass_V, np.float32(0))
         cdf = _BlockedCdf(mass_V)
     token = cdf.invert(draw)
-    return token, float(scaled_V[token]) - float(np.log(cdf.total)), float(shifted_V[token]) - log_normalizer
+    kept_ids = None
+    if params.keep_mask:
+        possible_V = np.isfinite(open_V)  # where top_k is more than these, the cut is at −∞
+        kept_ids = tuple(np.flatnonzero(possible_V if kept_V is None else possible_V & kept_V).tolist())
+    sampling_logprob = float(scaled_V[token]) - float(np.log(cdf.total))
+    return token, sampling_logprob, float(shifted_V[token]) - log_normalizer, kept_ids
 
 
 def _draw_together(
@@ -280,7 +293,7 @@ def _block_sums(mass_BV: Float32Array) -> Float64Array:
     return cumulative_BK
 
 
-def _kept(shifted_V: Float32Array, params: SamplingParams) -> npt.NDArray[np.bool_]:
+def _kept(shifted_V: Float32Array, params: SamplingParams) -> BoolArray:
     """The ids that survive top-k, then top-p. ``shifted_V`` holds logits minus their maximum, before temperature.
 
     Values alone are sorted, not ids: the cut is a value and a count, and ids are needed only among ties at the cut.

@@ -9,6 +9,7 @@ token, in order of position; the distribution that predicts the token at positio
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -16,6 +17,7 @@ from opd_mesh.errors import InvalidInputError, TooLongError, TrajectoryError
 
 UINT64_MAX = 2**64 - 1
 MAX_GRAMMAR_BYTES = 64 << 10
+MAX_KEPT_IDS = 1024  # of one token: what a mask may cost in the log and on the wire
 
 
 class FinishReason(StrEnum):
@@ -33,7 +35,8 @@ class SamplingParams:
     ``seed`` keys a counter-based generator together with the token's position, so a response depends neither on the
     batch around it nor on interruptions. ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1 are off.
     ``grammar`` (:mod:`opd_mesh.grammar`) says which tokens may be drawn at all; "" is off. A stop token then ends a
-    response exactly where the grammar is complete.
+    response exactly where the grammar is complete. ``keep_mask``: with every token, tell the ids that top_k and top_p
+    left (DeepSeek-V3.2, arXiv 2512.02556, section 3.1, "Keep Sampling Mask").
     """
 
     seed: int = 0
@@ -43,6 +46,12 @@ class SamplingParams:
     max_new_tokens: int = 32
     stop_token_ids: tuple[int, ...] = ()
     grammar: str = ""
+    keep_mask: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        """Ids are cut off for being unlikely, so that a ratio of probabilities needs to know which were left."""
+        return self.top_k > 0 or self.top_p < 1
 
     def validate(self) -> None:
         """Raises :class:`InvalidInputError` naming the field."""
@@ -59,6 +68,12 @@ class SamplingParams:
         size = len(self.grammar.encode("utf-8", "surrogatepass"))
         if size > MAX_GRAMMAR_BYTES:
             raise InvalidInputError(f"{size} bytes, but at most {MAX_GRAMMAR_BYTES} are read", field="sampling.grammar")
+        if self.keep_mask and not 1 <= self.top_k <= MAX_KEPT_IDS:
+            raise InvalidInputError(
+                f"the ids that were left are told with every token, so top_k has to bound them: set it from 1 to "
+                f"{MAX_KEPT_IDS}, not {self.top_k}",
+                field="sampling.keep_mask",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +88,8 @@ class Trajectory:
         sampling_logprobs: [R] under the sampling distribution (grammar, temperature, top-p and top-k applied), nats.
         policy_logprobs: [R] under the model itself (temperature 1, whole vocabulary), nats.
         policy_versions: [R] version that wrote each token.
+        kept_token_ids: [R] ids that each token was drawn from, ascending, the token among them: ``sampling_logprobs``
+            are normalized over exactly these. Empty where ``sampling.keep_mask`` did not ask for them.
     """
 
     trajectory_id: str
@@ -86,6 +103,7 @@ class Trajectory:
     finish_reason: FinishReason = FinishReason.STOP
     run_id: str = ""
     lineage: int = 0
+    kept_token_ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_scored(self) -> int:
@@ -138,7 +156,7 @@ class Trajectory:
             raise TrajectoryError(
                 "no scored token: the response is empty, there is nothing to mark", field="scored_spans"
             )
-        for name in ("sampling_logprobs", "policy_logprobs", "policy_versions"):
+        for name in ("sampling_logprobs", "policy_logprobs", "policy_versions", "kept_token_ids"):
             rows = len(getattr(self, name))
             if rows not in (0, scored):
                 raise TrajectoryError(f"{rows} values for {scored} scored tokens", field=name)
@@ -150,3 +168,18 @@ class Trajectory:
                 f"token id {self.token_ids[index]} at position {index} is outside the vocabulary of {vocab_size}",
                 field="token_ids",
             )
+        self._validate_kept(vocab_size)
+
+    def _validate_kept(self, vocab_size: int | None) -> None:
+        if not self.kept_token_ids:
+            return
+        for row, (token, ids) in enumerate(zip(self.scored_token_ids, self.kept_token_ids, strict=True)):
+            name = f"kept_token_ids[{row}]"
+            if token not in ids:
+                raise TrajectoryError(f"scored token {token} is not among the ids that were kept", field=name)
+            if not all(map(operator.lt, ids, ids[1:])):
+                raise TrajectoryError("the ids are not in ascending order, each once", field=name)
+            if ids[0] < 0:
+                raise TrajectoryError(f"token id {ids[0]} is negative", field=name)
+            if vocab_size is not None and ids[-1] >= vocab_size:
+                raise TrajectoryError(f"token id {ids[-1]} is outside the vocabulary of {vocab_size}", field=name)

@@ -11,7 +11,7 @@ from google.rpc import status_pb2
 from opd.v1 import rollout_service_pb2
 
 from opd_mesh.convert import finish_reason_to_proto, trajectory_to_proto
-from opd_mesh.errors import InvalidInputError, OpdError, OverloadedError, UnavailableError
+from opd_mesh.errors import InvalidInputError, OpdError, OverloadedError, TooLongError, UnavailableError
 from opd_mesh.policy import PolicyId
 from opd_mesh.rpc.server import with_idle_timeout
 from opd_mesh.rpc.status import status_of
@@ -22,6 +22,7 @@ from rollout_server.requests import RequestParams, RequestState
 Response = rollout_service_pb2.GenerateBatchResponse
 Result = rollout_service_pb2.GenerateBatchResult
 _OK = status_pb2.Status()
+ROOM_BYTES = 1 << 16  # of a message, for all that is not answers
 
 
 class _Item:
@@ -44,8 +45,20 @@ class _Item:
         self.outcome = outcome if is_error else (outcome.error or outcome)  # type: ignore[union-attr]
         self._ended(self)
 
+    def answer(self, max_bytes: int) -> Result:
+        """:meth:`result`, or the error that it does not fit a message: kept ids may be many."""
+        result = self.result()
+        if (size := result.ByteSize()) > max_bytes:
+            self.outcome = TooLongError(
+                f"the trajectory has {size} bytes, {max_bytes} fit a message: publish it and leave it out of the "
+                "answer, lower top_k or max_new_tokens, or leave keep_mask out",
+                field="return_trajectory",
+            )
+            result = self.result()
+        return result
+
     def result(self) -> Result:
-        """The answer."""
+        """What it was told."""
         state = self.outcome
         if not isinstance(state, RequestState):
             assert state is not None  # asked for once it has ended
@@ -71,6 +84,7 @@ class BatchCall:
         policy: what is served at the moment.
         credits: items that may be unanswered.
         idle_timeout_s: without an item, and with nothing owed.
+        max_message_bytes: of what is sent.
     """
 
     def __init__(
@@ -81,12 +95,14 @@ class BatchCall:
         policy: Callable[[], PolicyId | None],
         credits: int,
         idle_timeout_s: float,
+        max_message_bytes: int,
     ) -> None:
         self._generations = generations
         self._check = check
         self._policy = policy
         self._credits = credits
         self._idle_timeout_s = idle_timeout_s
+        self._max_answer_bytes = max_message_bytes - ROOM_BYTES
         self._owed: set[_Item] = set()
         self._ended: deque[_Item] = deque()  # to be answered
         self._wake = asyncio.Event()
@@ -168,13 +184,17 @@ class BatchCall:
 
     def _responses(self) -> Iterator[Response]:
         """All that has ended, several answers to a message."""
+        response, size = Response(), 0
         while self._ended:
-            response, size = Response(), 0
-            while self._ended and size < MESSAGE_BYTES:
-                item = self._ended.popleft()
-                self._owed.discard(item)
-                self._sent.set()
-                result = item.result()
-                response.results.append(result)
-                size += result.ByteSize()
+            item = self._ended.popleft()
+            self._owed.discard(item)
+            self._sent.set()
+            result = item.answer(self._max_answer_bytes)
+            more = result.ByteSize()
+            if size and size + more > MESSAGE_BYTES - ROOM_BYTES:
+                yield response
+                response, size = Response(), 0
+            response.results.append(result)
+            size += more
+        if size:
             yield response

@@ -31,6 +31,7 @@ from opd_mesh.errors import ConfigError, InternalError, OpdError, RequestConflic
 from opd_mesh.grammar import GrammarMatcher, Grammars
 from opd_mesh.models.checkpoint import served_tensors
 from opd_mesh.sampling import sample_tokens
+from opd_mesh.trajectory import MAX_KEPT_IDS
 from rollout_server.backends import Backend, make_backend
 from rollout_server.cache import CacheMode
 from rollout_server.cache_proof import CacheModeProof, candidate_modes, prove_cache_modes
@@ -84,6 +85,7 @@ class DecodeEngine(RolloutEngine):
     """
 
     cache_mode: CacheMode
+    max_kept_ids = MAX_KEPT_IDS
 
     def __init__(
         self,
@@ -371,11 +373,12 @@ class DecodeEngine(RolloutEngine):
             sampled.sampling_logprobs_B.tolist(),
             sampled.policy_logprobs_B.tolist(),
             sampled.errors,
+            sampled.kept_ids,
             strict=True,
         )
         events: list[TokenEvent] = []
         ended = []
-        for sequence, token, sampling_logprob, policy_logprob, error in rows:
+        for sequence, token, sampling_logprob, policy_logprob, error, kept in rows:
             if error is not None:
                 event = self._failure(sequence, error)
             else:
@@ -389,6 +392,7 @@ class DecodeEngine(RolloutEngine):
                     policy_logprob=policy_logprob,
                     policy_version=self._policy_version,
                     finish_reason=finish_reason_after(sequence.request.sampling, sequence.tokens),
+                    kept=kept or (),
                 )
             if event.finish_reason or event.error:
                 self._running.pop(event.request_id)

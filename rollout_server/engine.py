@@ -30,12 +30,14 @@ class RolloutEngine(ABC):
         cache_mode: how requests share a cache, for people (``GetPolicyResponse.cache_mode``).
         deterministic: a request's tokens depend on nothing but itself, the weights and the number of threads.
         takes_grammars: ``sampling.grammar`` is honoured; otherwise :meth:`check_request` refuses it.
+        max_kept_ids: that ``sampling.keep_mask`` tells of a token; 0: :meth:`check_request` refuses it.
     """
 
     counters: EngineCounters
     cache_mode: str
     deterministic: bool
     takes_grammars: bool = False
+    max_kept_ids: int = 0
 
     @property
     @abstractmethod

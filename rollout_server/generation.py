@@ -49,6 +49,7 @@ class TokenEvent:
         token_id: −1 with an error.
         finish_reason: set on the last token.
         error: why this request failed; it is gone from the engine, and its neighbours never noticed.
+        kept: with ``sampling.keep_mask`` the ids that the token was drawn from, ascending; else empty.
     """
 
     request_id: str
@@ -59,6 +60,7 @@ class TokenEvent:
     policy_version: int
     finish_reason: FinishReason | None = None
     error: OpdError | None = None
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -43,6 +43,8 @@ ENDED = struct.Struct("<IBI")  # handle, end, bytes of the reason; reason and me
 DELIVERED = struct.Struct("<I")  # handle; the stream entry's id follows
 # handle, lineage, end, delivered, then the sizes of what follows: payload, tokens, reason, message, stream entry id
 SNAPSHOT = struct.Struct("<IQBBIIIII")
+KEPT = struct.Struct("<III")  # handle, index, count; so many token ids follow
+KEPT_ID_BYTES = 4
 _SEGMENT = struct.Struct("<QQQ")  # epoch, number, bytes
 _TOKEN_FORMAT = "IIiffQB"
 TOKEN = struct.Struct("<" + _TOKEN_FORMAT)
@@ -74,6 +76,7 @@ class Kind(IntEnum):
     FORGOTTEN = 6
     SNAPSHOT = 7
     CLOSED = 8
+    KEPT = 9  # what tokens were drawn from: before the TOKENS of the same write, or behind a SNAPSHOT
 
 
 class End(IntEnum):
@@ -99,7 +102,7 @@ class LoggedToken:
     """One token of one response.
 
     Log-probabilities are nats and are kept as float32; ``index`` is the place in the response, from 0; ``finish`` is
-    STOP or LENGTH on the last token.
+    STOP or LENGTH on the last token; ``kept`` the ids that it was drawn from: of all tokens of a response, or of none.
     """
 
     handle: int
@@ -109,13 +112,23 @@ class LoggedToken:
     policy_logprob: float
     policy_version: int
     finish: FinishReason | None
+    kept: tuple[int, ...] = ()
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What it adds to the snapshot of its request."""
+        if not self.kept:
+            return TOKEN_BYTES
+        head = KEPT.size if self.index else RECORD_HEADER_BYTES + KEPT.size  # one record for all tokens
+        return TOKEN_BYTES + head + KEPT_ID_BYTES * len(self.kept)
 
 
 @dataclass(slots=True)
 class RecoveredRequest:
     """What the log knows of one request.
 
-    ``error`` is (reason, message) where generation failed; ``finish_reason`` is None where it failed or has not ended.
+    ``error`` is (reason, message) where generation failed; ``finish_reason`` is None where it failed or has not ended;
+    ``kept`` has the ids that each token was drawn from, or is empty.
     """
 
     handle: int
@@ -125,6 +138,7 @@ class RecoveredRequest:
     sampling_logprobs: list[float]
     policy_logprobs: list[float]
     policy_versions: list[int]
+    kept: list[tuple[int, ...]]
     finish_reason: FinishReason | None
     error: tuple[str, str] | None
     delivered: bool
@@ -214,6 +228,18 @@ def encode_tokens(tokens: Sequence[LoggedToken]) -> bytes:
         raise InternalError(f"a token does not fit the log's format: {error}") from error
 
 
+def encode_kept(tokens: Sequence[LoggedToken]) -> bytes:
+    """Payload of KEPT, empty where no token has any. Raises :class:`InternalError` for what does not fit the format."""
+    try:
+        return b"".join(
+            struct.pack(f"<III{len(token.kept)}i", token.handle, token.index, len(token.kept), *token.kept)
+            for token in tokens
+            if token.kept
+        )
+    except struct.error as error:
+        raise InternalError(f"the ids that a token was drawn from do not fit the log's format: {error}") from error
+
+
 def encode_text(text: str) -> bytes:
     """UTF-8; a lone surrogate, which an exception's text may hold, becomes a question mark."""
     return text.encode("utf-8", "replace")
@@ -249,6 +275,20 @@ def read_record(data: bytes, offset: int, end: int, seed: int) -> tuple[int, byt
         return None
     payload = data[start : start + n_bytes]
     return (kind, payload) if crc32c_extend(head_crc, payload) == payload_crc else None
+
+
+def kept_entries(payload: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(handle, index, ids as int32) of each entry of KEPT. Raises :class:`ValueError` where its sizes do not fit."""
+    offset = 0
+    while offset < len(payload):
+        start = offset + KEPT.size
+        if start > len(payload):
+            raise ValueError("KEPT of a broken size")
+        handle, index, count = KEPT.unpack_from(payload, offset)
+        offset = start + KEPT_ID_BYTES * count
+        if not count or offset > len(payload):
+            raise ValueError(f"KEPT of a broken size: {count} ids")
+        yield handle, index, payload[start:offset]
 
 
 _CANDIDATE = re.compile(rb"\xa5(?=[\x01-\x3f])")

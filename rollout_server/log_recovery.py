@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,10 +12,13 @@ from rollout_server.log_format import (
     DELIVERED,
     ENDED,
     HANDLE,
+    KEPT,
+    KEPT_ID_BYTES,
     REASON_OF,
     RECORD_HEADER_BYTES,
     REQUEST,
     SNAPSHOT,
+    SNAPSHOT_BYTES,
     TOKEN,
     TOKEN_BYTES,
     TOKEN_DTYPE,
@@ -26,6 +29,7 @@ from rollout_server.log_format import (
     corrupt,
     encode_text,
     find_record,
+    kept_entries,
     parse_segment_name,
     read_head,
     read_record,
@@ -36,21 +40,33 @@ from rollout_server.log_format import (
 
 @dataclass(slots=True)
 class LoggedRequest:
-    """A request while the log is replayed: tokens stay as the log's own bytes, which a snapshot copies."""
+    """A request while the log is replayed: tokens stay as the log's own bytes, which a snapshot copies.
+
+    ``kept`` has the ids that each token was drawn from, or is empty; behind the tokens, those of tokens that a torn
+    write did not leave.
+    """
 
     lineage: int
     payload: bytes
     tokens: bytearray = field(default_factory=bytearray)
+    kept: list[bytes] = field(default_factory=list)
     end: End = End.NONE
     reason: str = ""
     message: str = ""
     delivered: bool = False
     stream_entry_id: str = ""
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the response."""
+        return len(self.tokens) // TOKEN_BYTES
+
     def add(self, index: int, finish: int, entry: bytes) -> None:
         """Append one token. Raises :class:`ValueError` where it cannot follow."""
-        if index != len(self.tokens) // TOKEN_BYTES:
-            raise ValueError(f"token {index} follows {len(self.tokens) // TOKEN_BYTES} tokens")
+        if index != self.n_tokens:
+            raise ValueError(f"token {index} follows {self.n_tokens} tokens")
+        if self.kept and index >= len(self.kept):
+            raise ValueError(f"token {index} comes without the ids that it was drawn from")
         if self.tokens and self.tokens[-1]:  # the finish of the token before
             raise ValueError("a token follows the last one")
         if finish > End.LENGTH:
@@ -59,10 +75,32 @@ class LoggedRequest:
         if finish and not self.end:
             self.end = End(finish)
 
+    def keep(self, index: int, ids: bytes) -> None:
+        """The ids that a token is, or will be, drawn from. Raises :class:`ValueError` where they cannot follow."""
+        if index > len(self.kept) or index < min(len(self.kept), self.n_tokens):
+            raise ValueError(f"the ids kept for token {index} follow those for {len(self.kept)} tokens")
+        del self.kept[index:]  # of tokens that a crash tore off, and that are drawn again
+        self.kept.append(ids)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Of SNAPSHOT and KEPT."""
+        texts = len(self.reason) + len(self.message) + len(self.stream_entry_id)
+        kept = self.kept[: self.n_tokens]
+        kept_bytes = sum(KEPT.size + len(ids) for ids in kept) + (RECORD_HEADER_BYTES if kept else 0)
+        return SNAPSHOT_BYTES + len(self.payload) + len(self.tokens) + texts + kept_bytes
+
+    def records(self, handle: int) -> Iterator[tuple[Kind, bytes]]:
+        """What says all of it again."""
+        yield Kind.SNAPSHOT, self.snapshot(handle)
+        if kept := self.kept[: self.n_tokens]:
+            entries = (KEPT.pack(handle, index, len(ids) // KEPT_ID_BYTES) + ids for index, ids in enumerate(kept))
+            yield Kind.KEPT, b"".join(entries)
+
     def snapshot(self, handle: int) -> bytes:
         """Payload of SNAPSHOT."""
         texts = [encode_text(text) for text in (self.reason, self.message, self.stream_entry_id)]
-        sizes = (len(self.payload), len(self.tokens) // TOKEN_BYTES, *map(len, texts))
+        sizes = (len(self.payload), self.n_tokens, *map(len, texts))
         head = SNAPSHOT.pack(handle, self.lineage, self.end, self.delivered, *sizes)
         return b"".join((head, self.payload, self.tokens, *texts))
 
@@ -77,6 +115,7 @@ class LoggedRequest:
             sampling_logprobs=columns["sampling_logprob"].tolist(),
             policy_logprobs=columns["policy_logprob"].tolist(),
             policy_versions=columns["policy_version"].tolist(),
+            kept=[tuple(np.frombuffer(ids, "<i4").tolist()) for ids in self.kept[: self.n_tokens]],
             finish_reason=REASON_OF.get(self.end),
             error=(self.reason, self.message) if self.end is End.FAILED else None,
             delivered=self.delivered,
@@ -100,6 +139,8 @@ class Replay:
             if len(payload) % TOKEN_BYTES:
                 raise ValueError("TOKENS of a broken size")
             self._tokens(payload)
+        elif kind == Kind.KEPT:
+            self._kept(payload)
         elif kind == Kind.REQUEST:
             handle, lineage = REQUEST.unpack_from(payload)
             self._begin(handle, lineage, payload[REQUEST.size :])
@@ -137,6 +178,15 @@ class Replay:
                 raise ValueError("a token of another request in a snapshot")
             self.requests[handle].add(index, finish, entries[offset : offset + TOKEN_BYTES])
             offset += TOKEN_BYTES
+
+    def _kept(self, payload: bytes) -> None:
+        named: dict[int, LoggedRequest] = {}
+        for handle, index, ids in kept_entries(payload):
+            request = named[handle] = self.requests[handle]
+            request.keep(index, ids)
+        for handle, request in named.items():
+            if len(request.kept) < request.n_tokens:
+                raise ValueError(f"ids are kept for {len(request.kept)} of {request.n_tokens} tokens of {handle}")
 
     def _snapshot(self, payload: bytes) -> None:
         handle, lineage, end, delivered, *sizes = SNAPSHOT.unpack_from(payload)

@@ -71,6 +71,7 @@ def state_of(recovered: RecoveredRequest) -> RequestState:
         sampling_logprobs=list(recovered.sampling_logprobs),
         policy_logprobs=list(recovered.policy_logprobs),
         policy_versions=list(recovered.policy_versions),
+        kept=list(recovered.kept),
         finish_reason=recovered.finish_reason,
         error=_CLASSES.get(error[0], InternalError)(error[1]) if error else None,
         failed=error is not None,
@@ -156,6 +157,7 @@ class RequestLog:
                     policy_logprob=event.policy_logprob,
                     policy_version=event.policy_version,
                     finish=event.finish_reason,
+                    kept=event.kept,
                 )
                 for event, state in wanted
                 if event.error is None

@@ -50,6 +50,7 @@ class RequestState:
     sampling_logprobs: list[float] = field(default_factory=list)
     policy_logprobs: list[float] = field(default_factory=list)
     policy_versions: list[int] = field(default_factory=list)
+    kept: list[tuple[int, ...]] = field(default_factory=list)  # with ``keep_mask``, the ids each was drawn from
     finish_reason: FinishReason | None = None
     error: OpdError | None = None
     # True where `error` is the end of it. Otherwise it may yet be delivered, or be written on by another server.
@@ -74,6 +75,8 @@ class RequestState:
         self.sampling_logprobs.append(event.sampling_logprob)
         self.policy_logprobs.append(event.policy_logprob)
         self.policy_versions.append(event.policy_version)
+        if event.kept:
+            self.kept.append(event.kept)
         self.finish_reason = event.finish_reason
 
     def when_ended(self, tell: Callable[[RequestState], None]) -> None:
@@ -120,6 +123,7 @@ class RequestState:
             finish_reason=self.finish_reason or FinishReason.CANCELLED,
             run_id=self.params.run_id,
             lineage=self.lineage,
+            kept_token_ids=tuple(self.kept),
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd_mesh import telemetry
 from opd_mesh.config.services import RolloutServerConfig
-from opd_mesh.convert import policy_from_proto, policy_to_proto, trajectory_to_proto
+from opd_mesh.convert import kept_to_proto, policy_from_proto, policy_to_proto, trajectory_to_proto
 from opd_mesh.errors import (
     CorruptWeightsError,
     InvalidInputError,
@@ -134,6 +134,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 max_slots=settings.max_slots,
                 max_waiting=settings.max_waiting,
                 grammars=self._loaded.engine.takes_grammars,
+                max_kept_ids=self._loaded.engine.max_kept_ids,
             ),
             cache_mode=str(self._loaded.engine.cache_mode),
             host_id=host_id(),
@@ -283,6 +284,7 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             policy=lambda: self._policy,
             credits=self._config.engine.max_slots + self._config.engine.max_waiting,
             idle_timeout_s=self._config.server.stream_idle_timeout_s,
+            max_message_bytes=self._config.server.max_message_bytes,
         )
         self._batch_calls.add(call)
         try:
@@ -388,4 +390,5 @@ def _token_batch(state: RequestState, start: int, end: int) -> rollout_service_p
         sampling_logprobs=state.sampling_logprobs[start:end],
         policy_logprobs=state.policy_logprobs[start:end],
         policy_versions=state.policy_versions[start:end],
+        kept_token_ids=kept_to_proto(state.kept[start:end]),
     )

@@ -19,7 +19,6 @@ from rollout_server.log_folder import FolderLock, SegmentFiles, log_id, remove_o
 from rollout_server.log_format import (
     MAX_HANDLE,
     SNAPSHOT_BYTES,
-    TOKEN_BYTES,
     End,
     Kind,
     LoggedToken,
@@ -28,6 +27,7 @@ from rollout_server.log_format import (
     encode_delivered,
     encode_ended,
     encode_forgotten,
+    encode_kept,
     encode_request,
     encode_tokens,
 )
@@ -46,6 +46,7 @@ class _Known:
 
     n_bytes: int  # of its snapshot
     next_index: int = 0
+    keeps: bool = False  # its tokens come with the ids that they were drawn from
     finished: bool = False  # its last token is written
     ended: bool = False
 
@@ -192,8 +193,10 @@ class TokenLog:
             if first + len(requests) - 1 > MAX_HANDLE:
                 raise InternalError("the log has used up its handles: begin a new one")
             records = self._writer.put_many(
-                Kind.REQUEST,
-                [encode_request(first + index, lineage, payload) for index, (payload, lineage) in enumerate(requests)],
+                [
+                    (Kind.REQUEST, encode_request(handle, lineage, payload))
+                    for handle, (payload, lineage) in enumerate(requests, first)
+                ]
             )
             self._next_handle += len(requests)
             for handle, (payload, _) in enumerate(requests, first):
@@ -203,7 +206,7 @@ class TokenLog:
         return list(range(first, first + len(requests)))
 
     def append(self, tokens: Sequence[LoggedToken]) -> None:
-        """Log the tokens of a step: all or none. Those of forgotten requests are passed over.
+        """Log the tokens of a step, with their kept ids: all or none. Those of forgotten requests are passed over.
 
         Raises :class:`InternalError` for a token that does not follow what is logged of its request.
         """
@@ -222,21 +225,26 @@ class TokenLog:
                             f"token {token.index} of handle {token.handle} does not follow: "
                             f"{request.next_index} are logged{', and the response has finished' * request.finished}"
                         )
+                    if token.index == 0:
+                        request.keeps = bool(token.kept)
+                    elif request.keeps != bool(token.kept):
+                        raise InternalError(f"of handle {token.handle} all tokens have kept ids, or none")
                     request.next_index += 1
                     request.finished = token.finish is not None
                     taken.append(request)
                 if not written:
                     return
-                records = self._writer.put(Kind.TOKENS, encode_tokens(written))
+                # Kept ids first: what a torn write leaves of the two is never a token without its ids.
+                kept = [(Kind.KEPT, entries)] if (entries := encode_kept(written)) else []
+                records = self._writer.put_many([*kept, (Kind.TOKENS, encode_tokens(written))])
             except BaseException:
                 for request in taken:  # none of them had finished before, or it would not have been taken
                     request.next_index -= 1
                     request.finished = False
                 raise
-            for request in taken:
-                request.n_bytes += TOKEN_BYTES
+            for request, token in zip(taken, written, strict=True):
+                self._grow(request, token.snapshot_bytes)
                 request.ended = request.ended or request.finished
-            self._live_bytes += TOKEN_BYTES * len(taken)
             self._compact_if_due()
         self._settle(records)
 
@@ -267,11 +275,11 @@ class TokenLog:
         """:meth:`delivered` for many (handle, stream entry id) in one write."""
         with self._lock:
             found = [(request, handle, entry) for handle, entry in entries if (request := self._find(handle))]
-            payloads = [encode_delivered(handle, entry) for _, handle, entry in found]
-            if not payloads:
+            records = [(Kind.DELIVERED, encode_delivered(handle, entry)) for _, handle, entry in found]
+            if not records:
                 return
-            self._writer.put_many(Kind.DELIVERED, payloads, must=True)
-            for (request, _, _), payload in zip(found, payloads, strict=True):
+            self._writer.put_many(records, must=True)
+            for (request, _, _), (_, payload) in zip(found, records, strict=True):
                 self._grow(request, len(payload))
 
     def forget(self, handle: int) -> None:
@@ -284,7 +292,7 @@ class TokenLog:
             found = [handle for handle in dict.fromkeys(handles) if self._find(handle) is not None]
             if not found:
                 return
-            self._writer.put_many(Kind.FORGOTTEN, [encode_forgotten(handle) for handle in found], must=True)
+            self._writer.put_many([(Kind.FORGOTTEN, encode_forgotten(handle)) for handle in found], must=True)
             for handle in found:
                 self._live_bytes -= self._known.pop(handle).n_bytes
             self._compact_if_due()
@@ -450,7 +458,8 @@ class TokenLog:
             return []
 
         def records() -> Iterator[tuple[Kind, bytes]]:
-            return ((Kind.SNAPSHOT, request.snapshot(handle)) for handle, request in replay.requests.items())
+            for handle, request in replay.requests.items():
+                yield from request.records(handle)
 
         fd, size = self._writer.sure(lambda: self._writer.create(number, [], records()))
         os.close(fd)
@@ -458,10 +467,10 @@ class TokenLog:
 
 
 def _known_of(request: LoggedRequest) -> _Known:
-    texts = len(request.reason) + len(request.message) + len(request.stream_entry_id)
     return _Known(
-        n_bytes=SNAPSHOT_BYTES + len(request.payload) + len(request.tokens) + texts,
-        next_index=len(request.tokens) // TOKEN_BYTES,
+        n_bytes=request.snapshot_bytes,
+        next_index=request.n_tokens,
+        keeps=bool(request.kept),
         finished=bool(request.tokens and request.tokens[-1]),
         ended=request.end is not End.NONE,
     )

@@ -129,6 +129,12 @@ def check_sampling(sampling: SamplingParams) -> None:
             "engine vllm takes no grammars; leave it empty, or let a server with engine: transformers generate",
             field="sampling.grammar",
         )
+    if sampling.keep_mask:
+        raise InvalidInputError(
+            "engine vllm does not tell which ids a token was drawn from; leave it out, or let a server with engine: "
+            "transformers generate",
+            field="sampling.keep_mask",
+        )
     if sampling.temperature == 0:  # greedy: the sampling distribution is one token
         return
     for name, value in {"temperature": 1.0, "top_p": 1.0, "top_k": 0}.items():

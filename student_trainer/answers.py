@@ -83,7 +83,7 @@ async def read_answers(domain: Domain, grader: Grader, responses: Sequence[tuple
 
 def drawn_at(sampling: SamplingParams, temperature: float) -> SamplingParams:
     """How answers are drawn, whatever cuts off tokens of the responses that are trained on."""
-    return replace(sampling, temperature=temperature, top_p=1.0, top_k=0)
+    return replace(sampling, temperature=temperature, top_p=1.0, top_k=0, keep_mask=False)
 
 
 def figures(answers: Sequence[Answer]) -> dict[str, float | None]:

@@ -16,27 +16,29 @@ from torch import Tensor
 
 from opd_mesh.errors import TrajectoryError
 from opd_mesh.trajectory import Trajectory
+from student_trainer.masks import require_mask
 
 ROWS = 64  # of logits [rows, V] at a time
 ABOVE_ZERO = 1e-3  # nats, that a log-probability may be by rounding
 
 
-def check_behaviour(trajectory: Trajectory, *, masks_replayed: bool = True) -> None:
+def check_behaviour(trajectory: Trajectory, *, masks_applied: bool = True) -> None:
     """Raises :class:`TrajectoryError` where the ratio of probabilities is not known exactly.
 
     Args:
-        masks_replayed: the present student's probabilities, too, will be over the ids that the grammar allowed, as
-            policy gradients take them. Distillation's are over the whole vocabulary.
+        masks_applied: the present student's probabilities, too, will be over the ids that could be drawn, as policy
+            gradients take them. Distillation's are over the whole vocabulary.
     """
     sampling = trajectory.sampling
     if not trajectory.sampling_logprobs:
         raise TrajectoryError("required: the objective has ratios of policies in it", field="sampling_logprobs")
-    if sampling.temperature <= 0 or sampling.top_p < 1 or sampling.top_k:
+    if sampling.temperature <= 0 or (sampling.truncates and not masks_applied):
         raise TrajectoryError(
             "ratios of policies need a temperature above 0, top_p 1 and top_k 0: what was cut off has none",
             field="sampling",
         )
-    if sampling.grammar and not masks_replayed:
+    require_mask(trajectory)
+    if sampling.grammar and not masks_applied:
         raise TrajectoryError(
             "ratios of policies over the whole vocabulary are not known of a response that was drawn under a grammar; "
             "set objective.importance to null",

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from opd_kernels import AllowedIds, LinearHead, TokenLogprobs, masked_token_logprobs, token_logprobs
 from torch import Tensor
 
 from opd_mesh.config.training import PolicyGradientConfig
-from opd_mesh.errors import InternalError, InvalidInputError, TrajectoryError
-from opd_mesh.grammar import Grammars, TokenMasks
+from opd_mesh.errors import InternalError, TrajectoryError
+from opd_mesh.grammar import Grammars
 from opd_mesh.torch_tensors import from_numpy
-from opd_mesh.trajectory import Trajectory
 from student_trainer.batch import Sample
 from student_trainer.heads import HeadStore
+from student_trainer.masks import is_masked, require_mask, token_masks
 from student_trainer.passes import OpenPass, TokenMeans, sampled_ids
 from student_trainer.policy_gradient import policy_terms, reference_kl, token_weights
 
@@ -79,27 +78,19 @@ def _advantage(sample: Sample) -> float:
     return sample.advantage
 
 
-def _replayed(trajectory: Trajectory, grammars: Grammars) -> TokenMasks:
-    sampling = trajectory.sampling
-    try:
-        return grammars.replay(sampling.grammar, sampling.stop_token_ids, trajectory.scored_token_ids)
-    except InvalidInputError as error:
-        raise TrajectoryError(
-            f"response {trajectory.trajectory_id} was not drawn under its grammar: {error}", field="sampling.grammar"
-        ) from error
-
-
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
     """GRPO and its variants, see :mod:`student_trainer.policy_gradient`.
 
-    π and μ are distributions over what could be drawn: of a response with a grammar over the ids that it allowed at
-    each token, so that ρ is 1 where the policy has not moved.
+    π and μ are distributions over what could be drawn: of a response that tells the ids that top-k, top-p and its
+    grammar left over these, of another with a grammar over the ids that it allowed at each token, so that ρ is 1 where
+    the policy has not moved.
 
     Attributes:
         temperature: that the responses were written at.
         longest: tokens of the longest response that the recipe allows.
-        grammars: of the student's tokenizer; asked for when the first response with a grammar comes.
+        grammars: of the student's tokenizer; asked for when the first response comes that has a grammar, and tells no
+            ids.
     """
 
     config: PolicyGradientConfig
@@ -114,15 +105,21 @@ class PolicyGradient:
         """See :class:`student_trainer.objective.Objective`.
 
         Raises:
-            TrajectoryError: a response with a grammar where there is a KL to a reference, whose log-probabilities are
+            TrajectoryError: a response of which top-k or top-p cut ids off that does not tell those that were left, or
+                tells such as cannot be; or a masked one where there is a KL to a reference, whose log-probabilities are
                 over all ids: the estimate would be of neither distribution.
         """
-        constrained = [one.trajectory.trajectory_id for one in samples if one.trajectory.sampling.grammar]
-        if constrained and self.config.kl is not None:
+        for sample in samples:
+            require_mask(sample.trajectory)
+            if sample.trajectory.kept_token_ids:
+                sample.trajectory.validate(vocab_size=head.vocab_size)
+        masked = [sample.trajectory for sample in samples if is_masked(sample.trajectory)]
+        if masked and self.config.kl is not None:
+            by_grammar = bool(masked[0].sampling.grammar)
             raise TrajectoryError(
-                f"response {constrained[0]} was drawn under a grammar, and the reference's log-probabilities know "
-                "nothing of it; set objective.kl to null",
-                field="sampling.grammar",
+                f"response {masked[0].trajectory_id} was drawn {'under a grammar' if by_grammar else 'from some ids'}, "
+                "and the reference's log-probabilities know nothing of it; set objective.kl to null",
+                field="sampling.grammar" if by_grammar else "kept_token_ids",
             )
         weights = token_weights(
             [sample.trajectory.num_scored for sample in samples],
@@ -176,7 +173,7 @@ class _PolicyGradientPass:
         return float(loss.detach())
 
     def _logprobs(self) -> TokenLogprobs:
-        """Of all rows: over the whole vocabulary, or over what the response's grammar allowed."""
+        """Of all rows: over the whole vocabulary, or over what could be drawn."""
         whole, current = self.whole, self.current
         objective = whole.objective
         ids_R = sampled_ids(current.batch, current.device)
@@ -191,10 +188,10 @@ class _PolicyGradientPass:
                 deterministic=objective.deterministic,
             )
 
-        constrained = [bool(sample.trajectory.sampling.grammar) for sample in current.batch]
-        if not any(constrained):
+        masked = [is_masked(sample.trajectory) for sample in current.batch]
+        if not any(masked):
             return of_rows(current.leaf_Rd, ids_R)
-        rows_R = self._of_samples(constrained)
+        rows_R = self._of_samples(masked)
         free_rows, masked_rows = (~rows_R).nonzero()[:, 0], rows_R.nonzero()[:, 0]
         parts = [
             of_rows(current.leaf_Rd[free_rows], ids_R[free_rows]),
@@ -213,18 +210,11 @@ class _PolicyGradientPass:
         )
 
     def _allowed(self) -> AllowedIds:
-        """Of the rows of responses with a grammar, in order."""
-        grammars = self.whole.objective.grammars
-        if grammars is None:
-            raise InternalError("a response with a grammar, and no tokenizer to read it by")
-        trajectories = [sample.trajectory for sample in self.current.batch]
-        masks = [_replayed(one, grammars()) for one in trajectories if one.sampling.grammar]
-        starts = np.cumsum([0, *(len(one.packed_MB) for one in masks)])
-        packed_MB = np.concatenate([one.packed_MB for one in masks])
-        index_R = np.concatenate([one.index_R + start for one, start in zip(masks, starts, strict=False)])
-        return AllowedIds(
-            torch.from_numpy(packed_MB).to(self.current.device), torch.from_numpy(index_R).to(self.current.device)
-        )
+        """Of the rows of masked responses, in order."""
+        trajectories = [sample.trajectory for sample in self.current.batch if is_masked(sample.trajectory)]
+        masks = token_masks(trajectories, self.whole.head.vocab_size, self.whole.objective.grammars)
+        device = self.current.device
+        return AllowedIds(torch.from_numpy(masks.packed_MB).to(device), torch.from_numpy(masks.index_R).to(device))
 
     def _tell(self, found: TokenLogprobs, behaviour_R: Tensor, clipped_R: Tensor, masked_R: Tensor) -> None:
         means = self.whole.means

@@ -82,6 +82,8 @@ class Rollouts:
             stop.append(eos_token_id)
         self._stop_token_ids = tuple(stop)
         self._grammars = verdict_grammars(recipe)
+        # Of every token that is trained on, the ids that it was drawn from are told: so many at most.
+        self._kept_ids = recipe.rollout.top_k if recipe.keeps_masks and for_training else 0
         self._clients = [
             RolloutClient(address, recipe.rollout.peers.channel) for address in recipe.rollout.peers.addresses
         ]
@@ -114,7 +116,8 @@ class Rollouts:
         Raises:
             UnavailableError, StreamUnavailableError: naming the address.
             TokenizerMismatchError: a server loaded another tokenizer.
-            PreconditionError: verdicts are constrained, and a server takes no grammars.
+            PreconditionError: verdicts are constrained, and a server takes no grammars; or rollouts are truncated for a
+                policy gradient, and it does not tell the ids that are left.
         """
         if self._stream is not None:
             await self._stream.length()
@@ -133,6 +136,14 @@ class Rollouts:
                     f"constrained; start it with engine: transformers, or set {field} to false",
                     field=field,
                 )
+            if policy.limits.max_kept_ids < self._kept_ids:
+                told = policy.limits.max_kept_ids
+                raise PreconditionError(
+                    f"rollout server {client.address} tells {f'at most {told}' if told else 'none'} of the ids that "
+                    f"top_k and top_p leave, and {self._recipe.objective.name} needs the {self._kept_ids} of "
+                    "rollout.top_k; start it with engine: transformers, or set top_p to 1 and top_k to 0",
+                    field="rollout.top_k",
+                )
 
     @property
     def stream(self) -> TrajectoryStream:
@@ -142,7 +153,8 @@ class Rollouts:
         return self._stream
 
     def sampling(self, domain: str, *key: int | str) -> SamplingParams:
-        """How a response is drawn: a pure function of (run seed, key); a verdict under its rubric's grammar."""
+        """How a response is drawn: a pure function of (run seed, key); a verdict under its rubric's grammar, and what a
+        policy gradient learns from with the ids that it was drawn from."""
         rollout = self._recipe.rollout
         return SamplingParams(
             seed=derive_seed(self._recipe.run.seed, domain, *key),
@@ -152,6 +164,7 @@ class Rollouts:
             max_new_tokens=self._recipe.max_new_tokens(self._recipe.domains[domain]),
             stop_token_ids=self._stop_token_ids,
             grammar=self._grammars.get(domain, ""),
+            keep_mask=self._recipe.keeps_masks,
         )
 
     def spec(self, request_id: str, prompt: Prompt, sampling: SamplingParams, *, publish: bool) -> GenerateSpec:
@@ -326,7 +339,7 @@ class Rollouts:
                 if not is_own_id(trajectory.trajectory_id):
                     self._check_external(trajectory)
                 elif self._needs_ratios and self._wanted_by(trajectory.trajectory_id):
-                    check_behaviour(trajectory, masks_replayed=self._recipe.policy_gradient is not None)
+                    check_behaviour(trajectory, masks_applied=self._recipe.policy_gradient is not None)
             except (DecodeError, OpdError) as error:
                 await self.stream.dead_letter(entry.entry_id, f"unusable: {error}")
                 log.warning("stream entry %s is unusable and went to the dead letters: %s", entry.entry_id, error)
@@ -365,7 +378,7 @@ class Rollouts:
         if not trajectory.policy_versions:
             raise TrajectoryError("required from outside: without it staleness is unknown", field="policy_versions")
         if self._recipe.importance is not None:
-            check_behaviour(trajectory, masks_replayed=False)
+            check_behaviour(trajectory, masks_applied=False)
 
     async def submit(self, trajectory: Trajectory) -> bool:
         """Take a trajectory from outside into the stream; False if it was taken before.

@@ -35,6 +35,7 @@ from opd_mesh.config.training import (
     ReverseKlConfig,
     SftConfig,
 )
+from opd_mesh.trajectory import MAX_KEPT_IDS
 
 
 class RunConfig(Strict):
@@ -96,6 +97,8 @@ class RolloutConfig(Strict):
     """How the student writes."""
 
     temperature: float = Field(1.0, gt=0, le=100)
+    # Below 1, or above 0, they cut ids off. For a policy gradient the ids that are left travel with every token, and
+    # the present policy is normalized over them, too; top_k bounds how many they are, so it is needed there.
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
     max_new_tokens: int = Field(256, ge=1)
@@ -109,6 +112,11 @@ class RolloutConfig(Strict):
     # A response that takes longer ends the run (after a checkpoint). It counts from the request; with max_staleness k
     # that may queue behind those of k earlier steps, and has k + 1 times as long.
     timeout_s: float = Field(600.0, gt=0)
+
+    @property
+    def truncates(self) -> bool:
+        """Unlikely ids are cut off."""
+        return self.top_p < 1 or self.top_k > 0
 
 
 class BatchConfig(Strict):
@@ -250,6 +258,11 @@ class Recipe(Strict):
         return self.objective.importance if isinstance(self.objective, DivergenceConfig) else None
 
     @property
+    def keeps_masks(self) -> bool:
+        """Responses tell the ids that top_k and top_p left: those that a policy gradient learns from."""
+        return self.policy_gradient is not None and self.rollout.truncates
+
+    @property
     def reference_id(self) -> str | None:
         """The teacher that is the objective's reference model, where it has one."""
         match self.objective:
@@ -344,7 +357,7 @@ class Recipe(Strict):
                 "run.deterministic: with max_staleness above 0 it depends on timing which policy writes a token; set "
                 "max_staleness to 0, or leave deterministic out"
             )
-        if self.importance is not None and (self.rollout.top_p < 1 or self.rollout.top_k):
+        if self.importance is not None and self.rollout.truncates:
             raise ValueError(
                 "objective.importance: with rollout.top_p below 1 or rollout.top_k a token may be drawn that the "
                 "present student would cut off, or the other way round, and has no ratio; set top_p to 1 and top_k to "
@@ -358,10 +371,16 @@ class Recipe(Strict):
         if objective is None:
             return self
         name = self.objective.name
-        if self.rollout.top_p < 1 or self.rollout.top_k:
+        if self.keeps_masks and not 1 <= self.rollout.top_k <= MAX_KEPT_IDS:
             raise ValueError(
-                f"rollout: {name} compares p_now with p_then of every token, and what top_p or top_k cuts off has no "
-                "ratio; set top_p to 1 and top_k to 0"
+                f"rollout.top_k: {name} compares p_now with p_then of every token over the ids that top_p and top_k "
+                f"leave, and these travel with the token, so top_k has to bound them: set it from 1 to {MAX_KEPT_IDS}, "
+                f"not {self.rollout.top_k}, or set top_p to 1 and top_k to 0"
+            )
+        if self.keeps_masks and objective.kl is not None:
+            raise ValueError(
+                "objective.kl: the reference's log-probabilities are over all ids, and rollout.top_p or rollout.top_k "
+                "leaves some; set kl to null, or top_p to 1 and top_k to 0"
             )
         if self.batch.responses_per_prompt < 2:
             raise ValueError(

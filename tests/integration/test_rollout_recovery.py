@@ -77,6 +77,11 @@ def by_grammar(spec: GenerateSpec) -> GenerateSpec:
     return replace(spec, sampling=sampling)
 
 
+def truncated(spec: GenerateSpec) -> GenerateSpec:
+    """The same, cut to some ids, which are told."""
+    return replace(spec, sampling=replace(spec.sampling, temperature=2.0, top_k=20, top_p=0.875, keep_mask=True))
+
+
 async def give_policy(client: RolloutClient, weights: PolicyWeights, version: int = 1, run: str = "run") -> None:
     policy = common_pb2.Policy(run_id=run, lineage=1, version=version, digest=weights.digest)
     await client.update_policy(
@@ -92,6 +97,7 @@ class Reader:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    kept: list[tuple[int, ...]] = field(default_factory=list)
     trajectory: Trajectory | None = None
     calls: int = 0
     beyond: int = 0
@@ -106,7 +112,7 @@ class Reader:
                         self.take(response)
                 except BeyondLogError as error:
                     self.beyond += 1
-                    for column in (self.tokens, self.logprobs, self.versions):
+                    for column in (self.tokens, self.logprobs, self.versions, self.kept):
                         del column[int(error.metadata["written"]) :]
                 except (UnavailableError, OverloadedError):
                     await asyncio.sleep(0.02)
@@ -126,11 +132,15 @@ class Reader:
             self.tokens += response.tokens.token_ids
             self.logprobs += response.tokens.policy_logprobs
             self.versions += response.tokens.policy_versions
+            self.kept += (tuple(kept.ids) for kept in response.tokens.kept_token_ids)
         elif kind == "finished":
             self.trajectory = trajectory_from_proto(response.finished.trajectory)
             assert self.trajectory.scored_token_ids == self.tokens
             assert list(self.trajectory.policy_logprobs) == pytest.approx(self.logprobs, abs=1e-4)
             assert list(self.trajectory.policy_versions) == self.versions
+            assert list(self.trajectory.kept_token_ids) == self.kept
+            assert bool(self.kept) == self.spec.sampling.keep_mask
+            self.trajectory.validate()
 
 
 async def policy_giver(client: RolloutClient, weights: PolicyWeights, run: str) -> None:
@@ -223,7 +233,8 @@ async def test_killed_anywhere(
 ) -> None:
     """Seeded; `make test-kill` does a hundred. Every request finishes, no token comes twice; in deterministic mode they
     are those of a server that nobody killed."""
-    specs = [spec_of(number) if number % 3 else by_grammar(spec_of(number)) for number in range(8)]
+    manners = (by_grammar, lambda spec: spec, truncated)
+    specs = [manners[number % 3](spec_of(number)) for number in range(8)]
     config = config_of(checkpoint, tmp_path / "calm", deterministic=deterministic)
     calm = await write_with_kills(begin(nursery, config, tmp_path / "calm-server"), weights, specs, None)
     for seed in range(KILL_RUNS):

@@ -190,6 +190,7 @@ class Heard:
 
     attached: bool | None = None
     tokens: list[int] | None = None
+    kept: list[list[int]] = field(default_factory=list)
     first_index: int | None = None
     trajectory: Trajectory | None = None
     entry_id: str = ""
@@ -214,6 +215,8 @@ async def listen(served: Served, spec: GenerateSpec, from_index: int = 0) -> Hea
             lists = (batch.sampling_logprobs, batch.policy_logprobs, batch.policy_versions)
             assert all(len(values) == len(batch.token_ids) for values in lists)
             heard.tokens += batch.token_ids
+            assert len(batch.kept_token_ids) == (len(batch.token_ids) if spec.sampling.keep_mask else 0)
+            heard.kept += [list(kept.ids) for kept in batch.kept_token_ids]
         else:
             heard.trajectory = trajectory_from_proto(response.finished.trajectory)
             heard.entry_id = response.finished.stream_entry_id
@@ -237,6 +240,7 @@ async def test_a_server_serves_once_it_holds_a_policy(checkpoint: Path) -> None:
         assert answer.tokenizer_fingerprint == FINGERPRINT
         assert (answer.limits.max_context_tokens, answer.limits.max_slots, answer.limits.max_waiting) == (480, 4, 1024)
         assert answer.limits.grammars
+        assert answer.limits.max_kept_ids == 1024
         assert answer.cache_mode == "batched"
         with pytest.raises(UnavailableError, match="no policy has been given") as caught:
             await listen(fresh, fresh.spec())
@@ -299,6 +303,7 @@ SAMPLINGS = {
     "top_p": SamplingParams(seed=13, temperature=1.5, top_p=0.8, max_new_tokens=24),
     "top_k": SamplingParams(seed=14, temperature=3.0, top_k=5, max_new_tokens=24),
     "both": SamplingParams(seed=15, temperature=3.0, top_k=9, top_p=0.7, max_new_tokens=24),
+    "kept": SamplingParams(seed=16, temperature=3.0, top_k=9, top_p=0.7, max_new_tokens=24, keep_mask=True),
 }
 
 
@@ -322,6 +327,8 @@ async def test_tokens_stream_and_their_logprobs_are_the_models(served: Served) -
         assert given == spec.sampling  # temperature and top_p travel as 32-bit floats
         assert heard.entry_id == ""
         check_logprobs(trajectory, model)
+        assert [list(ids) for ids in trajectory.kept_token_ids] == heard.kept
+        trajectory.validate(vocab_size=131)
     assert len({tuple(heard.tokens or ()) for heard in answers}) == len(answers)
 
 
@@ -755,6 +762,10 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], type[OpdError], str, str]] = {
     "top_p": (
         {"sampling": common_pb2.SamplingParams(max_new_tokens=4, top_p=1.5)},
         InvalidInputError, "sampling.top_p", "at most 1",
+    ),
+    "keep_mask": (
+        {"sampling": common_pb2.SamplingParams(max_new_tokens=4, top_p=0.9, keep_mask=True)},
+        InvalidInputError, "sampling.keep_mask", "set it from 1 to 1024",
     ),
     "grammar": (
         {"sampling": common_pb2.SamplingParams(max_new_tokens=4, stop_token_ids=[2], grammar="start: nowhere")},

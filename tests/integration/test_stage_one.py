@@ -20,7 +20,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from opd_mesh.config.answers import AnswersConfig
 from opd_mesh.config.base import dump_config, parse_config
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.config.services import RolloutServerConfig
+from opd_mesh.config.services import RolloutServerConfig, TokenLogConfig
 from opd_mesh.errors import ConfigError, VerifierError
 from opd_mesh.policy import PolicyId
 from opd_mesh.stream import TrajectoryStream
@@ -88,8 +88,8 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @asynccontextmanager
-async def serving(recipe: Recipe, redis_url: str) -> AsyncIterator[Recipe]:
-    """Rollout servers, and a teacher server where the recipe has teachers."""
+async def serving(recipe: Recipe, redis_url: str, log_folder: Path | None = None) -> AsyncIterator[Recipe]:
+    """A rollout server, with a log where a folder is given, and a teacher server where the recipe has teachers."""
     if recipe.teachers:
         async with mesh(recipe, redis_url) as resolved:
             yield resolved
@@ -99,6 +99,7 @@ async def serving(recipe: Recipe, redis_url: str) -> AsyncIterator[Recipe]:
         engine=recipe.rollout.engine,
         redis_url=redis_url,
         deterministic=recipe.run.deterministic,
+        log=None if log_folder is None else TokenLogConfig(path=log_folder),
     )
     async with serving_rollouts(config) as address:
         rollout = recipe.rollout.replace(peers=recipe.rollout.peers.replace(addresses=[address]))
@@ -234,6 +235,34 @@ async def test_grpo_raises_the_reward(student: Path, tmp_path: Path, redis_url: 
         assert line["unparsed"] < 12  # an empty answer
     # One update per batch: the policy that learns is the one that wrote.
     assert all(abs(line["kl_behaviour"]) < 1e-4 and line["clip_fraction"] == 0 for line in lines)
+
+
+async def test_grpo_of_truncated_responses_applies_their_masks_and_resumes_to_the_bit(
+    student: Path, tmp_path: Path, redis_url: str
+) -> None:
+    """The ids that were left come through the stream to the loss, so that ρ is 1 where the policy has not moved."""
+    recipe = recipe_of(
+        student,
+        {"letters": letters(tmp_path)},
+        {"name": "grpo"},
+        batch={"prompts_per_step": 4, "responses_per_prompt": 4},
+        optimizer={"lr": 1e-2},
+        rollout={"max_new_tokens": 6, "top_k": 5, "top_p": 0.9, "engine": ENGINE},
+        evaluation={"prompts_per_domain": 0, "accuracy": {"prompts_per_domain": 4}},  # drawn without either
+    )
+    async with serving(recipe, redis_url, tmp_path / "log") as resolved:
+        whole = await new_trainer(resolved, tmp_path / "whole")
+        await whole.run()
+        resumed = await stopped_and_resumed(resolved, tmp_path / "stopped", 2)
+    assert_same_run(whole, resumed)
+    lines = lines_of(tmp_path / "whole")
+    assert len(lines) == 3
+    for line in lines:
+        assert line["staleness"] == 0
+        assert abs(line["kl_behaviour"]) < 1e-5
+        assert line["clip_fraction"] == 0
+        # Of five ids at most; over the vocabulary of 24, whose logits are all but equal, it would be about 3.
+        assert 0 < line["entropy/student"] < 1.61
 
 
 async def test_dapo_with_a_reference_resumes_to_the_bit(student: Path, tmp_path: Path, redis_url: str) -> None:

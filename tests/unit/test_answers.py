@@ -88,7 +88,7 @@ def test_figures_count_each_answer_where_it_belongs() -> None:
 
 
 def test_answers_are_drawn_from_the_whole_distribution() -> None:
-    training = SamplingParams(seed=3, temperature=1.0, top_p=0.9, top_k=5, max_new_tokens=7)
+    training = SamplingParams(seed=3, temperature=1.0, top_p=0.9, top_k=5, max_new_tokens=7, keep_mask=True)
     assert drawn_at(training, 0.5) == SamplingParams(seed=3, temperature=0.5, max_new_tokens=7)
 
 

@@ -229,15 +229,21 @@ def test_sft_does_not_ask_how_an_answer_came_about(case: Case) -> None:
     assert loss == pytest.approx(-float(torch.cat(logits).mean().detach()), rel=1e-5)
 
 
-def test_the_behaviour_of_a_constrained_response_is_known_where_masks_are_replayed(case: Case) -> None:
+def test_the_behaviour_of_a_constrained_response_is_known_where_masks_are_applied(case: Case) -> None:
     check_behaviour(case.trajectories[0])
-    check_behaviour(case.trajectories[1], masks_replayed=False)
+    check_behaviour(case.trajectories[1], masks_applied=False)
     with pytest.raises(TrajectoryError, match="drawn under a grammar") as caught:
-        check_behaviour(case.trajectories[0], masks_replayed=False)
+        check_behaviour(case.trajectories[0], masks_applied=False)
     assert caught.value.field == "sampling.grammar"
-    truncated = replace(case.trajectories[0].sampling, top_k=5)
-    with pytest.raises(TrajectoryError, match="top_k 0"):
-        check_behaviour(replace(case.trajectories[0], sampling=truncated))
+    truncated = replace(case.trajectories[0], sampling=replace(case.trajectories[0].sampling, top_k=5))
+    with pytest.raises(TrajectoryError, match=r"t0 was drawn with top_p below 1 or a top_k.*keep_mask") as caught:
+        check_behaviour(truncated)
+    assert caught.value.field == "kept_token_ids"
+    told = replace(truncated, kept_token_ids=tuple((token,) for token in truncated.scored_token_ids))
+    check_behaviour(told)
+    with pytest.raises(TrajectoryError, match="top_k 0") as caught:
+        check_behaviour(told, masks_applied=False)
+    assert caught.value.field == "sampling"
 
 
 def test_a_recipes_objective_reads_grammars_by_the_students_tokenizer(case: Case) -> None:

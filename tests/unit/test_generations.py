@@ -18,7 +18,7 @@ from opd_mesh.errors import InternalError, OpdError, OverloadedError, StreamUnav
 from opd_mesh.policy import PolicyId
 from opd_mesh.trajectory import FinishReason, SamplingParams
 from rollout_server import delivery as module
-from rollout_server.batch_call import BatchCall
+from rollout_server.batch_call import ROOM_BYTES, BatchCall
 from rollout_server.engine import EngineCounters, GenerationRequest, PreparedPolicy, RolloutEngine, TokenEvent
 from rollout_server.generations import Generations
 from rollout_server.request_log import states_of
@@ -268,7 +268,7 @@ async def test_a_client_that_does_not_read_is_not_read_on(tmp_path: Path) -> Non
         names = itertools.count()
         call = BatchCall(
             made, check=lambda request: params_of(f"r{next(names)}"), policy=lambda: POLICY, credits=3,
-            idle_timeout_s=3600,
+            idle_timeout_s=3600, max_message_bytes=8 << 20,
         )  # fmt: skip
         async with aclosing(call.answers(messages())) as answers:
             assert (await anext(answers)).credits == 3
@@ -280,6 +280,24 @@ async def test_a_client_that_does_not_read_is_not_read_on(tmp_path: Path) -> Non
             async for response in answers:
                 found += [result.tag for result in response.results]
         assert sorted(found) == list(range(100))
+
+
+async def test_an_answer_that_fits_no_message_is_refused_and_its_neighbours_are_not(tmp_path: Path) -> None:
+    async def messages() -> AsyncIterator[rollout_service_pb2.GenerateBatchRequest]:
+        items = [rollout_service_pb2.GenerateBatchItem(tag=tag, return_trajectory=tag % 2 == 0) for tag in range(4)]
+        yield rollout_service_pb2.GenerateBatchRequest(items=items)
+
+    async with opened(tmp_path, Scripted()) as (made, _):
+        names = itertools.count()
+        call = BatchCall(
+            made, check=lambda request: params_of(f"r{next(names)}"), policy=lambda: POLICY, credits=9,
+            idle_timeout_s=3600, max_message_bytes=ROOM_BYTES + 60,
+        )  # fmt: skip
+        async with aclosing(call.answers(messages())) as answers:
+            found = {result.tag: result async for response in answers for result in response.results}
+    assert [bool(found[tag].status.code) for tag in range(4)] == [True, False, True, False]
+    assert "publish it and leave it out of the answer" in found[0].status.message
+    assert found[1].num_tokens == 4
 
 
 async def test_a_server_that_stops_while_redis_is_away_publishes_when_it_comes_back(tmp_path: Path) -> None:

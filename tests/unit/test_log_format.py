@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ from rollout_server.log_format import (
     encode_ended,
     encode_forgotten,
     encode_header,
+    encode_kept,
     encode_manifest,
     encode_record,
     encode_request,
@@ -51,6 +53,10 @@ def segment(records: Records, epoch: int = 1, number: int = 0, manifest: tuple[S
 
 def token(handle: int, index: int, finish: FinishReason | None = None) -> LoggedToken:
     return LoggedToken(handle, index, 100 * handle + index, -0.5 * index, -0.25 * index, 7 + index, finish)
+
+
+def kept(handle: int, index: int, *ids: int) -> LoggedToken:
+    return replace(token(handle, index), kept=ids)
 
 
 def recovered(*records: tuple[int, bytes]) -> Recovery:
@@ -85,22 +91,36 @@ def test_a_token_comes_back_to_the_bit(
 
 
 @given(
-    st.lists(float_bits, max_size=20), st.binary(max_size=50), st.text(max_size=9), st.text(max_size=9), st.booleans()
+    st.lists(float_bits, max_size=20),
+    st.binary(max_size=50),
+    st.text(max_size=9),
+    st.text(max_size=9),
+    st.booleans(),
+    st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5), min_size=23, max_size=23) | st.none(),
 )
-def test_a_snapshot_keeps_the_bits_of_every_float(
-    bits: list[int], payload: bytes, reason: str, message: str, delivered: bool
+def test_a_snapshot_keeps_every_id_and_the_bits_of_every_float(
+    bits: list[int], payload: bytes, reason: str, message: str, delivered: bool, ids: list[list[int]] | None
 ) -> None:
     replay = Replay()
     replay.apply(Kind.REQUEST, encode_request(3, 2**64 - 1, payload))
     for index, word in enumerate(bits):
+        if ids is not None:
+            replay.apply(Kind.KEPT, encode_kept([kept(3, index, *ids[index])]))
         entry = struct.pack("<IIiIIQB", 3, index, index, word, word ^ 1, 2**64 - 1, 0)
         replay.apply(Kind.TOKENS, entry)
     replay.apply(Kind.ENDED, encode_ended(3, End.FAILED, reason, message))
     if delivered:
         replay.apply(Kind.DELIVERED, encode_delivered(3, "17-0"))
     again = Replay()
-    again.apply(Kind.SNAPSHOT, replay.requests[3].snapshot(3))
+    for kind, record in replay.requests[3].records(3):
+        again.apply(kind, record)
     assert again.requests == replay.requests
+    assert again.requests[3].recovered(3).kept == [tuple(one) for one in (ids or [])[: len(bits)]]
+    if ids is not None:  # of a step that a crash tore
+        replay.apply(Kind.KEPT, encode_kept([kept(3, len(bits) + more, 1) for more in range(3)]))
+        assert list(replay.requests[3].records(3)) == list(again.requests[3].records(3))
+        assert replay.requests[3].recovered(3) == again.requests[3].recovered(3)
+        assert replay.requests[3].snapshot_bytes == again.requests[3].snapshot_bytes
     assert again.next_handle == replay.next_handle == 4
     assert again.requests[3].recovered(3).error == (reason, message)
     assert again.requests[3].recovered(3).stream_entry_id == ("17-0" if delivered else "")
@@ -134,6 +154,8 @@ def test_what_does_not_fit_is_refused(wrong: LoggedToken) -> None:
         encode_tokens([wrong])
     with pytest.raises(InternalError, match="does not fit"):
         encode_request(0, -1, b"")
+    with pytest.raises(InternalError, match="do not fit"):
+        encode_kept([kept(0, 0, 2**31)])
 
 
 def test_names() -> None:
@@ -186,6 +208,31 @@ def test_all_kinds_of_ends() -> None:
         ([(Kind.FORGOTTEN, encode_forgotten(1))], "of no request"),
         ([(Kind.FORGOTTEN, b"")], "cannot be"),
         ([(Kind.SNAPSHOT, b"x" * 40)], "broken size"),
+        ([(Kind.KEPT, encode_kept([kept(1, 0, 5)]))], "of no request"),
+        ([(Kind.KEPT, encode_kept([kept(0, 1, 5)]))], "for token 1 follow those for 0"),
+        ([(Kind.KEPT, encode_kept([kept(0, 0, 5)])[:-1])], "broken size"),
+        ([(Kind.KEPT, encode_kept([kept(0, 0, 5)]) + b"x")], "broken size"),
+        ([(Kind.KEPT, struct.pack("<III", 0, 0, 0))], "broken size: 0 ids"),
+        ([(Kind.KEPT, struct.pack("<IIIi", 0, 0, 2**32 - 1, 5))], "broken size"),
+        (
+            [
+                (Kind.TOKENS, encode_tokens([token(0, 0), token(0, 1)])),
+                (Kind.KEPT, encode_kept([kept(0, 0, 5)])),
+            ],
+            "for 1 of 2 tokens",
+        ),
+        (
+            [
+                (Kind.KEPT, encode_kept([kept(0, 0, 5)])),
+                (Kind.TOKENS, encode_tokens([token(0, 0)])),
+                (Kind.KEPT, encode_kept([kept(0, 0, 5)])),
+            ],
+            "for token 0 follow those for 1",
+        ),
+        (
+            [(Kind.KEPT, encode_kept([kept(0, 0, 5)])), (Kind.TOKENS, encode_tokens([token(0, 0), token(0, 1)]))],
+            "token 1 comes without the ids",
+        ),
         ([(Kind.CLOSED, b""), (Kind.FORGOTTEN, encode_forgotten(0))], "follows CLOSED"),
         ([(Kind.MANIFEST, b"")], "unknown record type 1"),
         ([(42, b"")], "unknown record type 42"),
@@ -218,6 +265,22 @@ def test_only_the_newest_segment_may_be_torn() -> None:
     short = Segment(1, 0, len(first) - 1)
     with pytest.raises(CorruptLogError, match="a record is damaged"):  # the accepted length is inside a record
         recover(LOG_ID, {names[0]: first, names[1]: segment([], number=1, manifest=(short,))})
+
+
+def test_kept_ids_whose_tokens_were_torn_off_are_let_go_of() -> None:
+    step = (Kind.KEPT, encode_kept([kept(0, 0, 3, 5), kept(0, 1, 4)]))
+    torn = recovered(BEGUN, step).replay.requests[0].recovered(0)
+    assert (torn.tokens, torn.kept) == ([], [])
+    # The next owner draws one token at a time, and from other ids.
+    again = recovered(
+        BEGUN,
+        step,
+        (Kind.KEPT, encode_kept([kept(0, 0, 9)])),
+        (Kind.TOKENS, encode_tokens([token(0, 0)])),
+        (Kind.KEPT, encode_kept([kept(0, 1, 8)])),
+        (Kind.TOKENS, encode_tokens([token(0, 1)])),
+    )
+    assert again.replay.requests[0].recovered(0).kept == [(9,), (8,)]
 
 
 def test_foreign_and_newer_segments_are_refused() -> None:

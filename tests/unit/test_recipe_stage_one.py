@@ -116,6 +116,24 @@ def test_a_domain_of_share_0_is_only_evaluated() -> None:
     assert list(parsed({}, domains=distilled, teachers={"t": {"path": "t"}}).trained_domains) == ["sums"]
 
 
+@pytest.mark.parametrize(
+    ("objective", "rollout", "keeps"),
+    [
+        ({"name": "grpo"}, {"top_k": 5, "top_p": 0.9}, True),
+        ({"name": "dapo"}, {"top_k": 1024}, True),
+        ({"name": "dr_grpo"}, {}, False),
+        ({"name": "sft"}, {"top_k": 2000, "top_p": 0.9}, False),
+        ({}, {"top_p": 0.9}, False),
+    ],
+)
+def test_truncated_rollouts_keep_their_masks_for_policy_gradients_alone(
+    objective: Any, rollout: Any, keeps: bool
+) -> None:
+    teachers: Any = {} if objective else {"t": {"path": "t"}}
+    domains = {"sums": {**SUMS, "teachers": dict.fromkeys(teachers, 1.0)}}
+    assert parsed(objective, rollout=rollout, teachers=teachers, domains=domains).keeps_masks == keeps
+
+
 def test_a_changed_recipe_is_checked_again() -> None:
     recipe = parsed({"name": "grpo"})
     assert recipe.replace(run=recipe.run.replace(steps=5)).efforts == recipe.efforts
@@ -138,9 +156,12 @@ SOFT = {"name": "soft_overlong", "buffer_tokens": 9}
          "domains.sums.verifier: dapo needs rewards; name a verifier"),
         ({"name": "grpo"}, {"domains": {"sums": {**SUMS, "others": {"jsonl": {"path": "p"}}}}},
          "domains.sums.others: grpo needs rewards, and other prompts are never verified; leave them out"),
-        ({"name": "dr_grpo"}, {"rollout": {"top_p": 0.9}}, "rollout: dr_grpo compares p_now with p_then of every "
-         "token, and what top_p or top_k cuts off has no ratio; set top_p to 1 and top_k to 0"),
-        ({"name": "grpo"}, {"rollout": {"top_k": 5}}, "set top_p to 1 and top_k to 0"),
+        ({"name": "dr_grpo"}, {"rollout": {"top_p": 0.9}}, "rollout.top_k: dr_grpo compares p_now with p_then of every "
+         "token over the ids that top_p and top_k leave, and these travel with the token, so top_k has to bound them: "
+         "set it from 1 to 1024, not 0, or set top_p to 1 and top_k to 0"),
+        ({"name": "grpo"}, {"rollout": {"top_k": 1025}}, "set it from 1 to 1024, not 1025"),
+        (KL, {"teachers": BASE, "rollout": {"top_k": 5}}, "objective.kl: the reference's log-probabilities are over "
+         "all ids, and rollout.top_p or rollout.top_k leaves some; set kl to null, or top_p to 1 and top_k to 0"),
         (KL, {"teachers": BASE, "rollout": {"temperature": 0.7}}, "rollout.temperature: the reference's log-"
          "probabilities are of temperature 1, so objective.kl needs that, not 0.7"),
         ({"name": "dapo"}, {"max_staleness": 1}, "objective.dynamic_sampling: what replaces a dropped group cannot be "

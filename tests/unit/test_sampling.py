@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,7 +200,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         alone = sample_tokens(logits_BV[row : row + 1].clone(), [params[row]], [positions[row]], 770)
         _assert_same(alone, SampledTokens(
             together.token_ids_B[row : row + 1], together.sampling_logprobs_B[row : row + 1],
-            together.policy_logprobs_B[row : row + 1], together.errors[row : row + 1],
+            together.policy_logprobs_B[row : row + 1], together.errors[row : row + 1], together.kept_ids[row : row + 1],
         ))  # fmt: skip
     assert [type(error) for error in together.errors] == [type(None)] * 2 + [DivergedError, type(None)] * 2
     assert "response token 4" in str(together.errors[2])
@@ -330,3 +331,73 @@ def test_rows_drawn_together_are_to_the_bit_those_drawn_alone(
         for name in ("token_ids_B", "sampling_logprobs_B", "policy_logprobs_B"):
             assert getattr(together, name)[row].numpy().tobytes() == getattr(alone, name)[0].numpy().tobytes()
         assert str(together.errors[row]) == str(alone.errors[0])
+
+
+# --- what a token was drawn from --------------------------------------------------------------------------------
+def _assert_drawn_from(
+    kept: tuple[int, ...], logits: list[float], params: SamplingParams, token: int, logprob: float
+) -> None:
+    """Over exactly these ids the token has the probability that is told."""
+    scaled = torch.tensor(logits, dtype=torch.float64)[list(kept)] / params.temperature
+    assert float(scaled.log_softmax(-1)[kept.index(token)]) == pytest.approx(logprob, abs=1e-5)
+    assert all(logits[i] > -math.inf for i in kept)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    # Few distinct values, so that ties at the cuts are common.
+    logits=st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 2.0, -math.inf]), min_size=2, max_size=12),
+    top_k=st.integers(1, 14),
+    top_p=st.sampled_from([1e-6, 0.1237, 0.5123, 0.8971, 0.99991, 1.0]),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    masked=st.booleans(),
+    seed=st.integers(0, UINT64_MAX),
+)
+def test_the_kept_ids_are_what_the_token_was_drawn_from(
+    logits: list[float], top_k: int, top_p: float, temperature: float, masked: bool, seed: int
+) -> None:
+    logits = [*logits, 0.25]  # at least one finite logit
+    params = SamplingParams(seed=seed, top_k=top_k, top_p=top_p, temperature=temperature, keep_mask=True)
+    allowed_V = None
+    if masked:  # often fewer than top_k
+        allowed_V = np.random.default_rng(seed).random(len(logits)) < 0.3
+        allowed_V[-1] = True
+    rows = [params, replace(params, keep_mask=False)]
+    padded_BV = torch.tensor([[*logits, 90.0, math.nan]] * 2)  # padding ids: never read
+    both = sample_tokens(padded_BV, rows, [7, 7], len(logits), [allowed_V] * 2)
+    for values_B in (both.token_ids_B, both.sampling_logprobs_B, both.policy_logprobs_B):
+        assert values_B[0].numpy().tobytes() == values_B[1].numpy().tobytes()  # it changes no draw
+    kept, unasked = both.kept_ids
+    token, logprob = int(both.token_ids_B[0]), float(both.sampling_logprobs_B[0])
+    assert unasked is None
+    assert kept is not None
+    if temperature == 0:
+        assert (kept, logprob) == ((token,), 0.0)
+        return
+    open_ids = [i for i, logit in enumerate(logits) if logit > -math.inf and (allowed_V is None or allowed_V[i])]
+    reference = _reference_kept(np.array(logits)[open_ids], params)
+    assert kept == tuple(sorted(open_ids[place] for place in reference))
+    _assert_drawn_from(kept, logits, params, token, logprob)
+
+
+def test_a_top_k_beyond_what_is_allowed_keeps_no_impossible_id() -> None:
+    logits, allowed_V = [3.0, 1.0, 2.0, 0.0, 4.0], np.array([False, True, False, True, False])
+    params = SamplingParams(top_k=4, keep_mask=True)
+    sampled = sample_tokens(torch.tensor([logits]), [params], [0], 5, [allowed_V])
+    assert sampled.kept_ids == ((1, 3),)
+
+
+def test_kept_ids_of_ties_go_to_the_lowest_and_top_p_counts_within_top_k() -> None:
+    ties = torch.tensor([[1.0, 0.0, 1.0, 1.0, 1.0]])
+    assert sample_tokens(ties, [SamplingParams(top_k=3, keep_mask=True)], [0], 5).kept_ids == ((0, 2, 3),)
+    even = torch.zeros(1, 8)  # of the four that top_k leaves half the mass is two
+    assert sample_tokens(even, [SamplingParams(top_k=4, top_p=0.5, keep_mask=True)], [0], 8).kept_ids == ((0, 1),)
+
+
+def test_a_top_k_of_the_whole_vocabulary_keeps_it_and_failed_rows_keep_nothing() -> None:
+    logits_BV = torch.zeros(3, 4)
+    logits_BV[0, 1] = -math.inf
+    logits_BV[2, 0] = math.nan
+    params = SamplingParams(top_k=9, keep_mask=True)
+    sampled = sample_tokens(logits_BV, [params, SamplingParams(top_k=2), params], [0, 0, 0], 4)
+    assert sampled.kept_ids == ((0, 2, 3), None, None)

@@ -21,6 +21,7 @@ from opd_mesh.config.tasks import SplitsConfig
 from opd_mesh.errors import ConfigError, PreconditionError
 from opd_mesh.judging.probes import probes_of
 from opd_mesh.judging.verdict import parse_verdict, verdict_grammar
+from student_trainer.answers import drawn_at
 from student_trainer.rollouts import Rollouts
 from student_trainer.tasks import Domain, Grader, Item, Prompt, open_domains
 from student_trainer.tasks.judging import read_gold, verdict_grammars
@@ -260,6 +261,44 @@ async def test_a_server_that_takes_no_grammars_is_refused_where_verdicts_are_con
         await connect(True)
     assert error.value.field == "domains.judge.judging.constrained"
     await connect(False)
+
+
+async def test_a_server_that_tells_no_masks_is_refused_where_a_policy_gradient_needs_them() -> None:
+    class Server:
+        address, config = "h:1", ChannelConfig()
+
+        def __init__(self, max_kept_ids: int) -> None:
+            self.limits = rollout_service_pb2.RolloutLimits(max_kept_ids=max_kept_ids)
+
+        async def wait_ready(self) -> None: ...
+
+        async def get_policy(self) -> rollout_service_pb2.GetPolicyResponse:
+            return rollout_service_pb2.GetPolicyResponse(tokenizer_fingerprint="f", limits=self.limits)
+
+    async def connect(max_kept_ids: int, *, for_training: bool = True, **rollout: Any) -> Rollouts:
+        recipe = recipe_of(
+            {"reverse": REVERSE},
+            rollout={"peers": {"addresses": ["h:1"]}, **rollout},
+            redis_url="redis://127.0.0.1:1/0",
+        )
+        rollouts = Rollouts(
+            recipe, run_id="r", tokenizer_fingerprint="f", eos_token_id=2, vocab_size=64, for_training=for_training
+        )
+        rollouts._clients = [Server(max_kept_ids)]  # type: ignore[list-item]
+        rollouts._stream = None
+        await rollouts.connect()
+        return rollouts
+
+    cut = {"top_k": 5, "top_p": 0.9}
+    for told, words in ((0, "h:1 tells none of the ids"), (4, "h:1 tells at most 4 of the ids")):
+        with pytest.raises(PreconditionError, match=words) as error:
+            await connect(told, **cut)
+        assert error.value.field == "rollout.top_k"
+    drawn = (await connect(5, **cut)).sampling("reverse", "train", 0)
+    assert (drawn.keep_mask, drawn.top_k, drawn.top_p) == (True, 5, 0.9)
+    assert not drawn_at(drawn, 0.0).keep_mask  # what is only evaluated is not cut
+    assert not (await connect(0)).sampling("reverse", "train", 0).keep_mask
+    await connect(0, for_training=False, **cut)
 
 
 def test_vllm_takes_no_grammars(rubric: str) -> None:

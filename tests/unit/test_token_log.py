@@ -24,6 +24,7 @@ from opd_mesh.config.services import TokenLogConfig
 from opd_mesh.errors import CorruptLogError, InternalError, LogFullError, LogOwnedError, PreconditionError
 from opd_mesh.trajectory import FinishReason
 from rollout_server.log_folder import SegmentFiles, log_id
+from rollout_server.log_format import RECORD_HEADER_BYTES
 from rollout_server.log_recovery import recover
 from rollout_server.token_log import LoggedToken, RecoveredRequest, TokenLog
 
@@ -37,9 +38,15 @@ def config(path: Path, **fields: Any) -> TokenLogConfig:
     return TokenLogConfig.model_construct(**{**TokenLogConfig(path=path).model_dump(), **settings})
 
 
-def token(handle: int, index: int, finish: FinishReason | None = None) -> LoggedToken:
+def token(handle: int, index: int, finish: FinishReason | None = None, *, keeps: bool = False) -> LoggedToken:
     """The one token that a request may hold at an index."""
-    return LoggedToken(handle, index, 1000 * handle + index, -0.5 * index, -index / 8, 10 + index, finish)
+    kept = kept_ids(handle, index) if keeps else ()
+    return LoggedToken(handle, index, 1000 * handle + index, -0.5 * index, -index / 8, 10 + index, finish, kept)
+
+
+def kept_ids(handle: int, index: int) -> tuple[int, ...]:
+    """The ids that it may have been drawn from."""
+    return tuple(1000 * handle + index + other for other in range(1 + (handle + index) % 3))
 
 
 def columns(request: RecoveredRequest) -> list[tuple[int, float, float, int]]:
@@ -55,6 +62,7 @@ def assert_prefix(request: RecoveredRequest, n_tokens: int | None = None) -> Non
         (item.token_id, item.sampling_logprob, item.policy_logprob, item.policy_version) for item in expected
     ]
     assert n_tokens is None or len(request.tokens) == n_tokens
+    assert request.kept in ([], [kept_ids(request.handle, index) for index in range(len(request.tokens))])
 
 
 def eventually(holds: Callable[[], bool]) -> None:
@@ -151,6 +159,7 @@ def test_misuse_is_refused_and_changes_nothing(tmp_path: Path) -> None:
         [token(first, 0)],  # again
         [token(first, 1), token(77, 0)],  # never begun
         [token(first, 1), LoggedToken(first, 2, 2**40, 0.0, 0.0, 0, None)],  # does not fit
+        [token(first, 1), token(first, 2, keeps=True)],  # kept ids of some tokens only
     ):
         with pytest.raises(InternalError):
             log.append(tokens)
@@ -436,12 +445,15 @@ def test_the_id_outlives_its_file(tmp_path: Path) -> None:
 
 # --- damage ------------------------------------------------------------------------------------------------------
 def small_log(path: Path) -> tuple[bytes, Files, dict[int, int]]:
-    """(id, segments, tokens by handle) of a log with several segments, a compaction and a takeover."""
+    """(id, segments, tokens by handle) of a log with several segments, a compaction and a takeover.
+
+    The tokens of odd handles come with the ids that they were drawn from.
+    """
     log, _ = TokenLog.open(config(path, segment_bytes=300))
     lengths = {log.begin(b"prompt %d" % index, index): 0 for index in range(4)}
 
     def step(*handles: int, finish: FinishReason | None = None) -> None:
-        log.append([token(handle, lengths[handle], finish) for handle in handles])
+        log.append([token(handle, lengths[handle], finish, keeps=handle % 2 == 1) for handle in handles])
         for handle in handles:
             lengths[handle] += 1
 
@@ -477,6 +489,7 @@ def assert_recovers_a_prefix(identity: bytes, files: Files, lengths: dict[int, i
         assert_prefix(request)
         whole = len(request.tokens) == lengths[handle]
         assert len(request.tokens) <= lengths[handle]
+        assert len(request.kept) == (len(request.tokens) if handle % 2 else 0)  # never a token without its ids
         assert (request.payload, request.lineage) == (b"prompt %d" % handle, handle)
         if request.finish_reason is not None:
             ends = {0: FinishReason.STOP, 1: FinishReason.LENGTH, 3: FinishReason.CANCELLED}
@@ -575,11 +588,58 @@ def test_compaction_keeps_what_is_known_and_frees_the_rest(tmp_path: Path) -> No
     assert_prefix(request, 61)
 
 
+def test_kept_ids_survive_restarts_and_compactions_and_count_as_live(tmp_path: Path) -> None:
+    log, _ = TokenLog.open(config(tmp_path, segment_bytes=400))
+    keeps, plain, gone = (log.begin(b"p", 1) for _ in range(3))
+    for index in range(9):
+        log.append([token(keeps, index, keeps=True), token(plain, index), token(gone, index, keeps=True)])
+    log.forget(gone)
+    records = [
+        sum(RECORD_HEADER_BYTES + len(payload) for _, payload in request.records(handle))
+        for handle, request in recover(log_id(tmp_path), SegmentFiles(tmp_path)).replay.requests.items()
+    ]
+    assert log._live_bytes == sum(records)
+    for _ in range(2):
+        log.compact()
+        log.append([token(keeps, index := index + 1, keeps=True)])
+        log.close()
+        log, requests = TokenLog.open(config(tmp_path, segment_bytes=400))
+        records[0] += token(keeps, index, keeps=True).snapshot_bytes
+        assert log._live_bytes == sum(records)
+        assert [(len(request.tokens), len(request.kept)) for request in requests] == [(index + 1, index + 1), (9, 0)]
+        for request in requests:
+            assert_prefix(request)
+    with pytest.raises(InternalError, match="all tokens have kept ids, or none"):
+        log.append([token(keeps, index + 1)])
+    log.close()
+
+
+def test_a_step_torn_between_kept_ids_and_tokens_is_drawn_again(tmp_path: Path) -> None:
+    log, _ = TokenLog.open(config(tmp_path))
+    handle = log.begin(b"p", 1)
+    log.append([token(handle, 0, keeps=True)])
+    log.append([token(handle, 1, keeps=True), token(handle, 2, keeps=True)])
+    log._writer.close()  # as kill does
+    log._flock.close()
+    (file,) = tmp_path.glob("*.wal")
+    os.truncate(file, file.stat().st_size - 1)
+    for index in (1, 2):
+        log, (request,) = TokenLog.open(config(tmp_path))
+        assert_prefix(request, index)
+        assert len(request.kept) == index
+        log.append([token(handle, index, keeps=True)])
+        log.compact()
+        log.close()
+    (request,) = reopened(tmp_path)
+    assert_prefix(request, 3)
+    assert len(request.kept) == 3
+
+
 def test_a_crash_anywhere_in_a_compaction_recovers_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, _ = TokenLog.open(config(tmp_path, segment_bytes=300))
     handles = [log.begin(b"prompt %d" % index, index) for index in range(3)]
     for index in range(4):
-        log.append([token(handle, index) for handle in handles])
+        log.append([token(handle, index, keeps=handle == handles[2]) for handle in handles])
     log.forget(handles[1])
     identity = log_id(tmp_path)
     states: list[Files] = []
@@ -605,13 +665,15 @@ def test_a_crash_anywhere_in_a_compaction_recovers_the_same(tmp_path: Path, monk
         assert list(recovery.replay.requests) == [handles[0], handles[2]]
         for handle, state in recovery.replay.requests.items():
             assert_prefix(state.recovered(handle), 4)
+            assert len(state.recovered(handle).kept) == (4 if handle == handles[2] else 0)
         for name in files.keys() - states[number - 1].keys() if number else ():
             for size in range(len(files[name])):
                 try:
                     cut = recover(identity, {**files, name: files[name][:size]})
                 except CorruptLogError:
                     continue
-                assert [len(state.tokens) for state in cut.replay.requests.values()] == [4 * 29] * 2
+                found = cut.replay.requests.values()
+                assert [(len(state.tokens), len(state.kept)) for state in found] == [(4 * 29, 0), (4 * 29, 4)]
 
 
 def test_what_a_crash_leaves_of_a_compaction_is_removed(tmp_path: Path) -> None:
@@ -877,7 +939,7 @@ while True:
         handle = log.begin(b"p" * 100, 1)
         counts[handle] = 0
         os.write(1, b"%d %d\\n" % (handle, 0))
-    log.append([token(handle, count) for handle, count in counts.items()])
+    log.append([token(handle, count, keeps=handle % 2 == 1) for handle, count in counts.items()])
     for handle in list(counts):
         counts[handle] += 1
         os.write(1, b"%d %d\\n" % (handle, counts[handle]))
@@ -908,6 +970,7 @@ def test_killed_at_any_moment_nothing_reported_is_lost(tmp_path: Path, durabilit
         found = {request.handle: request for request in reopened(tmp_path)}
         for request in found.values():
             assert_prefix(request)
+            assert len(request.kept) == (len(request.tokens) if request.handle % 2 else 0)
         for handle, count in reported.items():
             if count >= 0:
                 # The last step may have been logged and not reported: of all requests or of none.

@@ -20,13 +20,13 @@ from opd_mesh.convert import (
 )
 from opd_mesh.errors import InvalidInputError, TooLongError, TrajectoryError
 from opd_mesh.seeds import derive_seed
-from opd_mesh.trajectory import UINT64_MAX, FinishReason, SamplingParams, Trajectory
+from opd_mesh.trajectory import MAX_KEPT_IDS, UINT64_MAX, FinishReason, SamplingParams, Trajectory
 
 PLAIN = Trajectory("t-1", "sums", token_ids=(5, 6, 7, 8, 9, 10), scored_spans=((2, 4), (5, 6)))
 
 
 FLOATS = st.floats(-1e4, 0, width=32)
-SAMPLING = st.builds(
+PLAIN_SAMPLING = st.builds(
     SamplingParams,
     seed=st.integers(0, UINT64_MAX),
     temperature=st.floats(0, 100, width=32),
@@ -35,6 +35,11 @@ SAMPLING = st.builds(
     max_new_tokens=st.integers(1, 2**31 - 1),
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple),
     grammar=st.text(max_size=30),
+)
+SAMPLING = PLAIN_SAMPLING | st.builds(
+    lambda sampling, top_k: dataclasses.replace(sampling, top_k=top_k, keep_mask=True),
+    PLAIN_SAMPLING,
+    st.integers(1, MAX_KEPT_IDS),
 )
 
 
@@ -48,6 +53,9 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     def per_token(values: st.SearchStrategy[Any]) -> tuple[Any, ...]:
         return tuple(draw(st.lists(values, min_size=rows, max_size=rows) | st.just([])))
 
+    scored = [token for start, end in spans for token in token_ids[start:end]]
+    others = st.lists(st.integers(0, 2**31 - 1), max_size=4)
+    kept = [tuple(sorted({token, *draw(others)})) for token in scored] if draw(st.booleans()) else []
     return Trajectory(
         trajectory_id=draw(st.text(min_size=1, max_size=12)),
         domain=draw(st.text(max_size=8)),
@@ -60,6 +68,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         finish_reason=draw(st.sampled_from(FinishReason)),
         run_id=draw(st.text(max_size=8)),
         lineage=draw(st.integers(0, UINT64_MAX)),
+        kept_token_ids=tuple(kept),
     )
 
 
@@ -97,6 +106,13 @@ def changed(**fields: Any) -> Trajectory:
         (changed(sampling_logprobs=(-1.0,)), "sampling_logprobs", "1 values for 3 scored tokens"),
         (changed(policy_logprobs=(-1.0,) * 6), "policy_logprobs", "6 values for 3"),
         (changed(policy_versions=(1, 2)), "policy_versions", "2 values for 3"),
+        (changed(kept_token_ids=((7,), (8,))), "kept_token_ids", "2 values for 3"),
+        (changed(kept_token_ids=((7,), (), (10,))), "kept_token_ids[1]", "scored token 8 is not among the ids"),
+        (changed(kept_token_ids=((7,), (8,), (9, 11))), "kept_token_ids[2]", "scored token 10 is not among"),
+        (changed(kept_token_ids=((7, 6), (8,), (10,))), "kept_token_ids[0]", "not in ascending order"),
+        (changed(kept_token_ids=((7, 7), (8,), (10,))), "kept_token_ids[0]", "not in ascending order, each once"),
+        (changed(kept_token_ids=((-1, 7), (8,), (10,))), "kept_token_ids[0]", "token id -1 is negative"),
+        (changed(kept_token_ids=((7,), (8,), (10, 100))), "kept_token_ids[2]", "token id 100 is outside"),
         (changed(token_ids=(5, 6, -7, 8, 9, 10)), "token_ids", "token id -7 is negative"),
         (changed(token_ids=(5, 6, 7, 100, 9, 10)), "token_ids", "token id 100 at position 3 is outside"),
     ],
@@ -140,12 +156,25 @@ def test_sampling_out_of_range_is_refused_by_field(field: str, value: float) -> 
     assert caught.value.field == f"sampling.{field}"
 
 
+@pytest.mark.parametrize(("top_k", "taken"), [(0, False), (1, True), (MAX_KEPT_IDS, True), (MAX_KEPT_IDS + 1, False)])
+def test_a_mask_is_told_only_where_top_k_bounds_it(top_k: int, taken: bool) -> None:
+    sampling = SamplingParams(top_k=top_k, top_p=0.9, keep_mask=True)
+    assert sampling_to_proto(sampling).keep_mask
+    if taken:
+        sampling.validate()
+        return
+    with pytest.raises(InvalidInputError, match="set it from 1 to 1024") as caught:
+        sampling.validate()
+    assert caught.value.field == "sampling.keep_mask"
+
+
 def test_the_message_is_validated_on_arrival_and_unset_top_p_is_off() -> None:
     message = sampling_to_proto(SamplingParams())
     message.ClearField("top_p")
     assert sampling_from_proto(message).top_p == 1.0
     assert "grammar" not in sampling_to_proto(SamplingParams()).SerializeToString().decode("latin-1")
-    assert sampling_from_proto(message).grammar == ""  # as of a log that was written before there were any
+    before = sampling_from_proto(message)  # as of a log that was written before there were grammars and masks
+    assert (before.grammar, before.keep_mask) == ("", False)
     message.temperature = -1
     with pytest.raises(InvalidInputError, match="temperature"):
         sampling_from_proto(message)

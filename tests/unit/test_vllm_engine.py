@@ -276,6 +276,15 @@ def test_a_grammar_is_refused(make: EngineMaker) -> None:
         assert caught.value.field == "sampling.grammar"
 
 
+def test_a_mask_that_is_to_be_kept_is_refused(make: EngineMaker) -> None:
+    engine = make()
+    assert engine.max_kept_ids == 0
+    for temperature in (0.0, 1.0):
+        with pytest.raises(InvalidInputError, match="engine: transformers") as caught:
+            engine.check_request(request("a", temperature=temperature, top_k=5, keep_mask=True))
+        assert caught.value.field == "sampling.keep_mask"
+
+
 def test_requests_that_cannot_be_met(make: EngineMaker) -> None:
     engine = make()
     with pytest.raises(TooLongError):

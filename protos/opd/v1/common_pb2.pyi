@@ -70,7 +70,7 @@ class Span(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("seed", "temperature", "top_p", "top_k", "max_new_tokens", "stop_token_ids", "grammar")
+    __slots__ = ("seed", "temperature", "top_p", "top_k", "max_new_tokens", "stop_token_ids", "grammar", "keep_mask")
     SEED_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +78,7 @@ class SamplingParams(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    KEEP_MASK_FIELD_NUMBER: _ClassVar[int]
     seed: int
     temperature: float
     top_p: float
@@ -85,7 +86,8 @@ class SamplingParams(_message.Message):
     max_new_tokens: int
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     grammar: str
-    def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ...) -> None: ...
+    keep_mask: bool
+    def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., max_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ..., keep_mask: _Optional[bool] = ...) -> None: ...
 
 class Policy(_message.Message):
     __slots__ = ("run_id", "lineage", "version", "digest")
@@ -99,8 +101,14 @@ class Policy(_message.Message):
     digest: str
     def __init__(self, run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Trajectory(_message.Message):
-    __slots__ = ("trajectory_id", "domain", "token_ids", "scored_spans", "sampling_logprobs", "policy_logprobs", "policy_versions", "sampling", "finish_reason", "run_id", "lineage")
+    __slots__ = ("trajectory_id", "domain", "token_ids", "scored_spans", "sampling_logprobs", "policy_logprobs", "policy_versions", "sampling", "finish_reason", "run_id", "lineage", "kept_token_ids")
     TRAJECTORY_ID_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +120,7 @@ class Trajectory(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     trajectory_id: str
     domain: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -123,4 +132,5 @@ class Trajectory(_message.Message):
     finish_reason: FinishReason
     run_id: str
     lineage: int
-    def __init__(self, trajectory_id: _Optional[str] = ..., domain: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., scored_spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., sampling_logprobs: _Optional[_Iterable[float]] = ..., policy_logprobs: _Optional[_Iterable[float]] = ..., policy_versions: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ...) -> None: ...
+    kept_token_ids: _containers.RepeatedCompositeFieldContainer[TokenIds]
+    def __init__(self, trajectory_id: _Optional[str] = ..., domain: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., scored_spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., sampling_logprobs: _Optional[_Iterable[float]] = ..., policy_logprobs: _Optional[_Iterable[float]] = ..., policy_versions: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., kept_token_ids: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ...) -> None: ...

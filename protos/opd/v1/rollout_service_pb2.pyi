@@ -57,16 +57,18 @@ class RolloutLoad(_message.Message):
     def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., paused: _Optional[bool] = ..., tokens_generated: _Optional[int] = ..., busy_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., log_full: _Optional[bool] = ..., prefill_tokens: _Optional[int] = ..., shared_prefill_tokens: _Optional[int] = ..., replayed_tokens: _Optional[int] = ..., preempted: _Optional[int] = ...) -> None: ...
 
 class RolloutLimits(_message.Message):
-    __slots__ = ("max_context_tokens", "max_slots", "max_waiting", "grammars")
+    __slots__ = ("max_context_tokens", "max_slots", "max_waiting", "grammars", "max_kept_ids")
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAITING_FIELD_NUMBER: _ClassVar[int]
     GRAMMARS_FIELD_NUMBER: _ClassVar[int]
+    MAX_KEPT_IDS_FIELD_NUMBER: _ClassVar[int]
     max_context_tokens: int
     max_slots: int
     max_waiting: int
     grammars: bool
-    def __init__(self, max_context_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_waiting: _Optional[int] = ..., grammars: _Optional[bool] = ...) -> None: ...
+    max_kept_ids: int
+    def __init__(self, max_context_tokens: _Optional[int] = ..., max_slots: _Optional[int] = ..., max_waiting: _Optional[int] = ..., grammars: _Optional[bool] = ..., max_kept_ids: _Optional[int] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "run_id", "domain", "prompt_token_ids", "sampling", "from_index", "publish", "tokenizer_fingerprint", "last_seen", "shared_prefix_tokens")
@@ -121,18 +123,20 @@ class GenerationStarted(_message.Message):
     def __init__(self, attached: _Optional[bool] = ..., policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ...) -> None: ...
 
 class TokenBatch(_message.Message):
-    __slots__ = ("first_index", "token_ids", "sampling_logprobs", "policy_logprobs", "policy_versions")
+    __slots__ = ("first_index", "token_ids", "sampling_logprobs", "policy_logprobs", "policy_versions", "kept_token_ids")
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     POLICY_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling_logprobs: _containers.RepeatedScalarFieldContainer[float]
     policy_logprobs: _containers.RepeatedScalarFieldContainer[float]
     policy_versions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_logprobs: _Optional[_Iterable[float]] = ..., policy_logprobs: _Optional[_Iterable[float]] = ..., policy_versions: _Optional[_Iterable[int]] = ...) -> None: ...
+    kept_token_ids: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenIds]
+    def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., sampling_logprobs: _Optional[_Iterable[float]] = ..., policy_logprobs: _Optional[_Iterable[float]] = ..., policy_versions: _Optional[_Iterable[int]] = ..., kept_token_ids: _Optional[_Iterable[_Union[_common_pb2.TokenIds, _Mapping]]] = ...) -> None: ...
 
 class GenerationFinished(_message.Message):
     __slots__ = ("trajectory", "stream_entry_id")
