@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from opd_mesh.config.recipe import AccuracyConfig, Recipe
+from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.sections import AccuracyConfig
 from opd_mesh.errors import ConfigError, VerifierError
 from student_trainer.answers import Answer, answers_to, drawn_at, figures
 from student_trainer.rollouts import Rollouts

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from opd_mesh.config.recipe import DiagnosticsConfig
+from opd_mesh.config.sections import DiagnosticsConfig
 
 Line = Mapping[str, float]
 

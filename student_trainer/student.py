@@ -11,7 +11,7 @@ import torch
 from opd_kernels import LinearHead
 from torch import Tensor, nn
 
-from opd_mesh.config.recipe import LoraConfig, StudentConfig
+from opd_mesh.config.sections import LoraConfig, StudentConfig
 from opd_mesh.errors import ConfigError, PreconditionError
 from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
 from opd_mesh.models.forward import BatchLayout, prove_layouts, sequence_hidden_states

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from opd_mesh.config.domains import DomainConfig
 from opd_mesh.config.judging import FrozenJudgeConfig, GrmConfig
-from opd_mesh.config.recipe import Recipe, TeacherRef
+from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.sections import TeacherRef
 from opd_mesh.config.tasks import OthersConfig
 from opd_mesh.errors import ConfigError, ModelNotFoundError
 

@@ -19,7 +19,7 @@ from tiny_models import logits_of, save_tiny_checkpoint, tiny_model, tiny_tokeni
 from opd_mesh import policy_weights
 from opd_mesh.clients.rollout import GenerateSpec, RolloutClient
 from opd_mesh.config.base import parse_config
-from opd_mesh.config.recipe import StudentConfig
+from opd_mesh.config.sections import StudentConfig
 from opd_mesh.config.services import ChannelConfig, RolloutEngineConfig, RolloutServerConfig
 from opd_mesh.errors import CorruptWeightsError, PolicyBaseMismatchError, StalePolicyError
 from opd_mesh.models.checkpoint import served_tensors

@@ -15,7 +15,8 @@ from tiny_models import EOS_ID, save_tiny_checkpoint
 from torch import Tensor
 
 from opd_mesh.config.base import parse_config
-from opd_mesh.config.recipe import Recipe, StudentConfig
+from opd_mesh.config.recipe import Recipe
+from opd_mesh.config.sections import StudentConfig
 from opd_mesh.config.training import DapoConfig, GrpoConfig
 from opd_mesh.errors import InternalError, TrajectoryError
 from opd_mesh.grammar import Grammars, TokenVocabulary

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd_mesh.config.recipe import DiagnosticsConfig
+from opd_mesh.config.sections import DiagnosticsConfig
 from student_trainer.diagnostics import Diagnostics
 
 CONFIG = DiagnosticsConfig(window_steps=3)

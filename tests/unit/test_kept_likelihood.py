@@ -14,7 +14,7 @@ from test_likelihood import gradient_error
 from tiny_models import EOS_ID, save_tiny_checkpoint
 from torch import Tensor
 
-from opd_mesh.config.recipe import StudentConfig
+from opd_mesh.config.sections import StudentConfig
 from opd_mesh.config.training import DapoConfig, GrpoConfig
 from opd_mesh.convert import trajectory_from_proto, trajectory_to_proto
 from opd_mesh.errors import TrajectoryError

@@ -13,7 +13,7 @@ import torch
 from tiny_models import save_tiny_checkpoint
 from torch import Tensor
 
-from opd_mesh.config.recipe import StudentConfig
+from opd_mesh.config.sections import StudentConfig
 from opd_mesh.config.training import DapoConfig, DrGrpoConfig, GrpoConfig, PolicyGradientConfig
 from opd_mesh.errors import InternalError
 from opd_mesh.signals import SignalKind

@@ -10,7 +10,7 @@ import torch
 from tiny_models import save_tiny_checkpoint, tiny_model
 
 from opd_mesh.config.base import parse_config
-from opd_mesh.config.recipe import StudentConfig
+from opd_mesh.config.sections import StudentConfig
 from opd_mesh.errors import ConfigError, PreconditionError
 from opd_mesh.models.checkpoint import load_causal_lm, served_tensors
 from student_trainer.student import Student

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from task_cases import SPELL, domain_of, jsonl, make_domain, recipe_of
 from tiny_models import EOS_ID, tiny_tokenizer
 
-from opd_mesh.config.recipe import EvaluationConfig
+from opd_mesh.config.sections import EvaluationConfig
 from opd_mesh.config.tasks import SplitsConfig
 from opd_mesh.errors import ConfigError
 from student_trainer.tasks import Domain, Prompt, allot, next_prompts
