@@ -160,7 +160,7 @@ def _phase_cell(mean: Estimate, seeds: Mapping[str, float]) -> Cell:
 
 
 JUDGE_COLUMNS = ("agreement", "κ", "distance", "calibration error", "length bias", "for the first", "order decides")
-PROBE_COLUMNS = ("score", "wrong answers raised")
+PROBE_COLUMNS = ("score", "raised")
 
 
 def judge_rows(summary: ExperimentSummary) -> list[Row]:
