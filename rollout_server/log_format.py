@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -43,8 +43,8 @@ ENDED = struct.Struct("<IBI")  # handle, end, bytes of the reason; reason and me
 DELIVERED = struct.Struct("<I")  # handle; the stream entry's id follows
 # handle, lineage, end, delivered, then the sizes of what follows: payload, tokens, reason, message, stream entry id
 SNAPSHOT = struct.Struct("<IQBBIIIII")
-KEPT = struct.Struct("<III")  # handle, index, count; so many token ids follow
-KEPT_ID_BYTES = 4
+_COUNT = struct.Struct("<I")
+_ID_BYTES = 4
 _SEGMENT = struct.Struct("<QQQ")  # epoch, number, bytes
 _TOKEN_FORMAT = "IIiffQB"
 TOKEN = struct.Struct("<" + _TOKEN_FORMAT)
@@ -76,7 +76,7 @@ class Kind(IntEnum):
     FORGOTTEN = 6
     SNAPSHOT = 7
     CLOSED = 8
-    KEPT = 9  # what tokens were drawn from: before the TOKENS of the same write, or behind a SNAPSHOT
+    MASKED_TOKENS = 9  # as TOKENS, with the ids that they were drawn from
 
 
 class End(IntEnum):
@@ -117,10 +117,7 @@ class LoggedToken:
     @property
     def snapshot_bytes(self) -> int:
         """What it adds to the snapshot of its request."""
-        if not self.kept:
-            return TOKEN_BYTES
-        head = KEPT.size if self.index else RECORD_HEADER_BYTES + KEPT.size  # one record for all tokens
-        return TOKEN_BYTES + head + KEPT_ID_BYTES * len(self.kept)
+        return TOKEN_BYTES + (masked_bytes([_ID_BYTES * len(self.kept)], first=self.index == 0) if self.kept else 0)
 
 
 @dataclass(slots=True)
@@ -228,16 +225,26 @@ def encode_tokens(tokens: Sequence[LoggedToken]) -> bytes:
         raise InternalError(f"a token does not fit the log's format: {error}") from error
 
 
-def encode_kept(tokens: Sequence[LoggedToken]) -> bytes:
-    """Payload of KEPT, empty where no token has any. Raises :class:`InternalError` for what does not fit the format."""
+def encode_masked_tokens(tokens: Sequence[LoggedToken]) -> bytes:
+    """Payload of MASKED_TOKENS. Raises :class:`InternalError` for a token that does not fit the format."""
     try:
-        return b"".join(
-            struct.pack(f"<III{len(token.kept)}i", token.handle, token.index, len(token.kept), *token.kept)
-            for token in tokens
-            if token.kept
-        )
+        kept = [struct.pack(f"<{len(token.kept)}i", *token.kept) for token in tokens]
     except struct.error as error:
         raise InternalError(f"the ids that a token was drawn from do not fit the log's format: {error}") from error
+    return join_masked_tokens(encode_tokens(tokens), kept)
+
+
+def join_masked_tokens(entries: bytes, kept: Sequence[bytes]) -> bytes:
+    """Payload of MASKED_TOKENS from that of TOKENS and, of each token, its kept ids as int32."""
+    parts = [_COUNT.pack(len(kept)), entries]
+    for ids in kept:
+        parts += (_COUNT.pack(len(ids) // _ID_BYTES), ids)
+    return b"".join(parts)
+
+
+def masked_bytes(kept: Iterable[int], *, first: bool) -> int:
+    """What kept ids of so many bytes each add to a request's snapshot; the first of them come with a record."""
+    return sum(_COUNT.size + n_bytes for n_bytes in kept) + first * (RECORD_HEADER_BYTES + _COUNT.size)
 
 
 def encode_text(text: str) -> bytes:
@@ -277,18 +284,20 @@ def read_record(data: bytes, offset: int, end: int, seed: int) -> tuple[int, byt
     return (kind, payload) if crc32c_extend(head_crc, payload) == payload_crc else None
 
 
-def kept_entries(payload: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """(handle, index, ids as int32) of each entry of KEPT. Raises :class:`ValueError` where its sizes do not fit."""
-    offset = 0
-    while offset < len(payload):
-        start = offset + KEPT.size
+def split_masked_tokens(payload: bytes) -> tuple[bytes, list[bytes]]:
+    """The inverse of :func:`join_masked_tokens`. Raises :class:`ValueError` where the sizes do not fit."""
+    (count,) = _COUNT.unpack_from(payload)
+    offset = _COUNT.size + count * TOKEN_BYTES
+    entries, kept = payload[_COUNT.size : offset], []
+    for _ in range(count):
+        start = offset + _COUNT.size
         if start > len(payload):
-            raise ValueError("KEPT of a broken size")
-        handle, index, count = KEPT.unpack_from(payload, offset)
-        offset = start + KEPT_ID_BYTES * count
-        if not count or offset > len(payload):
-            raise ValueError(f"KEPT of a broken size: {count} ids")
-        yield handle, index, payload[start:offset]
+            break
+        offset = start + _ID_BYTES * _COUNT.unpack_from(payload, offset)[0]
+        kept.append(payload[start:offset])
+    if offset != len(payload) or len(kept) != count:
+        raise ValueError("MASKED_TOKENS of a broken size")
+    return entries, kept
 
 
 _CANDIDATE = re.compile(rb"\xa5(?=[\x01-\x3f])")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +12,6 @@ from rollout_server.log_format import (
     DELIVERED,
     ENDED,
     HANDLE,
-    KEPT,
-    KEPT_ID_BYTES,
     REASON_OF,
     RECORD_HEADER_BYTES,
     REQUEST,
@@ -29,12 +27,14 @@ from rollout_server.log_format import (
     corrupt,
     encode_text,
     find_record,
-    kept_entries,
+    join_masked_tokens,
+    masked_bytes,
     parse_segment_name,
     read_head,
     read_record,
     segment_name,
     segment_seed,
+    split_masked_tokens,
 )
 
 
@@ -42,8 +42,7 @@ from rollout_server.log_format import (
 class LoggedRequest:
     """A request while the log is replayed: tokens stay as the log's own bytes, which a snapshot copies.
 
-    ``kept`` has the ids that each token was drawn from, or is empty; behind the tokens, those of tokens that a torn
-    write did not leave.
+    ``kept`` has the ids that each token was drawn from, or is empty.
     """
 
     lineage: int
@@ -61,48 +60,38 @@ class LoggedRequest:
         """Of the response."""
         return len(self.tokens) // TOKEN_BYTES
 
-    def add(self, index: int, finish: int, entry: bytes) -> None:
+    def add(self, index: int, finish: int, entry: bytes, ids: bytes = b"") -> None:
         """Append one token. Raises :class:`ValueError` where it cannot follow."""
         if index != self.n_tokens:
             raise ValueError(f"token {index} follows {self.n_tokens} tokens")
-        if self.kept and index >= len(self.kept):
-            raise ValueError(f"token {index} comes without the ids that it was drawn from")
+        if index and bool(ids) != bool(self.kept):
+            raise ValueError(f"token {index} comes {'with' if ids else 'without'} the ids that it was drawn from")
         if self.tokens and self.tokens[-1]:  # the finish of the token before
             raise ValueError("a token follows the last one")
         if finish > End.LENGTH:
             raise ValueError(f"unknown finish {finish}")
         self.tokens += entry
+        if ids:
+            self.kept.append(ids)
         if finish and not self.end:
             self.end = End(finish)
 
-    def keep(self, index: int, ids: bytes) -> None:
-        """The ids that a token is, or will be, drawn from. Raises :class:`ValueError` where they cannot follow."""
-        if index > len(self.kept) or index < min(len(self.kept), self.n_tokens):
-            raise ValueError(f"the ids kept for token {index} follow those for {len(self.kept)} tokens")
-        del self.kept[index:]  # of tokens that a crash tore off, and that are drawn again
-        self.kept.append(ids)
-
     @property
     def snapshot_bytes(self) -> int:
-        """Of SNAPSHOT and KEPT."""
-        texts = len(self.reason) + len(self.message) + len(self.stream_entry_id)
-        kept = self.kept[: self.n_tokens]
-        kept_bytes = sum(KEPT.size + len(ids) for ids in kept) + (RECORD_HEADER_BYTES if kept else 0)
-        return SNAPSHOT_BYTES + len(self.payload) + len(self.tokens) + texts + kept_bytes
+        """Of what :meth:`records` gives, with headers."""
+        texts = sum(len(encode_text(text)) for text in (self.reason, self.message, self.stream_entry_id))
+        masked = masked_bytes(map(len, self.kept), first=True) if self.kept else 0
+        return SNAPSHOT_BYTES + len(self.payload) + len(self.tokens) + texts + masked
 
     def records(self, handle: int) -> Iterator[tuple[Kind, bytes]]:
         """What says all of it again."""
-        yield Kind.SNAPSHOT, self.snapshot(handle)
-        if kept := self.kept[: self.n_tokens]:
-            entries = (KEPT.pack(handle, index, len(ids) // KEPT_ID_BYTES) + ids for index, ids in enumerate(kept))
-            yield Kind.KEPT, b"".join(entries)
-
-    def snapshot(self, handle: int) -> bytes:
-        """Payload of SNAPSHOT."""
         texts = [encode_text(text) for text in (self.reason, self.message, self.stream_entry_id)]
-        sizes = (len(self.payload), self.n_tokens, *map(len, texts))
+        tokens = b"" if self.kept else bytes(self.tokens)
+        sizes = (len(self.payload), len(tokens) // TOKEN_BYTES, *map(len, texts))
         head = SNAPSHOT.pack(handle, self.lineage, self.end, self.delivered, *sizes)
-        return b"".join((head, self.payload, self.tokens, *texts))
+        yield Kind.SNAPSHOT, b"".join((head, self.payload, tokens, *texts))
+        if self.kept:
+            yield Kind.MASKED_TOKENS, join_masked_tokens(bytes(self.tokens), self.kept)
 
     def recovered(self, handle: int) -> RecoveredRequest:
         """As the server wants it."""
@@ -115,7 +104,7 @@ class LoggedRequest:
             sampling_logprobs=columns["sampling_logprob"].tolist(),
             policy_logprobs=columns["policy_logprob"].tolist(),
             policy_versions=columns["policy_version"].tolist(),
-            kept=[tuple(np.frombuffer(ids, "<i4").tolist()) for ids in self.kept[: self.n_tokens]],
+            kept=[tuple(np.frombuffer(ids, "<i4").tolist()) for ids in self.kept],
             finish_reason=REASON_OF.get(self.end),
             error=(self.reason, self.message) if self.end is End.FAILED else None,
             delivered=self.delivered,
@@ -139,8 +128,8 @@ class Replay:
             if len(payload) % TOKEN_BYTES:
                 raise ValueError("TOKENS of a broken size")
             self._tokens(payload)
-        elif kind == Kind.KEPT:
-            self._kept(payload)
+        elif kind == Kind.MASKED_TOKENS:
+            self._tokens(*split_masked_tokens(payload))
         elif kind == Kind.REQUEST:
             handle, lineage = REQUEST.unpack_from(payload)
             self._begin(handle, lineage, payload[REQUEST.size :])
@@ -171,22 +160,12 @@ class Replay:
         request = self.requests[handle] = LoggedRequest(lineage, payload)
         return request
 
-    def _tokens(self, entries: bytes, only: int | None = None) -> None:
-        offset = 0
-        for handle, index, _, _, _, _, finish in TOKEN.iter_unpack(entries):
+    def _tokens(self, entries: bytes, kept: Sequence[bytes] = (), only: int | None = None) -> None:
+        for place, (handle, index, _, _, _, _, finish) in enumerate(TOKEN.iter_unpack(entries)):
             if only not in (None, handle):
                 raise ValueError("a token of another request in a snapshot")
-            self.requests[handle].add(index, finish, entries[offset : offset + TOKEN_BYTES])
-            offset += TOKEN_BYTES
-
-    def _kept(self, payload: bytes) -> None:
-        named: dict[int, LoggedRequest] = {}
-        for handle, index, ids in kept_entries(payload):
-            request = named[handle] = self.requests[handle]
-            request.keep(index, ids)
-        for handle, request in named.items():
-            if len(request.kept) < request.n_tokens:
-                raise ValueError(f"ids are kept for {len(request.kept)} of {request.n_tokens} tokens of {handle}")
+            entry = entries[place * TOKEN_BYTES : (place + 1) * TOKEN_BYTES]
+            self.requests[handle].add(index, finish, entry, kept[place] if kept else b"")
 
     def _snapshot(self, payload: bytes) -> None:
         handle, lineage, end, delivered, *sizes = SNAPSHOT.unpack_from(payload)

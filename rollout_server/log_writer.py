@@ -124,10 +124,10 @@ class SegmentWriter:
 
     def put(self, kind: Kind, payload: bytes, *, must: bool = False) -> int:
         """:meth:`put_many` of one."""
-        return self.put_many([(kind, payload)], must=must)
+        return self.put_many(kind, [payload], must=must)
 
-    def put_many(self, records: Sequence[tuple[Kind, bytes]], *, must: bool = False) -> int:
-        """Write records, all or none of them in the eyes of this process; returns how many there are now.
+    def put_many(self, kind: Kind, payloads: Sequence[bytes], *, must: bool = False) -> int:
+        """Write records of one kind, all or none of them in the eyes of this process; returns how many there are now.
 
         After a crash the first of them alone may be there. The fence is asked before and after: an owner that was
         suspended between the two may have written what its successor does not count, and must not say that it is
@@ -140,10 +140,10 @@ class SegmentWriter:
         if not must:
             if self.reserve.spent and not self.reserve.restore():
                 self._refuse(OSError(errno.ENOSPC, "there is room for the end of requests only"))
-            n_bytes = sum(RECORD_HEADER_BYTES + len(payload) for _, payload in records)
+            n_bytes = sum(RECORD_HEADER_BYTES + len(payload) for payload in payloads)
             if self.size + n_bytes > self._segment_bytes and self.size > self._empty_size:
                 self.rotate(self.number + 1)
-        self._sure(lambda: self._write(records), must)
+        self._sure(lambda: self._write(kind, payloads), must)
         self.met_full_disk = False
         self.require_owned()
         return self.records
@@ -248,13 +248,13 @@ class SegmentWriter:
         if self.on_full is not None:
             self.on_full()
 
-    def _write(self, records: Sequence[tuple[Kind, bytes]]) -> None:
-        encoded, size = [], self.size
-        for kind, payload in records:
-            encoded.append(encode_record(self._seed, size, kind, payload))
-            size += len(encoded[-1])
+    def _write(self, kind: Kind, payloads: Sequence[bytes]) -> None:
+        records, size = [], self.size
+        for payload in payloads:
+            records.append(encode_record(self._seed, size, kind, payload))
+            size += len(records[-1])
         try:
-            write_whole(self._fd, b"".join(encoded))
+            write_whole(self._fd, b"".join(records))
         except OSError:
             os.ftruncate(self._fd, self.size)
             raise

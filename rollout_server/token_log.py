@@ -27,7 +27,7 @@ from rollout_server.log_format import (
     encode_delivered,
     encode_ended,
     encode_forgotten,
-    encode_kept,
+    encode_masked_tokens,
     encode_request,
     encode_tokens,
 )
@@ -193,10 +193,8 @@ class TokenLog:
             if first + len(requests) - 1 > MAX_HANDLE:
                 raise InternalError("the log has used up its handles: begin a new one")
             records = self._writer.put_many(
-                [
-                    (Kind.REQUEST, encode_request(handle, lineage, payload))
-                    for handle, (payload, lineage) in enumerate(requests, first)
-                ]
+                Kind.REQUEST,
+                [encode_request(first + index, lineage, payload) for index, (payload, lineage) in enumerate(requests)],
             )
             self._next_handle += len(requests)
             for handle, (payload, _) in enumerate(requests, first):
@@ -234,9 +232,10 @@ class TokenLog:
                     taken.append(request)
                 if not written:
                     return
-                # Kept ids first: what a torn write leaves of the two is never a token without its ids.
-                kept = [(Kind.KEPT, entries)] if (entries := encode_kept(written)) else []
-                records = self._writer.put_many([*kept, (Kind.TOKENS, encode_tokens(written))])
+                if any(token.kept for token in written):
+                    records = self._writer.put(Kind.MASKED_TOKENS, encode_masked_tokens(written))
+                else:
+                    records = self._writer.put(Kind.TOKENS, encode_tokens(written))
             except BaseException:
                 for request in taken:  # none of them had finished before, or it would not have been taken
                     request.next_index -= 1
@@ -275,11 +274,11 @@ class TokenLog:
         """:meth:`delivered` for many (handle, stream entry id) in one write."""
         with self._lock:
             found = [(request, handle, entry) for handle, entry in entries if (request := self._find(handle))]
-            records = [(Kind.DELIVERED, encode_delivered(handle, entry)) for _, handle, entry in found]
-            if not records:
+            payloads = [encode_delivered(handle, entry) for _, handle, entry in found]
+            if not payloads:
                 return
-            self._writer.put_many(records, must=True)
-            for (request, _, _), (_, payload) in zip(found, records, strict=True):
+            self._writer.put_many(Kind.DELIVERED, payloads, must=True)
+            for (request, _, _), payload in zip(found, payloads, strict=True):
                 self._grow(request, len(payload))
 
     def forget(self, handle: int) -> None:
@@ -292,7 +291,7 @@ class TokenLog:
             found = [handle for handle in dict.fromkeys(handles) if self._find(handle) is not None]
             if not found:
                 return
-            self._writer.put_many([(Kind.FORGOTTEN, encode_forgotten(handle)) for handle in found], must=True)
+            self._writer.put_many(Kind.FORGOTTEN, [encode_forgotten(handle) for handle in found], must=True)
             for handle in found:
                 self._live_bytes -= self._known.pop(handle).n_bytes
             self._compact_if_due()

@@ -15,6 +15,7 @@ from opd_mesh.trajectory import FinishReason
 from rollout_server.log_format import (
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
+    SNAPSHOT_BYTES,
     TOKEN_DTYPE,
     End,
     Kind,
@@ -24,13 +25,14 @@ from rollout_server.log_format import (
     encode_ended,
     encode_forgotten,
     encode_header,
-    encode_kept,
     encode_manifest,
+    encode_masked_tokens,
     encode_record,
     encode_request,
     encode_tokens,
     find_record,
     header_log_id,
+    join_masked_tokens,
     parse_segment_name,
     read_record,
     segment_name,
@@ -104,10 +106,12 @@ def test_a_snapshot_keeps_every_id_and_the_bits_of_every_float(
     replay = Replay()
     replay.apply(Kind.REQUEST, encode_request(3, 2**64 - 1, payload))
     for index, word in enumerate(bits):
-        if ids is not None:
-            replay.apply(Kind.KEPT, encode_kept([kept(3, index, *ids[index])]))
         entry = struct.pack("<IIiIIQB", 3, index, index, word, word ^ 1, 2**64 - 1, 0)
-        replay.apply(Kind.TOKENS, entry)
+        if ids is None:
+            replay.apply(Kind.TOKENS, entry)
+        else:
+            packed = struct.pack(f"<{len(ids[index])}i", *ids[index])
+            replay.apply(Kind.MASKED_TOKENS, join_masked_tokens(entry, [packed]))
     replay.apply(Kind.ENDED, encode_ended(3, End.FAILED, reason, message))
     if delivered:
         replay.apply(Kind.DELIVERED, encode_delivered(3, "17-0"))
@@ -116,11 +120,8 @@ def test_a_snapshot_keeps_every_id_and_the_bits_of_every_float(
         again.apply(kind, record)
     assert again.requests == replay.requests
     assert again.requests[3].recovered(3).kept == [tuple(one) for one in (ids or [])[: len(bits)]]
-    if ids is not None:  # of a step that a crash tore
-        replay.apply(Kind.KEPT, encode_kept([kept(3, len(bits) + more, 1) for more in range(3)]))
-        assert list(replay.requests[3].records(3)) == list(again.requests[3].records(3))
-        assert replay.requests[3].recovered(3).kept == again.requests[3].recovered(3).kept  # floats may be NaN
-        assert replay.requests[3].snapshot_bytes == again.requests[3].snapshot_bytes
+    whole = sum(RECORD_HEADER_BYTES + len(record) for _, record in replay.requests[3].records(3))
+    assert replay.requests[3].snapshot_bytes == whole
     assert again.next_handle == replay.next_handle == 4
     assert again.requests[3].recovered(3).error == (reason, message)
     assert again.requests[3].recovered(3).stream_entry_id == ("17-0" if delivered else "")
@@ -155,7 +156,7 @@ def test_what_does_not_fit_is_refused(wrong: LoggedToken) -> None:
     with pytest.raises(InternalError, match="does not fit"):
         encode_request(0, -1, b"")
     with pytest.raises(InternalError, match="do not fit"):
-        encode_kept([kept(0, 0, 2**31)])
+        encode_masked_tokens([kept(0, 0, 2**31)])
 
 
 def test_names() -> None:
@@ -188,7 +189,8 @@ def test_all_kinds_of_ends() -> None:
     assert (recovery.clean, recovery.torn, recovery.replay.next_handle) == (True, None, 6)
     again = Replay()
     for handle, request in recovery.replay.requests.items():
-        again.apply(Kind.SNAPSHOT, request.snapshot(handle))
+        for kind, payload in request.records(handle):
+            again.apply(kind, payload)
     assert again.requests == recovery.replay.requests
 
 
@@ -208,31 +210,21 @@ def test_all_kinds_of_ends() -> None:
         ([(Kind.FORGOTTEN, encode_forgotten(1))], "of no request"),
         ([(Kind.FORGOTTEN, b"")], "cannot be"),
         ([(Kind.SNAPSHOT, b"x" * 40)], "broken size"),
-        ([(Kind.KEPT, encode_kept([kept(1, 0, 5)]))], "of no request"),
-        ([(Kind.KEPT, encode_kept([kept(0, 1, 5)]))], "for token 1 follow those for 0"),
-        ([(Kind.KEPT, encode_kept([kept(0, 0, 5)])[:-1])], "broken size"),
-        ([(Kind.KEPT, encode_kept([kept(0, 0, 5)]) + b"x")], "broken size"),
-        ([(Kind.KEPT, struct.pack("<III", 0, 0, 0))], "broken size: 0 ids"),
-        ([(Kind.KEPT, struct.pack("<IIIi", 0, 0, 2**32 - 1, 5))], "broken size"),
+        ([(Kind.MASKED_TOKENS, encode_masked_tokens([kept(1, 0, 5)]))], "of no request"),
+        ([(Kind.MASKED_TOKENS, encode_masked_tokens([kept(0, 1, 5)]))], "token 1 follows 0"),
+        ([(Kind.MASKED_TOKENS, encode_masked_tokens([kept(0, 0, 5)])[:-1])], "broken size"),
+        ([(Kind.MASKED_TOKENS, encode_masked_tokens([kept(0, 0, 5)]) + b"x")], "broken size"),
+        ([(Kind.MASKED_TOKENS, struct.pack("<I", 2**32 - 1))], "broken size"),
+        ([(Kind.MASKED_TOKENS, encode_masked_tokens([kept(0, 0)])[:-4] + b"\xff" * 4)], "broken size"),
+        ([(Kind.MASKED_TOKENS, b"\0\0\0")], "cannot be"),
         (
             [
-                (Kind.TOKENS, encode_tokens([token(0, 0), token(0, 1)])),
-                (Kind.KEPT, encode_kept([kept(0, 0, 5)])),
-            ],
-            "for 1 of 2 tokens",
-        ),
-        (
-            [
-                (Kind.KEPT, encode_kept([kept(0, 0, 5)])),
                 (Kind.TOKENS, encode_tokens([token(0, 0)])),
-                (Kind.KEPT, encode_kept([kept(0, 0, 5)])),
+                (Kind.MASKED_TOKENS, encode_masked_tokens([kept(0, 1, 5)])),
             ],
-            "for token 0 follow those for 1",
+            "token 1 comes with the ids",
         ),
-        (
-            [(Kind.KEPT, encode_kept([kept(0, 0, 5)])), (Kind.TOKENS, encode_tokens([token(0, 0), token(0, 1)]))],
-            "token 1 comes without the ids",
-        ),
+        ([(Kind.MASKED_TOKENS, encode_masked_tokens([kept(0, 0, 5), token(0, 1)]))], "token 1 comes without the ids"),
         ([(Kind.CLOSED, b""), (Kind.FORGOTTEN, encode_forgotten(0))], "follows CLOSED"),
         ([(Kind.MANIFEST, b"")], "unknown record type 1"),
         ([(42, b"")], "unknown record type 42"),
@@ -267,20 +259,23 @@ def test_only_the_newest_segment_may_be_torn() -> None:
         recover(LOG_ID, {names[0]: first, names[1]: segment([], number=1, manifest=(short,))})
 
 
-def test_kept_ids_whose_tokens_were_torn_off_are_let_go_of() -> None:
-    step = (Kind.KEPT, encode_kept([kept(0, 0, 3, 5), kept(0, 1, 4)]))
-    torn = recovered(BEGUN, step).replay.requests[0].recovered(0)
-    assert (torn.tokens, torn.kept) == ([], [])
-    # The next owner draws one token at a time, and from other ids.
-    again = recovered(
-        BEGUN,
-        step,
-        (Kind.KEPT, encode_kept([kept(0, 0, 9)])),
-        (Kind.TOKENS, encode_tokens([token(0, 0)])),
-        (Kind.KEPT, encode_kept([kept(0, 1, 8)])),
-        (Kind.TOKENS, encode_tokens([token(0, 1)])),
-    )
-    assert again.replay.requests[0].recovered(0).kept == [(9,), (8,)]
+def test_a_step_is_one_record_though_only_some_of_it_has_kept_ids() -> None:
+    step = encode_masked_tokens([kept(0, 0, 3, 5), token(1, 0)])
+    requests = recovered(BEGUN, (Kind.REQUEST, encode_request(1, 9, b"q")), (Kind.MASKED_TOKENS, step)).replay.requests
+    found = [requests[handle].recovered(handle) for handle in (0, 1)]
+    assert [(request.tokens, request.kept) for request in found] == [([0], [(3, 5)]), ([100], [])]
+    assert requests[1].snapshot_bytes == token(1, 0).snapshot_bytes + SNAPSHOT_BYTES + 1
+    assert requests[0].snapshot_bytes == kept(0, 0, 3, 5).snapshot_bytes + SNAPSHOT_BYTES + len(requests[0].payload)
+
+
+def test_a_hole_in_the_newest_step_is_a_torn_end_however_large_its_masks_are() -> None:
+    """As a power cut leaves it: a block of the last write that never reached the disk."""
+    step = encode_masked_tokens([kept(0, 0, *range(4000))])
+    data = bytearray(segment([BEGUN, (Kind.MASKED_TOKENS, step)]))
+    data[-8192:-4096] = bytes(4096)
+    recovery = recover(LOG_ID, {segment_name(1, 0): bytes(data)})
+    assert recovery.torn is not None
+    assert recovery.replay.requests[0].tokens == b""
 
 
 def test_foreign_and_newer_segments_are_refused() -> None:

@@ -614,7 +614,7 @@ def test_kept_ids_survive_restarts_and_compactions_and_count_as_live(tmp_path: P
     log.close()
 
 
-def test_a_step_torn_between_kept_ids_and_tokens_is_drawn_again(tmp_path: Path) -> None:
+def test_a_torn_step_with_kept_ids_is_drawn_again(tmp_path: Path) -> None:
     log, _ = TokenLog.open(config(tmp_path))
     handle = log.begin(b"p", 1)
     log.append([token(handle, 0, keeps=True)])
