@@ -117,7 +117,7 @@ class Judging:
                                 refused = error
                         if refused is not None and not may_come_back:
                             raise refused
-                        if last is not None and patience.is_over():
+                        if patience.is_over() and last is not None:
                             raise last
                         await asyncio.sleep(RETRY_S)
         except TimeoutError:

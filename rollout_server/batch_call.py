@@ -51,7 +51,8 @@ class _Item:
         if (size := result.ByteSize()) > max_bytes:
             self.outcome = TooLongError(
                 f"the trajectory has {size} bytes, {max_bytes} fit a message: publish it and leave it out of the "
-                "answer, lower top_k or max_new_tokens, or leave keep_mask out",
+                "answer, lower top_k or max_new_tokens, or raise server.max_message_bytes here and the same key of "
+                "the client's channel",
                 field="return_trajectory",
             )
             result = self.result()

@@ -125,7 +125,7 @@ class RecoveredRequest:
     """What the log knows of one request.
 
     ``error`` is (reason, message) where generation failed; ``finish_reason`` is None where it failed or has not ended;
-    ``kept`` has the ids that each token was drawn from, or is empty.
+    ``kept`` has the ids that each token was drawn from (:func:`unpack_ids`), or is empty.
     """
 
     handle: int
@@ -135,7 +135,7 @@ class RecoveredRequest:
     sampling_logprobs: list[float]
     policy_logprobs: list[float]
     policy_versions: list[int]
-    kept: list[tuple[int, ...]]
+    kept: list[bytes]
     finish_reason: FinishReason | None
     error: tuple[str, str] | None
     delivered: bool
@@ -225,13 +225,22 @@ def encode_tokens(tokens: Sequence[LoggedToken]) -> bytes:
         raise InternalError(f"a token does not fit the log's format: {error}") from error
 
 
-def encode_masked_tokens(tokens: Sequence[LoggedToken]) -> bytes:
-    """Payload of MASKED_TOKENS. Raises :class:`InternalError` for a token that does not fit the format."""
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as int32: a ninth of what a tuple of them takes. Raises :class:`InternalError` for what is none."""
     try:
-        kept = [struct.pack(f"<{len(token.kept)}i", *token.kept) for token in tokens]
+        return struct.pack(f"<{len(ids)}i", *ids)
     except struct.error as error:
         raise InternalError(f"the ids that a token was drawn from do not fit the log's format: {error}") from error
-    return join_masked_tokens(encode_tokens(tokens), kept)
+
+
+def unpack_ids(packed: bytes) -> tuple[int, ...]:
+    """The inverse of :func:`pack_ids`."""
+    return struct.unpack(f"<{len(packed) // _ID_BYTES}i", packed)
+
+
+def encode_masked_tokens(tokens: Sequence[LoggedToken]) -> bytes:
+    """Payload of MASKED_TOKENS. Raises :class:`InternalError` for a token that does not fit the format."""
+    return join_masked_tokens(encode_tokens(tokens), [pack_ids(token.kept) for token in tokens])
 
 
 def join_masked_tokens(entries: bytes, kept: Sequence[bytes]) -> bytes:

@@ -104,7 +104,7 @@ class LoggedRequest:
             sampling_logprobs=columns["sampling_logprob"].tolist(),
             policy_logprobs=columns["policy_logprob"].tolist(),
             policy_versions=columns["policy_version"].tolist(),
-            kept=[tuple(np.frombuffer(ids, "<i4").tolist()) for ids in self.kept],
+            kept=list(self.kept),
             finish_reason=REASON_OF.get(self.end),
             error=(self.reason, self.message) if self.end is End.FAILED else None,
             delivered=self.delivered,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from opd_mesh.errors import InvalidInputError, OpdError, RequestConflictError, RequestNotFoundError
 from opd_mesh.trajectory import FinishReason, SamplingParams, Trajectory
 from rollout_server.generation import TokenEvent
+from rollout_server.log_format import pack_ids, unpack_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class RequestState:
     sampling_logprobs: list[float] = field(default_factory=list)
     policy_logprobs: list[float] = field(default_factory=list)
     policy_versions: list[int] = field(default_factory=list)
-    kept: list[tuple[int, ...]] = field(default_factory=list)  # with ``keep_mask``, the ids each was drawn from
+    kept: list[bytes] = field(default_factory=list)  # with ``keep_mask``, the ids each was drawn from, packed
     finish_reason: FinishReason | None = None
     error: OpdError | None = None
     # True where `error` is the end of it. Otherwise it may yet be delivered, or be written on by another server.
@@ -76,7 +77,7 @@ class RequestState:
         self.policy_logprobs.append(event.policy_logprob)
         self.policy_versions.append(event.policy_version)
         if event.kept:
-            self.kept.append(event.kept)
+            self.kept.append(pack_ids(event.kept))
         self.finish_reason = event.finish_reason
 
     def when_ended(self, tell: Callable[[RequestState], None]) -> None:
@@ -123,7 +124,7 @@ class RequestState:
             finish_reason=self.finish_reason or FinishReason.CANCELLED,
             run_id=self.params.run_id,
             lineage=self.lineage,
-            kept_token_ids=tuple(self.kept),
+            kept_token_ids=tuple(map(unpack_ids, self.kept)),
         )
 
 

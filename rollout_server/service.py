@@ -29,11 +29,13 @@ from opd_mesh.errors import (
 from opd_mesh.policy import PolicyId, is_new_policy
 from opd_mesh.policy_weights import host_id, read_shared
 from opd_mesh.rpc.server import with_idle_timeout
+from opd_mesh.rpc.writer import MESSAGE_BYTES
 from opd_mesh.stream import TrajectoryStream
 from opd_mesh.tensors import TensorAssembler
 from rollout_server.batch_call import BatchCall
 from rollout_server.engines import LoadedEngine
 from rollout_server.generations import Generations, check_seen
+from rollout_server.log_format import unpack_ids
 from rollout_server.policy_transfer import ServedWeights
 from rollout_server.request_log import params_from_proto
 from rollout_server.requests import RequestParams, RequestState
@@ -44,6 +46,7 @@ log = logging.getLogger("rollout_server")
 # What the run of a policy that nobody trains is called, before the beginning of its digest: versions of one run are in
 # an order, and those of two checkpoints are not.
 FROZEN_RUN = "frozen"
+TOKEN_BYTES = 32  # of a token in a message, without kept ids; at most
 
 
 class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
@@ -259,8 +262,9 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
                 check_seen(state, request.from_index, request.last_seen)
                 unproved = False
             if written > sent:
-                yield rollout_service_pb2.GenerateResponse(tokens=_token_batch(state, sent, written))
-                sent = written
+                end = _end_of_piece(state, sent, written)
+                yield rollout_service_pb2.GenerateResponse(tokens=_token_batch(state, sent, end))
+                sent = end
             elif state.error is not None:
                 raise state.error
             elif state.ended:
@@ -383,6 +387,15 @@ class RolloutServicer(rollout_service_pb2_grpc.RolloutServiceServicer):
             await stream.close()
 
 
+def _end_of_piece(state: RequestState, start: int, written: int) -> int:
+    """How much of what is written goes into one message: kept ids may be many."""
+    end, room = start, MESSAGE_BYTES
+    while end < written and room > 0:
+        room -= TOKEN_BYTES + (2 * len(state.kept[end]) if state.kept else 0)
+        end += 1
+    return end
+
+
 def _token_batch(state: RequestState, start: int, end: int) -> rollout_service_pb2.TokenBatch:
     return rollout_service_pb2.TokenBatch(
         first_index=start,
@@ -390,5 +403,5 @@ def _token_batch(state: RequestState, start: int, end: int) -> rollout_service_p
         sampling_logprobs=state.sampling_logprobs[start:end],
         policy_logprobs=state.policy_logprobs[start:end],
         policy_versions=state.policy_versions[start:end],
-        kept_token_ids=kept_to_proto(state.kept[start:end]),
+        kept_token_ids=kept_to_proto(map(unpack_ids, state.kept[start:end])),
     )

@@ -32,9 +32,11 @@ def check_behaviour(trajectory: Trajectory, *, masks_applied: bool = True) -> No
     sampling = trajectory.sampling
     if not trajectory.sampling_logprobs:
         raise TrajectoryError("required: the objective has ratios of policies in it", field="sampling_logprobs")
-    if sampling.temperature <= 0 or (sampling.truncates and not masks_applied):
+    if sampling.temperature <= 0:
+        raise TrajectoryError("ratios of policies need a temperature above 0", field="sampling.temperature")
+    if sampling.truncates and not masks_applied:
         raise TrajectoryError(
-            "ratios of policies need a temperature above 0, top_p 1 and top_k 0: what was cut off has none",
+            "ratios of policies over the whole vocabulary need top_p 1 and top_k 0: what was cut off has none",
             field="sampling",
         )
     require_mask(trajectory)

@@ -59,10 +59,12 @@ def token_masks(
         if grammars is None:
             raise InternalError("a response with a grammar, and no tokenizer to read it by")
         masks = _replayed(one, grammars())
-        replayed.append(masks.packed_MB)
+        replayed.append(masks.packed_MB[:, : -(-vocab_size // 8)])  # the head may have fewer ids than the tokenizer
         parts.append((False, masks.index_R + num_replayed))
         num_replayed += len(masks.packed_MB)
-    packed_MB = np.concatenate([_packed(list(places), vocab_size), *replayed])
+    packed_MB = _packed(list(places), vocab_size)  # large: not copied without need
+    if replayed:
+        packed_MB = np.concatenate([packed_MB, *replayed])
     return TokenMasks(packed_MB, np.concatenate([index_R + (0 if kept else len(places)) for kept, index_R in parts]))
 
 

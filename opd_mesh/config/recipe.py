@@ -228,6 +228,11 @@ class Recipe(Strict):
                 f"leave, and these travel with the token, so top_k has to bound them: set it from 1 to {MAX_KEPT_IDS}, "
                 f"not {self.rollout.top_k}, or set top_p to 1 and top_k to 0"
             )
+        if self.keeps_masks and self.rollout.engine.engine == "vllm":
+            raise ValueError(
+                f"rollout.engine.engine: vllm does not tell the ids that top_p and top_k leave, which {name} needs; "
+                "choose transformers, or set top_p to 1 and top_k to 0"
+            )
         if self.keeps_masks and objective.kl is not None:
             raise ValueError(
                 "objective.kl: the reference's log-probabilities are over all ids, and rollout.top_p or rollout.top_k "

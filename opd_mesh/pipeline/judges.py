@@ -14,8 +14,9 @@ Rows = Sequence[Mapping[str, Any]]  # of an answers file, see student_trainer.an
 
 
 def judge_figures(domains: Mapping[str, DomainConfig], answers: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
-    """By judging domain: ``agreement`` with gold, ``calibration``, ``length_bias``, of pairs ``position_bias``, and of
-    a probe what it did, all as :mod:`opd_mesh.judging` has them.
+    """By judging domain: how many were ``asked`` for and came as ``verdicts``; of these ``agreement`` with gold,
+    ``calibration``, ``length_bias``, of pairs ``position_bias``, and of a probe what it did, all as
+    :mod:`opd_mesh.judging` has them.
 
     What cannot be told is None: a probe where the same answers were not judged as they are, too.
 
@@ -32,6 +33,7 @@ def judge_figures(domains: Mapping[str, DomainConfig], answers: Mapping[str, Row
         said, gold = [row["said"] for row in verdicts], [row["gold"] for row in verdicts]
         chars = [row["judged_chars"] for row in verdicts if row.get("judged_chars") is not None]
         found[name] = {
+            "asked": len(rows),
             "verdicts": len(verdicts),
             "agreement": _or_none(agreement(said, gold)),
             "calibration": _or_none(calibration(said, gold)),
@@ -55,10 +57,16 @@ def _plain(domains: Mapping[str, DomainConfig], name: str, answers: Mapping[str,
     """What was said of the answers of a probing domain as they are, by prompt; of none, where nobody was asked."""
     judging = domains[name].judging
     assert judging is not None
+    wanted = _asked(domains[name].replace(judging=judging.replace(probe=None)))
     for other, rows in answers.items():
-        if other in domains and domains[other].judging == judging.replace(probe=None):
+        if other in domains and _asked(domains[other]) == wanted:
             return {row["prompt_index"]: row["said"] for row in rows if row.get("said") is not None}
     return {}
+
+
+def _asked(config: DomainConfig) -> DomainConfig:
+    """What an evaluation depends on."""
+    return config.replace(share=1.0, teachers={})
 
 
 def _by_order(rows: Rows) -> list[tuple[list[float], list[float]]]:
@@ -70,7 +78,8 @@ def _by_order(rows: Rows) -> list[tuple[list[float], list[float]]]:
             swapped.append(1 - row["said"])
         else:
             given.append(row["said"])
-    return list(pairs.values())
+    # With one order alone, whom the judge is for would be whoever deserves it.
+    return [orders for orders in pairs.values() if all(orders)]
 
 
 def _or_none(figures: Any) -> dict[str, Any] | None:

@@ -79,7 +79,7 @@ class Results:
                 if self._probes(domain):  # no skill: see _judges
                     continue
                 accuracy, graded = scores["accuracy"], scores["graded"]
-                path = (answers.path / "answers" / f"{domain}.jsonl").relative_to(self._store.root.parent)
+                path = self._answers_path(answers, domain)
                 line = {
                     "seed": seed,
                     "stage": name,
@@ -90,6 +90,10 @@ class Results:
                     "answers": str(path),
                 }
                 system["domains"].setdefault(domain, []).append(line)
+
+    def _answers_path(self, answers: Artefact, domain: str) -> Path:
+        """Relative to the pipeline's folder."""
+        return (answers.path / "answers" / f"{domain}.jsonl").relative_to(self._store.root.parent)
 
     def _probes(self, domain: str) -> bool:
         judging = self._pipeline.domains[domain].judging
@@ -114,7 +118,8 @@ class Results:
                         if domains[domain].judging is not None
                     }
                     for domain, figures in judge_figures(domains, rows).items():
-                        line = {"seed": seed, "stage": name, **figures}
+                        path = str(self._answers_path(answers, domain))
+                        line = {"seed": seed, "stage": name, "split": stage.split, **figures, "answers": path}
                         found.setdefault(model, {}).setdefault(domain, []).append(line)
         return found
 

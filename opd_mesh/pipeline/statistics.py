@@ -223,7 +223,10 @@ def summarize(run_dir: Path, *, resamples: int = RESAMPLES) -> ExperimentSummary
         phases=_phases(results.get("phases")),
         chosen={name: system["chosen"] for name, system in trained.items() if system.get("chosen")},
         cost={name: dict(system["cost"]) for name, system in trained.items() if system.get("cost")},
-        judges=results.get("judges") or {},
+        judges={
+            name: {domain: _of_one_stage(entries) for domain, entries in found.items()}
+            for name, found in (results.get("judges") or {}).items()
+        },
         experts_mean=comparison.mean_of_experts(roles.experts),
         status=str(results.get("status", "")),
         wall_s=results.get("wall_s"),

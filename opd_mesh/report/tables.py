@@ -159,8 +159,8 @@ def _phase_cell(mean: Estimate, seeds: Mapping[str, float]) -> Cell:
     return Cell(percent(mean)[0], seeds=", ".join(f"seed {seed}: {100 * one:.1f}" for seed, one in seeds.items()))
 
 
-JUDGE_COLUMNS = ("agreement", "κ", "distance", "calibration error", "length bias", "for the first", "order decides")
-PROBE_COLUMNS = ("score", "raised")
+JUDGE_COLUMNS = ("parsed", "agreement", "κ", "distance", "calibration error", "length bias", "first", "order decides")
+PROBE_COLUMNS = ("parsed", "score", "raised")
 
 
 def judge_rows(summary: ExperimentSummary) -> list[Row]:
@@ -171,6 +171,7 @@ def judge_rows(summary: ExperimentSummary) -> list[Row]:
         place = [one["position_bias"] for one in lines]
         gold = [one["agreement"] for one in lines]
         cells = [
+            _parsed(lines),
             _mean_cell(gold, "exact", _share),
             _mean_cell(gold, "kappa", _decimal),
             _mean_cell(gold, "distance", _decimal),
@@ -188,7 +189,7 @@ def probe_rows(summary: ExperimentSummary) -> list[Row]:
     rows = []
     for model, domain, lines in _judged(summary, probed=True):
         probed = [one["probed"] for one in lines]
-        cells = [_mean_cell(probed, "shift", _signed), _mean_cell(probed, "raised", _share)]
+        cells = [_parsed(lines), _mean_cell(probed, "shift", _signed), _mean_cell(probed, "raised", _share)]
         rows.append(Row(model, f"{lines[0]['probe']} ({domain})", cells))
     return rows
 
@@ -198,6 +199,11 @@ def _judged(summary: ExperimentSummary, *, probed: bool) -> Iterator[tuple[str, 
         for domain, lines in domains.items():
             if lines and (lines[0].get("probe") is not None) == probed:
                 yield model, domain, lines
+
+
+def _parsed(lines: Sequence[Mapping[str, Any]]) -> Cell:
+    asked = sum(one["asked"] for one in lines)
+    return Cell(_share(sum(one["verdicts"] for one in lines) / asked)) if asked else Cell()
 
 
 def _mean_cell(figures: Sequence[Mapping[str, Any] | None], key: str, told: Callable[[float], str]) -> Cell:

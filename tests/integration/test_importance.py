@@ -115,7 +115,7 @@ async def test_every_teacher_of_a_token_is_weighted_alike_in_every_pass(tmp_path
         ({"sampling_logprobs": (0.01,)}, "sampling_logprobs"),
         ({"sampling": SamplingParams(top_p=0.9)}, "kept_token_ids"),
         ({"sampling": SamplingParams(top_k=3)}, "kept_token_ids"),
-        ({"sampling": SamplingParams(temperature=0.0)}, "sampling"),
+        ({"sampling": SamplingParams(temperature=0.0)}, "sampling.temperature"),
     ],
     ids=["no log-probabilities", "nan", "infinite", "above 0", "top_p", "top_k", "greedy"],
 )

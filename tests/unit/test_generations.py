@@ -16,6 +16,7 @@ from opd.v1 import rollout_service_pb2
 from opd_mesh.config.services import TokenLogConfig
 from opd_mesh.errors import InternalError, OpdError, OverloadedError, StreamUnavailableError, UnavailableError
 from opd_mesh.policy import PolicyId
+from opd_mesh.rpc.writer import MESSAGE_BYTES
 from opd_mesh.trajectory import FinishReason, SamplingParams
 from rollout_server import delivery as module
 from rollout_server.batch_call import ROOM_BYTES, BatchCall
@@ -298,6 +299,32 @@ async def test_an_answer_that_fits_no_message_is_refused_and_its_neighbours_are_
     assert [bool(found[tag].status.code) for tag in range(4)] == [True, False, True, False]
     assert "publish it and leave it out of the answer" in found[0].status.message
     assert found[1].num_tokens == 4
+
+
+async def test_answers_share_messages_of_bounded_size(tmp_path: Path) -> None:
+    """They ended together, while nobody read."""
+    count, prompt = 40, tuple(range(100_000, 130_000))
+
+    async def messages() -> AsyncIterator[rollout_service_pb2.GenerateBatchRequest]:
+        items = [rollout_service_pb2.GenerateBatchItem(tag=tag, return_trajectory=True) for tag in range(count)]
+        yield rollout_service_pb2.GenerateBatchRequest(items=items)
+
+    async with opened(tmp_path, Scripted()) as (made, _):
+        names = itertools.count()
+        call = BatchCall(
+            made, check=lambda request: replace(params_of(f"r{next(names)}"), prompt_ids=prompt), policy=lambda: POLICY,
+            credits=count, idle_timeout_s=3600, max_message_bytes=8 << 20,
+        )  # fmt: skip
+        found: list[list[int]] = []
+        sizes: list[int] = []
+        async with aclosing(call.answers(messages())) as answers:
+            async for response in answers:
+                await asyncio.sleep(0.01)
+                found.append([result.tag for result in response.results])
+                sizes.append(response.ByteSize())
+    assert sorted(tag for tags in found for tag in tags) == list(range(count))
+    assert max(sizes) <= MESSAGE_BYTES
+    assert max(map(len, found)) > 1
 
 
 async def test_a_server_that_stops_while_redis_is_away_publishes_when_it_comes_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from tiny_models import tiny_model
 
 from opd_mesh.config.services import TokenLogConfig
 from opd_mesh.errors import InvalidInputError
+from opd_mesh.rpc.writer import MESSAGE_BYTES
 from opd_mesh.trajectory import MAX_KEPT_IDS, SamplingParams, Trajectory
 from rollout_server.decode_engine import DecodeEngine
 from rollout_server.generation import GenerationRequest, TokenEvent
 from rollout_server.request_log import RequestLog, generation_request, states_of
 from rollout_server.requests import RequestParams, RequestState
-from rollout_server.service import _token_batch
+from rollout_server.service import _end_of_piece, _token_batch
 from rollout_server.token_log import TokenLog
 
 SAMPLINGS = [
@@ -133,6 +135,22 @@ def test_masks_stream_with_their_tokens() -> None:
     plain = RequestState(params_of(1), lineage=1)
     plain.append(TokenEvent("r1", 0, 5, -0.5, -0.6, 1))
     assert not _token_batch(plain, 0, 1).kept_token_ids
+
+
+def test_what_is_written_goes_out_in_pieces_that_fit_a_message() -> None:
+    state, plain = RequestState(params_of(0), lineage=1), RequestState(params_of(1), lineage=1)
+    kept = tuple(range(150_000, 150_000 + MAX_KEPT_IDS))
+    for position in range(1000):
+        state.append(TokenEvent("r0", position, kept[-1], -0.5, -0.6, 2**63, kept=kept))
+        plain.append(TokenEvent("r1", position, kept[-1], -0.5, -0.6, 2**63))
+    ends = [0]
+    while ends[-1] < 1000:
+        ends.append(_end_of_piece(state, ends[-1], 1000))
+    sizes = [_token_batch(state, start, end).ByteSize() for start, end in pairwise(ends)]
+    assert max(sizes) < 1.01 * MESSAGE_BYTES
+    assert len(sizes) < 10
+    assert _end_of_piece(plain, 3, 1000) == 1000
+    assert _end_of_piece(state, 3, 4) == 4
 
 
 def test_what_top_k_does_not_bound_is_refused() -> None:

@@ -37,6 +37,7 @@ from rollout_server.log_format import (
     read_record,
     segment_name,
     segment_seed,
+    unpack_ids,
 )
 from rollout_server.log_recovery import Recovery, Replay, recover
 
@@ -119,7 +120,8 @@ def test_a_snapshot_keeps_every_id_and_the_bits_of_every_float(
     for kind, record in replay.requests[3].records(3):
         again.apply(kind, record)
     assert again.requests == replay.requests
-    assert again.requests[3].recovered(3).kept == [tuple(one) for one in (ids or [])[: len(bits)]]
+    found = [unpack_ids(packed) for packed in again.requests[3].recovered(3).kept]
+    assert found == [tuple(one) for one in (ids or [])[: len(bits)]]
     whole = sum(RECORD_HEADER_BYTES + len(record) for _, record in replay.requests[3].records(3))
     assert replay.requests[3].snapshot_bytes == whole
     assert again.next_handle == replay.next_handle == 4
@@ -263,7 +265,7 @@ def test_a_step_is_one_record_though_only_some_of_it_has_kept_ids() -> None:
     step = encode_masked_tokens([kept(0, 0, 3, 5), token(1, 0)])
     requests = recovered(BEGUN, (Kind.REQUEST, encode_request(1, 9, b"q")), (Kind.MASKED_TOKENS, step)).replay.requests
     found = [requests[handle].recovered(handle) for handle in (0, 1)]
-    assert [(request.tokens, request.kept) for request in found] == [([0], [(3, 5)]), ([100], [])]
+    assert [(request.tokens, [*map(unpack_ids, request.kept)]) for request in found] == [([0], [(3, 5)]), ([100], [])]
     assert requests[1].snapshot_bytes == token(1, 0).snapshot_bytes + SNAPSHOT_BYTES + 1
     assert requests[0].snapshot_bytes == kept(0, 0, 3, 5).snapshot_bytes + SNAPSHOT_BYTES + len(requests[0].payload)
 

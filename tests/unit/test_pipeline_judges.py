@@ -67,6 +67,26 @@ def test_a_judge_with_eyes_for_the_place_is_told() -> None:
     assert judge_figures(DOMAINS, {"pairs": right})["pairs"]["position_bias"]["first"] == 0.0
 
 
+def test_a_pair_that_was_judged_in_one_order_says_nothing_of_places() -> None:
+    right = [row(index, float(index % 2 == 0), float(index % 2 == 0)) for index in range(5)]
+    right[1] = row(1, None, 0.0)
+    figures = judge_figures(DOMAINS, {"pairs": right})["pairs"]
+    assert figures["position_bias"] == {"votes": 2, "first": 0.0, "changes": 0.0}
+    assert (figures["asked"], figures["verdicts"]) == (5, 4)
+
+
+def test_a_probe_is_held_against_what_was_asked_in_the_same_way() -> None:
+    long = {"max_new_tokens": 99}
+    rubric = {"rubric": "r.yaml", "domain": "letters"}
+    domains = {
+        "short": parse_config(DomainConfig, {"judging": rubric, "max_new_tokens": 9}, source="test"),
+        "plain": parse_config(DomainConfig, {"judging": rubric, **long, "share": 0.3}, source="test"),
+        "probed": parse_config(DomainConfig, {"judging": {**rubric, "probe": "length"}, **long}, source="test"),
+    }
+    answers = {"short": [row(0, 0.0, 0.0)], "plain": [row(0, 1.0, 0.0)], "probed": [row(0, 1.0, 0.0)]}
+    assert judge_figures(domains, answers)["probed"]["probed"]["shift"] == 0.0
+
+
 def test_without_verdicts_there_are_no_figures() -> None:
     figures = judge_figures(DOMAINS, {"verdicts": [row(0, None, 1.0, 3)], "repeated": [], "pairs": []})
     assert {one["agreement"] is None and one["verdicts"] == 0 for one in figures.values()} == {True}

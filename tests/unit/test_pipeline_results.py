@@ -112,7 +112,9 @@ def test_judges_are_told_by_their_verdicts_and_probes_are_no_skill(tmp_path: Pat
     results = folder.results()
     assert list(results["systems"]["base"]["domains"]) == ["add", "judge"]
     (judge,), (tried,) = results["judges"]["base"]["judge"], results["judges"]["base"]["tried"]
-    assert (judge["seed"], judge["stage"], judge["agreement"]["exact"], judge["probe"]) == (0, "evaluate", 1.0, None)
+    assert (judge["seed"], judge["stage"], judge["split"], judge["asked"]) == (0, "evaluate", "test", 3)
+    assert (judge["agreement"]["exact"], judge["probe"]) == (1.0, None)
+    assert (tmp_path / tried["answers"]).is_file()
     assert (tried["probe"], tried["probed"]) == ("verdict", {"count": 3, "shift": pytest.approx(1 / 3), "raised": 0.5})
     assert "judges" not in Folder(tmp_path, {}).results()
 

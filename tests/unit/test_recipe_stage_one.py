@@ -160,6 +160,8 @@ SOFT = {"name": "soft_overlong", "buffer_tokens": 9}
          "token over the ids that top_p and top_k leave, and these travel with the token, so top_k has to bound them: "
          "set it from 1 to 1024, not 0, or set top_p to 1 and top_k to 0"),
         ({"name": "grpo"}, {"rollout": {"top_k": 1025}}, "set it from 1 to 1024, not 1025"),
+        ({"name": "grpo"}, {"rollout": {"top_k": 5, "engine": {"engine": "vllm"}}}, "rollout.engine.engine: vllm does "
+         "not tell the ids that top_p and top_k leave, which grpo needs; choose transformers"),
         (KL, {"teachers": BASE, "rollout": {"top_k": 5}}, "objective.kl: the reference's log-probabilities are over "
          "all ids, and rollout.top_p or rollout.top_k leaves some; set kl to null, or top_p to 1 and top_k to 0"),
         (KL, {"teachers": BASE, "rollout": {"temperature": 0.7}}, "rollout.temperature: the reference's log-"

@@ -292,6 +292,8 @@ def test_what_judges_are_worth_and_what_probes_did_to_them(tmp_path: Path, undra
     folder = write_pipeline(tmp_path)
     results = json.loads((folder / "results.json").read_text())
     figures = {
+        "split": "test",
+        "asked": 20,
         "verdicts": 10,
         "agreement": {"count": 10, "exact": 0.9, "kappa": 0.8, "distance": 0.1},
         "calibration": {"fifths": [], "error": 0.05},
@@ -303,11 +305,21 @@ def test_what_judges_are_worth_and_what_probes_did_to_them(tmp_path: Path, undra
     other = {**figures, "agreement": {"count": 10, "exact": 0.8, "kappa": None, "distance": 0.2}}
     pairs = {**figures, "length_bias": None, "position_bias": {"votes": 10, "first": 0.034, "changes": 0.2}}
     nothing = dict.fromkeys(("agreement", "calibration", "length_bias", "position_bias"))
-    probe = {**nothing, "verdicts": 10, "probe": "length", "probed": {"count": 9, "shift": -0.25, "raised": 0.125}}
+    probe = {
+        **nothing,
+        "split": "test",
+        "asked": 16,
+        "verdicts": 10,
+        "probe": "length",
+        "probed": {"count": 9, "shift": -0.25, "raised": 0.125},
+    }
     results["judges"] = {
         "union": {
             "verdicts": [{"seed": 0, "stage": "evaluate", **figures}, {"seed": 1, "stage": "evaluate", **other}],
-            "pairs": [{"seed": 0, "stage": "evaluate", **pairs}],
+            "pairs": [
+                {"seed": 0, "stage": "early", **other, "split": "validation"},
+                {"seed": 0, "stage": "evaluate", **pairs},
+            ],
             "repeated": [{"seed": 0, "stage": "evaluate", **probe}],
         }
     }
@@ -316,12 +328,13 @@ def test_what_judges_are_worth_and_what_probes_did_to_them(tmp_path: Path, undra
     first, second = tables.judge_rows(summary)
     assert (first.name, first.kind) == ("union", "verdicts")
     values = [cell.value for cell in first.cells]
-    assert values == ["85.0 %", "0.800", "0.150", "0.050", "−0.125", "—", "—"]
+    assert values == ["50.0 %", "85.0 %", "0.800", "0.150", "0.050", "−0.125", "—", "—"]
     assert [cell.value for cell in second.cells][-3:] == ["—", "+3.4 %", "20.0 %"]
     (probed,) = tables.probe_rows(summary)
-    assert (probed.kind, [cell.value for cell in probed.cells]) == ("length (repeated)", ["−0.250", "12.5 %"])
+    assert (probed.kind, [cell.value for cell in probed.cells]) == ("length (repeated)", ["62.5 %", "−0.250", "12.5 %"])
     text = text_of(build_report(folder).read_text())
     assert undrawn
     assert "Models as judges" in text
-    assert "length (repeated) −0.250 12.5 %" in text
+    assert "length (repeated) 62.5 % −0.250 12.5 %" in text
+    results["judges"]["union"]["pairs"].pop(0)  # as accuracies: of several evaluations the one on test prompts
     assert summary.to_json()["judges"] == results["judges"]

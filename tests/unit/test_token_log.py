@@ -24,7 +24,7 @@ from opd_mesh.config.services import TokenLogConfig
 from opd_mesh.errors import CorruptLogError, InternalError, LogFullError, LogOwnedError, PreconditionError
 from opd_mesh.trajectory import FinishReason
 from rollout_server.log_folder import SegmentFiles, log_id
-from rollout_server.log_format import RECORD_HEADER_BYTES
+from rollout_server.log_format import RECORD_HEADER_BYTES, unpack_ids
 from rollout_server.log_recovery import recover
 from rollout_server.token_log import LoggedToken, RecoveredRequest, TokenLog
 
@@ -62,7 +62,8 @@ def assert_prefix(request: RecoveredRequest, n_tokens: int | None = None) -> Non
         (item.token_id, item.sampling_logprob, item.policy_logprob, item.policy_version) for item in expected
     ]
     assert n_tokens is None or len(request.tokens) == n_tokens
-    assert request.kept in ([], [kept_ids(request.handle, index) for index in range(len(request.tokens))])
+    found = list(map(unpack_ids, request.kept))
+    assert found in ([], [kept_ids(request.handle, index) for index in range(len(request.tokens))])
 
 
 def eventually(holds: Callable[[], bool]) -> None:
