@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,86 +9,39 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from masked_cases import ADVANTAGES, VERDICT, WrittenCase
 from test_likelihood import gradient_error
-from tiny_models import EOS_ID, save_tiny_checkpoint
 from torch import Tensor
 
 from opd_mesh.config.base import parse_config
 from opd_mesh.config.recipe import Recipe
-from opd_mesh.config.sections import StudentConfig
 from opd_mesh.config.training import DapoConfig, GrpoConfig
 from opd_mesh.errors import InternalError, TrajectoryError
-from opd_mesh.grammar import Grammars, TokenVocabulary
-from opd_mesh.trajectory import SamplingParams, Trajectory
-from rollout_server.decode_engine import DecodeEngine
-from rollout_server.generation import GenerationRequest
-from student_trainer.batch import Sample, plan_batch
-from student_trainer.heads import HeadStore
+from opd_mesh.grammar import Grammars
+from student_trainer.batch import Sample
 from student_trainer.importance import check_behaviour
 from student_trainer.likelihood import PolicyGradient, Sft
-from student_trainer.objective import Objective, build_objective
+from student_trainer.objective import build_objective
 from student_trainer.passes import OpenPass, TokenMeans
-from student_trainer.student import Student
-from student_trainer.update import compute_gradients
 
 TEMPERATURE = 0.8
-VERDICT = r'start: "score: " /[1-5]/ " because " /[a-z ]{3,9}/ "\n"'
 WORDS = "start: /[a-c]{2,3}/ (/ / /[a-c]{2,3}/){1,2}"
 GRAMMARS = [VERDICT, "", WORDS, VERDICT, ""]
-ADVANTAGES = [1.5, -0.75, 0.5, -1.25, 0.25]
 
 
-class Case:
-    """A tiny student, what an engine wrote with its weights, and the weights in float64."""
+class Case(WrittenCase):
+    """Verdicts and other texts by a grammar, and texts without one."""
 
     def __init__(self, folder: Path) -> None:
-        path = save_tiny_checkpoint(
-            folder / "student", "llama", 0, vocab_size=137, tokenizer_vocab_size=131, logit_std=2.0
-        )
-        self.student = Student(StudentConfig(path=path), device="cpu", deterministic=False, seed=0)
-        self.exact = copy.deepcopy(self.student.model).double()
-        self.heads = HeadStore(folder / "heads", "cpu")
-        self.grammars = Grammars(TokenVocabulary.of(self.student.tokenizer, self.student.vocab_size))
-        engine = DecodeEngine(
-            copy.deepcopy(self.student.model),
-            policy_version=1,
-            valid_vocab_size=self.student.vocab_size,
-            max_context_tokens=90,
-            grammars=self.grammars,
-        )
-        requests = {}
-        for index, grammar in enumerate(GRAMMARS):
-            sampling = SamplingParams(index, TEMPERATURE, max_new_tokens=40, stop_token_ids=(EOS_ID,), grammar=grammar)
-            sampling = sampling if grammar else replace(sampling, max_new_tokens=7 + index)
-            requests[f"t{index}"] = GenerationRequest(f"t{index}", tuple(range(20, 25 + index)), sampling)
-            engine.submit(requests[f"t{index}"])
-        events: dict[str, list[Any]] = {name: [] for name in requests}
-        while not engine.idle:
-            for event in engine.step():
-                events[event.request_id].append(event)
-        self.trajectories = [
-            Trajectory(
-                trajectory_id=name,
-                domain="judging" if request.sampling.grammar else "writing",
-                token_ids=(*request.prompt_ids, *(event.token_id for event in events[name])),
-                scored_spans=((len(request.prompt_ids), len(request.prompt_ids) + len(events[name])),),
-                sampling_logprobs=tuple(event.sampling_logprob for event in events[name]),
-                policy_logprobs=tuple(event.policy_logprob for event in events[name]),
-                sampling=request.sampling,
-            )
-            for name, request in requests.items()
-        ]
-        self.lengths = [trajectory.num_scored for trajectory in self.trajectories]
+        super().__init__(folder, [{"grammar": one} for one in GRAMMARS], temperature=TEMPERATURE, free_tokens=7)
 
-    def samples(self, behaviour_R: Tensor | None = None) -> list[Sample]:
-        trajectories = self.trajectories
-        if behaviour_R is not None:
-            parts = behaviour_R.split(self.lengths)
-            trajectories = [
-                replace(one, sampling_logprobs=tuple(part.tolist()))
-                for one, part in zip(trajectories, parts, strict=True)
-            ]
-        return [Sample(one, advantage=value) for one, value in zip(trajectories, ADVANTAGES, strict=True)]
+    def rewritten(self, behaviour_R: Tensor) -> list[Sample]:
+        """As if another policy had drawn them."""
+        parts = behaviour_R.split(self.lengths)
+        return [
+            replace(one, trajectory=replace(one.trajectory, sampling_logprobs=tuple(part.tolist())))
+            for one, part in zip(self.samples(), parts, strict=True)
+        ]
 
     def exact_R(self, *, masked: bool = True) -> tuple[Tensor, Tensor]:
         """(log-probabilities with gradient, entropies) of all response tokens, whole sequences in float64."""
@@ -111,15 +63,6 @@ class Case:
     def objective(self, config: Any = None, **changes: Any) -> PolicyGradient:
         fields = {"grammars": lambda: self.grammars, **changes}
         return PolicyGradient(config or DapoConfig(), TEMPERATURE, 40, **fields)
-
-    def gradients(
-        self, objective: Objective, samples: list[Sample], tokens_per_pass: int = 10_000
-    ) -> tuple[float, TokenMeans, dict[str, Tensor]]:
-        self.student.model.zero_grad(set_to_none=True)
-        plan = plan_batch(samples, tokens_per_pass=tokens_per_pass, heads_together=1)
-        loss, means = compute_gradients(plan, self.student, objective, self.heads)
-        found = {name: p.grad.clone() for name, p in self.student.model.named_parameters() if p.grad is not None}
-        return loss, means, found
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +88,7 @@ def test_the_engines_logprobs_are_those_over_what_was_allowed(case: Case) -> Non
 
 @pytest.mark.parametrize("tokens_per_pass", [10_000, 60, 1])
 def test_on_policy_every_ratio_is_one(case: Case, tokens_per_pass: int) -> None:
-    loss, means, found = case.gradients(case.objective(), case.samples(), tokens_per_pass)
+    loss, means, found = case.gradients_of(case.objective(), case.samples(), tokens_per_pass)
     metrics = means.means()
     assert abs(metrics["kl_behaviour"]) < 1e-6
     assert metrics["clip_fraction"] == 0
@@ -174,7 +117,7 @@ def test_off_policy_the_clipped_ratio_is_of_what_could_be_drawn(case: Case) -> N
     case.exact.zero_grad(set_to_none=True)
     exact.backward()
     wanted = {name: p.grad for name, p in case.exact.named_parameters() if p.grad is not None}
-    loss, means, found = case.gradients(case.objective(config), case.samples(behaviour_R), 60)
+    loss, means, found = case.gradients_of(case.objective(config), case.rewritten(behaviour_R), 60)
     assert loss == pytest.approx(float(exact.detach()), rel=1e-5, abs=1e-6)
     assert gradient_error(found, wanted) < 2e-5
     assert means.means()["clip_fraction"] > 0
@@ -184,12 +127,12 @@ def test_off_policy_the_clipped_ratio_is_of_what_could_be_drawn(case: Case) -> N
 def test_a_batch_of_verdicts_alone(case: Case) -> None:
     """No rows without a grammar; and the same gradient as in company, where the others have no advantage."""
     only = [sample for sample in case.samples() if sample.trajectory.sampling.grammar]
-    loss, _, found = case.gradients(case.objective(), only)
+    loss, _, found = case.gradients_of(case.objective(), only)
     total, alone = sum(case.lengths), sum(sample.trajectory.num_scored for sample in only)
     mixed = [
         sample if sample.trajectory.sampling.grammar else replace(sample, advantage=0.0) for sample in case.samples()
     ]
-    other_loss, _, others = case.gradients(case.objective(), mixed)
+    other_loss, _, others = case.gradients_of(case.objective(), mixed)
     assert loss * alone == pytest.approx(other_loss * total, rel=1e-5)
     scaled = {name: grad.double() * total / alone for name, grad in others.items()}
     assert gradient_error(found, scaled) < 1e-5
@@ -200,28 +143,28 @@ def test_without_a_grammar_nobody_asks_for_the_tokenizer(case: Case) -> None:
         raise AssertionError("asked for")
 
     free = [sample for sample in case.samples() if not sample.trajectory.sampling.grammar]
-    case.gradients(case.objective(grammars=unasked), free)
+    case.gradients_of(case.objective(grammars=unasked), free)
     with pytest.raises(InternalError, match="no tokenizer"):
-        case.gradients(case.objective(grammars=None), case.samples())
+        case.gradients_of(case.objective(grammars=None), case.samples())
 
 
 def test_what_was_not_drawn_under_its_grammar_is_refused(case: Case) -> None:
     sample = case.samples()[0]
     other = replace(sample.trajectory, sampling=replace(sample.trajectory.sampling, grammar=WORDS))
     with pytest.raises(TrajectoryError, match=r"t0 was not drawn under its grammar.*response token 0") as caught:
-        case.gradients(case.objective(), [replace(sample, trajectory=other)])
+        case.gradients_of(case.objective(), [replace(sample, trajectory=other)])
     assert caught.value.field == "sampling.grammar"
 
 
 def test_a_reference_that_knows_no_grammar_is_refused(case: Case) -> None:
     config = GrpoConfig(kl={"reference": "reference", "coefficient": 0.2})  # type: ignore[arg-type]
     with pytest.raises(TrajectoryError, match=r"set objective\.kl to null") as caught:
-        case.gradients(case.objective(config), case.samples())
+        case.gradients_of(case.objective(config), case.samples())
     assert caught.value.field == "sampling.grammar"
 
 
 def test_sft_does_not_ask_how_an_answer_came_about(case: Case) -> None:
-    loss, *_ = case.gradients(Sft(), [Sample(one) for one in case.trajectories])
+    loss, *_ = case.gradients_of(Sft(), [Sample(one) for one in case.trajectories])
     logits = []
     for one in case.trajectories:
         rows = case.exact(input_ids=torch.tensor([one.token_ids]), use_cache=False).logits[0, one.predicting_positions]
@@ -262,8 +205,8 @@ def test_a_recipes_objective_reads_grammars_by_the_students_tokenizer(case: Case
     )
     objective = build_objective(recipe, case.student)
     assert isinstance(objective, PolicyGradient)
-    loss, *_ = case.gradients(objective, case.samples())
-    assert loss == pytest.approx(case.gradients(case.objective(objective.config), case.samples())[0], rel=1e-6)
+    loss, *_ = case.gradients_of(objective, case.samples())
+    assert loss == pytest.approx(case.gradients_of(case.objective(objective.config), case.samples())[0], rel=1e-6)
     assert objective.grammars is not None
     assert objective.grammars() is objective.grammars()  # compiled grammars are kept from step to step
     assert np.isfinite(loss)

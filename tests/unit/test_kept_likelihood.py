@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,78 +9,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from masked_cases import ADVANTAGES, VERDICT, WrittenCase
 from test_likelihood import gradient_error
-from tiny_models import EOS_ID, save_tiny_checkpoint
 from torch import Tensor
 
-from opd_mesh.config.sections import StudentConfig
 from opd_mesh.config.training import DapoConfig, GrpoConfig
 from opd_mesh.convert import trajectory_from_proto, trajectory_to_proto
 from opd_mesh.errors import TrajectoryError
-from opd_mesh.grammar import Grammars, TokenVocabulary
 from opd_mesh.trajectory import SamplingParams, Trajectory
-from rollout_server.decode_engine import DecodeEngine
-from rollout_server.generation import GenerationRequest
-from student_trainer.batch import Sample, plan_batch
-from student_trainer.heads import HeadStore
+from student_trainer.batch import Sample
 from student_trainer.likelihood import PolicyGradient
 from student_trainer.masks import token_masks
 from student_trainer.passes import OpenPass, TokenMeans
-from student_trainer.student import Student
-from student_trainer.update import compute_gradients
 
 TEMPERATURE = 0.75
-VERDICT = r'start: "score: " /[1-5]/ " because " /[a-z ]{3,9}/ "\n"'
 CUT = {"top_k": 7, "top_p": 0.875, "keep_mask": True}
 # Truncated; free; truncated under a grammar; under a grammar alone; truncated.
 SAMPLINGS: list[dict[str, Any]] = [CUT, {}, {**CUT, "grammar": VERDICT}, {"grammar": VERDICT}, CUT]
-ADVANTAGES = [1.5, -0.75, 0.5, -1.25, 0.25]
 
 
-class Case:
-    """A tiny student, what an engine wrote with its weights, and the weights in float64."""
+class Case(WrittenCase):
+    """Truncated, free and constrained responses."""
 
     def __init__(self, folder: Path) -> None:
-        path = save_tiny_checkpoint(
-            folder / "student", "llama", 0, vocab_size=137, tokenizer_vocab_size=131, logit_std=2.0
-        )
-        self.student = Student(StudentConfig(path=path), device="cpu", deterministic=False, seed=0)
-        self.exact = copy.deepcopy(self.student.model).double()
-        self.heads = HeadStore(folder / "heads", "cpu")
-        self.grammars = Grammars(TokenVocabulary.of(self.student.tokenizer, self.student.vocab_size))
-        engine = DecodeEngine(
-            copy.deepcopy(self.student.model),
-            policy_version=1,
-            valid_vocab_size=self.student.vocab_size,
-            max_context_tokens=90,
-            grammars=self.grammars,
-        )
-        requests = {}
-        for index, changes in enumerate(SAMPLINGS):
-            sampling = SamplingParams(index, TEMPERATURE, max_new_tokens=40, stop_token_ids=(EOS_ID,), **changes)
-            sampling = sampling if sampling.grammar else replace(sampling, max_new_tokens=9 + index)
-            requests[f"t{index}"] = GenerationRequest(f"t{index}", tuple(range(20, 25 + index)), sampling)
-            engine.submit(requests[f"t{index}"])
-        events: dict[str, list[Any]] = {name: [] for name in requests}
-        while not engine.idle:
-            for event in engine.step():
-                events[event.request_id].append(event)
-        self.trajectories = [
-            Trajectory(
-                trajectory_id=name,
-                domain="sums",
-                token_ids=(*request.prompt_ids, *(event.token_id for event in events[name])),
-                scored_spans=((len(request.prompt_ids), len(request.prompt_ids) + len(events[name])),),
-                sampling_logprobs=tuple(event.sampling_logprob for event in events[name]),
-                sampling=request.sampling,
-                kept_token_ids=tuple(event.kept for event in events[name] if event.kept),
-            )
-            for name, request in requests.items()
-        ]
-        self.lengths = [trajectory.num_scored for trajectory in self.trajectories]
-
-    def samples(self) -> list[Sample]:
-        return [Sample(one, advantage=value) for one, value in zip(self.trajectories, ADVANTAGES, strict=True)]
+        super().__init__(folder, SAMPLINGS, temperature=TEMPERATURE, free_tokens=9)
 
     def exact_R(self, *, masked: bool = True) -> Tensor:
         """Log-probabilities of all response tokens, whole sequences in float64, with gradient; without ``masked`` as if
@@ -116,10 +67,7 @@ class Case:
     def gradients(
         self, samples: list[Sample], tokens_per_pass: int = 10_000, config: Any = None
     ) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-        self.student.model.zero_grad(set_to_none=True)
-        plan = plan_batch(samples, tokens_per_pass=tokens_per_pass, heads_together=1)
-        loss, means = compute_gradients(plan, self.student, self.objective(config), self.heads)
-        found = {name: p.grad.clone() for name, p in self.student.model.named_parameters() if p.grad is not None}
+        loss, means, found = self.gradients_of(self.objective(config), samples, tokens_per_pass)
         return loss, means.means(), found
 
 
