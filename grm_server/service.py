@@ -55,6 +55,7 @@ class GenerativeRewardServicer(pb_grpc.GenerativeRewardServiceServicer):
             items_cached=counts.items_cached,
             votes=counts.votes,
             votes_unparsed=counts.votes_unparsed,
+            inline_templates=self._config.inline_templates,
         )
 
     async def Judge(self, request: pb.JudgeRequest, context: grpc.aio.ServicerContext) -> pb.JudgeResponse:

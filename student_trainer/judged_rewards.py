@@ -194,20 +194,27 @@ class GroupJudge:
         return True
 
     async def _check(self, place: int) -> None:
-        """Once for each server: it is there, and knows the rubrics that are named."""
+        """Once for each server: it is there, knows the rubrics that are named, and takes those that are brought."""
         async with self._ready[place]:
             if place in self._checked:
                 return
             await self._clients[place].wait_ready()
-            named = {name: one.reward.rubric for name, one in self._domains.items() if one.rubric is None}
-            if named:
-                versions = [rubric.name for rubric in (await self._clients[place].get_judge()).rubrics]
-                known = {*versions, *(version.partition("@")[0] for version in versions)}
-                for name, rubric in named.items():
-                    if rubric not in known:
-                        field = f"domains.{name}.reward.rubric"
-                        listed = ", ".join(versions) or "none"
-                        raise ConfigError(f"{field}: the GRM has no rubric {rubric!r}; it has {listed}", field=field)
+            judge = await self._clients[place].get_judge()
+            versions = [rubric.name for rubric in judge.rubrics]
+            known = {*versions, *(version.partition("@")[0] for version in versions)}
+            for name, one in self._domains.items():
+                field = f"domains.{name}.reward.rubric"
+                if one.rubric is None and one.reward.rubric not in known:
+                    listed = ", ".join(versions) or "none"
+                    raise ConfigError(
+                        f"{field}: the GRM has no rubric {one.reward.rubric!r}; it has {listed}", field=field
+                    )
+                if one.rubric is not None and not judge.inline_templates and _has_template(one.rubric):
+                    raise ConfigError(
+                        f"{field}: the rubric has a template of its own, and the GRM takes none from requests; put its "
+                        "file among those of the server and name it here, or set inline_templates there",
+                        field=field,
+                    )
             self._checked.add(place)
 
     async def close(self) -> None:
@@ -220,6 +227,10 @@ class GroupJudge:
         self._group_of.clear()
         for client in self._clients:
             await client.close()
+
+
+def _has_template(rubric: pb.Rubric) -> bool:
+    return bool(rubric.template or rubric.pairwise_template)
 
 
 def _answer(domain: Domain, response: Trajectory) -> str | Grade:

@@ -81,12 +81,13 @@ class FakeClient:
         self.gates: dict[str, asyncio.Event] = {}
         self.waited, self.closed = 0, False
         self.rubrics = [pb.RubricName(name="writing@2")]
+        self.inline_templates = False
 
     async def wait_ready(self) -> None:
         self.waited += 1
 
     async def get_judge(self) -> pb.GetJudgeResponse:
-        return pb.GetJudgeResponse(rubrics=self.rubrics)
+        return pb.GetJudgeResponse(rubrics=self.rubrics, inline_templates=self.inline_templates)
 
     async def judge_many(self, items: Sequence[pb.JudgeItem], *, timeout_s: float) -> list[pb.JudgeResponse | OpdError]:
         assert timeout_s > 7.0
@@ -251,8 +252,13 @@ async def test_what_took_too_long_has_no_reward_while_the_server_answers() -> No
 
 async def test_a_server_out_of_reach_ends_the_run_where_rewards_are_waited_for() -> None:
     class Gone(FakeClient):
+        gone = False
+
         async def get_judge(self) -> pb.GetJudgeResponse:
-            raise UnavailableError("nobody there")
+            if self.gone:
+                raise UnavailableError("nobody there")
+            self.gone = True  # once it is asked to judge
+            return await super().get_judge()
 
     judge = new_judge(Gone(lambda _: JudgeUnavailableError("the reward model at h:1 did not judge for 60 s")))
     ask(judge, "x", "!a")
@@ -282,6 +288,27 @@ async def test_a_rubric_may_be_the_servers_own(name: str) -> None:
     await judge.take(["x"])
     assert client.asked[0].rubric_name == name
     assert not client.asked[0].HasField("rubric_inline")
+    await judge.close()
+
+
+@pytest.mark.parametrize("key", ["template", "pairwise_template"])
+async def test_a_template_that_the_server_would_refuse_is_told_before_anything_is_judged(key: str) -> None:
+    rubric = pb.Rubric()
+    rubric.CopyFrom(RUBRIC)
+    setattr(rubric, key, "{{ prompt }}")
+    client = FakeClient()
+    judge = new_judge(client, rubric=rubric, size=1)
+    ask(judge, "x", "!a")
+    with pytest.raises(ConfigError, match="or set inline_templates there") as error:
+        await judge.take(["x"])
+    assert error.value.field == "domains.d.reward.rubric"
+    assert not client.asked
+    await judge.close()
+    client = FakeClient()
+    client.inline_templates = True
+    judge = new_judge(client, rubric=rubric, size=1)
+    ask(judge, "x", "!a")
+    assert (await judge.take(["x"]))[0].total is not None
     await judge.close()
 
 

@@ -173,7 +173,7 @@ class GetJudgeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetJudgeResponse(_message.Message):
-    __slots__ = ("policy", "tokenizer_fingerprint", "rubrics", "constrained", "items_judged", "items_cached", "votes", "votes_unparsed")
+    __slots__ = ("policy", "tokenizer_fingerprint", "rubrics", "constrained", "items_judged", "items_cached", "votes", "votes_unparsed", "inline_templates")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     RUBRICS_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,7 @@ class GetJudgeResponse(_message.Message):
     ITEMS_CACHED_FIELD_NUMBER: _ClassVar[int]
     VOTES_FIELD_NUMBER: _ClassVar[int]
     VOTES_UNPARSED_FIELD_NUMBER: _ClassVar[int]
+    INLINE_TEMPLATES_FIELD_NUMBER: _ClassVar[int]
     policy: _common_pb2.Policy
     tokenizer_fingerprint: str
     rubrics: _containers.RepeatedCompositeFieldContainer[RubricName]
@@ -190,7 +191,8 @@ class GetJudgeResponse(_message.Message):
     items_cached: int
     votes: int
     votes_unparsed: int
-    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., rubrics: _Optional[_Iterable[_Union[RubricName, _Mapping]]] = ..., constrained: _Optional[bool] = ..., items_judged: _Optional[int] = ..., items_cached: _Optional[int] = ..., votes: _Optional[int] = ..., votes_unparsed: _Optional[int] = ...) -> None: ...
+    inline_templates: bool
+    def __init__(self, policy: _Optional[_Union[_common_pb2.Policy, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., rubrics: _Optional[_Iterable[_Union[RubricName, _Mapping]]] = ..., constrained: _Optional[bool] = ..., items_judged: _Optional[int] = ..., items_cached: _Optional[int] = ..., votes: _Optional[int] = ..., votes_unparsed: _Optional[int] = ..., inline_templates: _Optional[bool] = ...) -> None: ...
 
 class RubricName(_message.Message):
     __slots__ = ("name", "digest")
