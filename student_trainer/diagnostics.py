@@ -7,7 +7,7 @@ start, teacher-aligned prompts with a share of others); Yu et al., DAPO, arXiv 2
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from opd_mesh.config.sections import DiagnosticsConfig
@@ -16,23 +16,17 @@ Line = Mapping[str, float]
 
 
 class Diagnostics:
-    """Over the lines of ``metrics.jsonl``; each sign is told once per teacher or domain.
+    """Over the lines of ``metrics.jsonl``; each sign is told once per teacher or domain."""
 
-    Args:
-        decided: domains whose responses are to become certain, such as verdicts under a grammar: what is left of their
-            entropy is no sign of anything.
-    """
-
-    def __init__(self, config: DiagnosticsConfig, decided: Collection[str] = ()) -> None:
+    def __init__(self, config: DiagnosticsConfig) -> None:
         self._config = config
-        self._quiet = {f"entropy_domain/{domain}" for domain in decided}
         self._series: dict[str, _Series] = {}  # of the metrics that a sign is read from
         self._told: set[str] = set()
 
     def take(self, line: Line) -> list[str]:
         """Warnings that the newest step gives rise to."""
         for key, value in line.items():
-            if key.startswith(_READ) and key not in self._quiet:
+            if key.startswith(_READ):
                 if key not in self._series:
                     self._series[key] = _Series(self._config.window_steps)
                 self._series[key].add(value)
@@ -114,7 +108,7 @@ def _collapsed_entropy(domain: str, read: Read, config: DiagnosticsConfig) -> st
     return (
         f"domain {domain}: the student's entropy fell from {entropy.first:.3f} to {entropy.now:.3f} nats a token: it "
         f"has all but stopped trying other answers. Mix in prompts of another kind (domains.{domain}.others); under a "
-        "policy gradient raise clip_high or add objective.kl; or lower optimizer.lr"
+        "policy gradient raise clip_high, add objective.kl or dynamic_sampling; or lower optimizer.lr"
     )
 
 

@@ -105,8 +105,7 @@ class Trainer:
         self.evaluations = MetricsLog(run_dir / "evaluations.jsonl")
         self.evaluator = Evaluator(recipe, run_dir, student, self.teachers, self.rollouts, self.heads)
         self.accuracy = AccuracyEvaluator(recipe, self.rollouts)
-        verdicts = [name for name, domain in recipe.domains.items() if domain.judging and domain.judging.constrained]
-        self.diagnostics = Diagnostics(recipe.diagnostics, decided=verdicts)
+        self.diagnostics = Diagnostics(recipe.diagnostics)
         self.warnings: list[str] = []
         self._preparing: asyncio.Task[None] | None = None
         self._giving_up: asyncio.Future[None] | None = None

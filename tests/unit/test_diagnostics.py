@@ -49,15 +49,6 @@ def test_collapsed_entropy_names_the_domain():
     assert warning.startswith("step 9:")
 
 
-def test_a_verdict_may_become_certain():
-    diagnostics = Diagnostics(CONFIG, decided=["judge"])
-    steps = [{"step": step, "entropy_domain/judge": 1.0 if step < 6 else 0.01} for step in range(12)]
-    assert diagnostics.take_all(steps) == []
-    assert (
-        len(diagnostics.take_all({**step, "entropy_domain/code": step["entropy_domain/judge"]} for step in steps)) == 1
-    )
-
-
 def test_exploding_length():
     (warning,) = told(response_length__code=[10.0] * 3 + [30.0] * 5)
     assert "from 10.0 to 30.0 tokens" in warning
