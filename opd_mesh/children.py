@@ -103,7 +103,7 @@ class Child:
                 self.address = str(json.loads(self.ready_file.read_text())["address"])
                 return self.address
             if self.process.poll() is not None:
-                raise self.gone("before it was ready")
+                raise self.gone(" before it was ready")
             await asyncio.sleep(0.05)
         raise UnavailableError(
             f"the {self.name} server is not ready; it said nothing for {START_TIMEOUT_S:g} s, or was not done in "
@@ -113,9 +113,7 @@ class Child:
     def gone(self, when: str = "") -> UnavailableError:
         """Of a process that has ended: the error that says so."""
         code = self.process.returncode
-        return UnavailableError(
-            " ".join(filter(None, (f"the {self.name} server ended with code {code}", when))) + f": {self.said_error()}"
-        )
+        return UnavailableError(f"the {self.name} server ended with code {code}{when}: {self.said_error()}")
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL where that does not end it."""

@@ -45,8 +45,8 @@ class _Item:
         self.outcome = outcome if is_error else (outcome.error or outcome)  # type: ignore[union-attr]
         self._ended(self)
 
-    def answer(self, max_bytes: int) -> Result:
-        """:meth:`result`, or the error that it does not fit a message: kept ids may be many."""
+    def answer(self, max_bytes: int) -> tuple[Result, int]:
+        """:meth:`result`, or the error that it does not fit a message: kept ids may be many. With its size in bytes."""
         result = self.result()
         if (size := result.ByteSize()) > max_bytes:
             self.outcome = TooLongError(
@@ -56,7 +56,8 @@ class _Item:
                 field="return_trajectory",
             )
             result = self.result()
-        return result
+            size = result.ByteSize()
+        return result, size
 
     def result(self) -> Result:
         """What it was told."""
@@ -190,8 +191,7 @@ class BatchCall:
             item = self._ended.popleft()
             self._owed.discard(item)
             self._sent.set()
-            result = item.answer(self._max_answer_bytes)
-            more = result.ByteSize()
+            result, more = item.answer(self._max_answer_bytes)
             if size and size + more > MESSAGE_BYTES - ROOM_BYTES:
                 yield response
                 response, size = Response(), 0

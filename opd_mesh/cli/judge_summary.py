@@ -9,7 +9,7 @@ from typing import Any
 
 from opd_mesh.cli.judge_lines import Line, failures_of
 from opd_mesh.judging.probes import probe_figures
-from opd_mesh.judging.statistics import agreement, calibration, length_bias, position_bias
+from opd_mesh.judging.statistics import agreement, as_values, calibration, length_bias, position_bias
 
 
 def summary_of(lines: Sequence[Line], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -36,11 +36,11 @@ def summary_of(lines: Sequence[Line], rows: Mapping[str, Mapping[str, Any]]) -> 
         "parsed_share": sum(vote["score"] is not None for vote in votes) / len(votes) if votes else None,
         "mean_score": statistics.fmean(row["score"] for _, row in lone) if lone else None,
         "judges": sorted({_judge(row["judge"]) for _, row in judged}),
-        "length_bias": _or_none(_length_bias(lone)),
+        "length_bias": as_values(_length_bias(lone)),
         "probes": _probes([line.key for line, _ in lone], probes, rows),
-        "position_bias": _or_none(position_bias([_by_order(row) for row in pairs])),
-        "agreement": _or_none(agreement(scores, golds)),
-        "calibration": _or_none(calibration(scores, golds)),
+        "position_bias": as_values(position_bias([_by_order(row) for row in pairs])),
+        "agreement": as_values(agreement(scores, golds)),
+        "calibration": as_values(calibration(scores, golds)),
     }
 
 
@@ -59,10 +59,6 @@ def _probes(
 
 def _judge(judge: Mapping[str, Any]) -> str:
     return f"{judge['run_id']}/{judge['lineage']}/{judge['version']} {judge['digest']}"
-
-
-def _or_none(figures: Any) -> dict[str, Any] | None:
-    return None if figures is None else asdict(figures)
 
 
 def _length_bias(judged: Sequence[tuple[Line, Mapping[str, Any]]]) -> Any:

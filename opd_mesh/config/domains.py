@@ -76,6 +76,16 @@ class DomainConfig(Strict):
         return self.splits is not None and self.splits.test > 0
 
     @property
+    def answering_domain(self) -> str | None:
+        """The domain whose answers this one judges."""
+        return None if self.judging is None else self.judging.domain
+
+    @property
+    def is_probe(self) -> bool:
+        """What it shows a judge is dressed up for a better score: no skill is measured by it."""
+        return self.judging is not None and self.judging.probe is not None
+
+    @property
     def is_rewarded(self) -> bool:
         """Whether responses can earn anything."""
         return self.verifier is not None or self.reward is not None
@@ -128,22 +138,21 @@ def with_judged_splits(domains: Mapping[str, DomainConfig]) -> dict[str, DomainC
     """
     found = dict(domains)
     for name, config in domains.items():
-        if config.judging is None or config.judging.domain is None:
+        judged = config.answering_domain
+        if judged is None:
             continue
         field = f"{name}.judging.domain"
-        answering = domains.get(config.judging.domain)
+        answering = domains.get(judged)
         if answering is None:
-            raise ValueError(f"{field}: {config.judging.domain!r} is none of the domains {', '.join(domains)}")
+            raise ValueError(f"{field}: {judged!r} is none of the domains {', '.join(domains)}")
         if answering.judging is not None or answering.trajectories is not None:
-            raise ValueError(f"{field}: {config.judging.domain} holds no questions with answers; name one that does")
+            raise ValueError(f"{field}: {judged} holds no questions with answers; name one that does")
         if answering.verifier is None:
-            raise ValueError(
-                f"{field}: which answers are right is for the verifier of {config.judging.domain} to say; give it one"
-            )
+            raise ValueError(f"{field}: which answers are right is for the verifier of {judged} to say; give it one")
         if config.splits not in (None, answering.splits):
             raise ValueError(
                 f"{name}.splits: an item belongs to the split of the one that is judged; leave it out, and set "
-                f"{config.judging.domain}.splits"
+                f"{judged}.splits"
             )
         found[name] = config.replace(splits=answering.splits)
     return found

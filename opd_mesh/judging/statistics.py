@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,11 @@ FIFTHS = 5
 _DIGITS = 9  # to which two scores that are the same agree
 _TINY = 1e-12
 FloatArray = npt.NDArray[np.float64]
+
+
+def as_values(figures: Any) -> dict[str, Any] | None:
+    """Any figures of this package, a dataclass or None, as they are written down."""
+    return None if figures is None else asdict(figures)
 
 
 # --- rank correlation ------------------------------------------------------------------------------------------

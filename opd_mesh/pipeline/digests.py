@@ -272,8 +272,8 @@ def _domain(recipe: Recipe, name: str, files: FileDigests, *, keep_share: bool, 
             _put_contents(value["others"], files)
         if config.reward is not None and "reward" in value and isinstance(config.reward.rubric, Path):
             value["reward"] = {**value["reward"], "rubric": files.of(config.reward.rubric)}
-        if config.judging is not None and config.judging.domain is not None:
-            value["judged"] = _domain(recipe, config.judging.domain, files, keep_share=False)
+        if config.answering_domain is not None:
+            value["judged"] = _domain(recipe, config.answering_domain, files, keep_share=False)
     effort = None if config.effort is None else recipe.efforts[config.effort].model_dump(mode="json")
     return [name, value, effort]
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from opd_mesh.config.domains import DomainConfig
 from opd_mesh.judging.probes import probe_figures
-from opd_mesh.judging.statistics import agreement, calibration, length_bias, position_bias
+from opd_mesh.judging.statistics import agreement, as_values, calibration, length_bias, position_bias
 
 Rows = Sequence[Mapping[str, Any]]  # of an answers file, see student_trainer.answering
 
@@ -35,25 +34,25 @@ def judge_figures(domains: Mapping[str, DomainConfig], answers: Mapping[str, Row
         found[name] = {
             "asked": len(rows),
             "verdicts": len(verdicts),
-            "agreement": _or_none(agreement(said, gold)),
-            "calibration": _or_none(calibration(said, gold)),
+            "agreement": as_values(agreement(said, gold)),
+            "calibration": as_values(calibration(said, gold)),
             "length_bias": None,
-            "position_bias": _or_none(position_bias(_by_order(verdicts))) if judging.pairwise else None,
+            "position_bias": as_values(position_bias(_by_order(verdicts))) if judging.pairwise else None,
             "probe": judging.probe,
             "probed": None,
         }
         if judging.probe is not None:
-            plain = _plain(domains, name, answers)
+            untouched = _untouched(domains, name, answers)
             probe: str = judging.probe
-            known = [row for row in verdicts if row["prompt_index"] in plain]
-            pairs = [(plain[row["prompt_index"]], {probe: row["said"]}) for row in known]
-            found[name]["probed"] = _or_none(probe_figures(pairs).get(probe))
+            known = [row for row in verdicts if row["prompt_index"] in untouched]
+            pairs = [(untouched[row["prompt_index"]], {probe: row["said"]}) for row in known]
+            found[name]["probed"] = as_values(probe_figures(pairs).get(probe))
         elif len(chars) == len(verdicts):  # not of pairs
-            found[name]["length_bias"] = _or_none(length_bias(said, chars, gold))
+            found[name]["length_bias"] = as_values(length_bias(said, chars, gold))
     return found
 
 
-def _plain(domains: Mapping[str, DomainConfig], name: str, answers: Mapping[str, Rows]) -> dict[int, float]:
+def _untouched(domains: Mapping[str, DomainConfig], name: str, answers: Mapping[str, Rows]) -> dict[int, float]:
     """What was said of the answers of a probing domain as they are, by prompt; of none, where nobody was asked."""
     judging = domains[name].judging
     assert judging is not None
@@ -80,7 +79,3 @@ def _by_order(rows: Rows) -> list[tuple[list[float], list[float]]]:
             given.append(row["said"])
     # With one order alone, whom the judge is for would be whoever deserves it.
     return [orders for orders in pairs.values() if all(orders)]
-
-
-def _or_none(figures: Any) -> dict[str, Any] | None:
-    return None if figures is None else asdict(figures)

@@ -276,8 +276,8 @@ class _Planner:
 
     def _with_judged(self, domains: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """And those whose answers they judge, where these are not among them: never trained on."""
-        judged = [self._pipeline.domains[name].judging for name in domains if name in self._pipeline.domains]
-        missing = [one.domain for one in judged if one is not None and one.domain and one.domain not in domains]
+        judged = [self._pipeline.domains[name].answering_domain for name in domains if name in self._pipeline.domains]
+        missing = [name for name in judged if name is not None and name not in domains]
         return {**domains, **{name: self._dumped(name, 0.0) for name in missing}}
 
     def _efforts(self) -> dict[str, Any]:
@@ -297,8 +297,7 @@ class _Planner:
         if has(value, "evaluation.accuracy") and value["evaluation"]["accuracy"] is not None:
             for domain, config in self._pipeline.domains.items():
                 # What is tried on judges is for evaluations: of a run's curves there would be one for each trick.
-                probes = config.judging is not None and config.judging.probe is not None
-                if domain not in value["domains"] and config.verifier is not None and not probes:
+                if domain not in value["domains"] and config.verifier is not None and not config.is_probe:
                     value["domains"][domain] = self._dumped(domain, 0.0)
         value["domains"] = self._with_judged(value["domains"])
         teachers = dict.fromkeys([*phase.teachers, *references(value)])

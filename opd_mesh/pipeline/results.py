@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,65 +62,47 @@ class Results:
                 systems[name] = {"kind": stage.kind, "domains": {}, "cost": self._cost(name)}
                 if (chosen := self._chosen(name)) is not None:
                     systems[name]["chosen"] = {key: fact for key, fact in chosen.facts.items() if key != "seconds"}
-        for name, stage in self._pipeline.stages.items():
-            if isinstance(stage, EvaluateStage):
-                for seed in self._seeds:
-                    self._add_scores(systems, name, stage, seed)
-        return systems
-
-    def _add_scores(self, systems: dict[str, Any], name: str, stage: EvaluateStage, seed: int) -> None:
-        inputs = self._resolved[f"seed{seed}/{name}"].inputs
-        for model in dict.fromkeys(stage.models):
-            answers = self._artefact(inputs.get(f"answers/{model}"))
-            if answers is None:
-                continue
+        for where, model, answers in self._evaluated():
             system = systems.setdefault(model, {"kind": "model", "domains": {}, "cost": None})
             for domain, scores in answers.facts["scores"].items():
-                if self._probes(domain):  # no skill: see _judges
+                if self._pipeline.domains[domain].is_probe:  # no skill: see _judges
                     continue
                 accuracy, graded = scores["accuracy"], scores["graded"]
-                path = self._answers_path(answers, domain)
                 line = {
-                    "seed": seed,
-                    "stage": name,
-                    "split": stage.split,
+                    **where,
                     "accuracy": accuracy,
                     "correct": None if accuracy is None else round(accuracy * graded),
                     **{key: scores[key] for key in ("graded", "unparsed", "ungraded", "score", "mean_length")},
-                    "answers": str(path),
+                    "answers": self._relative(_answers_file(answers, domain)),
                 }
                 system["domains"].setdefault(domain, []).append(line)
+        return systems
 
-    def _answers_path(self, answers: Artefact, domain: str) -> Path:
-        """Relative to the pipeline's folder."""
-        return (answers.path / "answers" / f"{domain}.jsonl").relative_to(self._store.root.parent)
-
-    def _probes(self, domain: str) -> bool:
-        judging = self._pipeline.domains[domain].judging
-        return judging is not None and judging.probe is not None
-
-    def _judges(self) -> dict[str, Any]:
-        """Model → judging domain → a line per seed, see :func:`opd_mesh.pipeline.judges.judge_figures`."""
-        found: dict[str, Any] = {}
-        domains = self._pipeline.domains
+    def _evaluated(self) -> Iterator[tuple[dict[str, Any], str, Artefact]]:
+        """(seed, stage and split, model, its answers) of every evaluation that is done."""
         for name, stage in self._pipeline.stages.items():
             if not isinstance(stage, EvaluateStage):
                 continue
             for seed in self._seeds:
                 inputs = self._resolved[f"seed{seed}/{name}"].inputs
                 for model in dict.fromkeys(stage.models):
-                    answers = self._artefact(inputs.get(f"answers/{model}"))
-                    if answers is None:
-                        continue
-                    rows = {
-                        domain: _rows(answers.path / "answers" / f"{domain}.jsonl")
-                        for domain in answers.facts["scores"]
-                        if domains[domain].judging is not None
-                    }
-                    for domain, figures in judge_figures(domains, rows).items():
-                        path = str(self._answers_path(answers, domain))
-                        line = {"seed": seed, "stage": name, "split": stage.split, **figures, "answers": path}
-                        found.setdefault(model, {}).setdefault(domain, []).append(line)
+                    if (answers := self._artefact(inputs.get(f"answers/{model}"))) is not None:
+                        yield {"seed": seed, "stage": name, "split": stage.split}, model, answers
+
+    def _relative(self, path: Path) -> str:
+        """To the pipeline's folder."""
+        return str(path.relative_to(self._store.root.parent))
+
+    def _judges(self) -> dict[str, Any]:
+        """Model → judging domain → a line per seed, see :func:`opd_mesh.pipeline.judges.judge_figures`."""
+        found: dict[str, Any] = {}
+        domains = self._pipeline.domains
+        for where, model, answers in self._evaluated():
+            judging = [domain for domain in answers.facts["scores"] if domains[domain].judging is not None]
+            rows = {domain: _rows(_answers_file(answers, domain)) for domain in judging}
+            for domain, figures in judge_figures(domains, rows).items():
+                line = {**where, **figures, "answers": self._relative(_answers_file(answers, domain))}
+                found.setdefault(model, {}).setdefault(domain, []).append(line)
         return found
 
     # --- training ----------------------------------------------------------------------------------------------
@@ -172,6 +154,10 @@ class Results:
                             line = {"seed": seed, "accuracy": found[domain]}
                             phases.setdefault(name, {}).setdefault(label, {}).setdefault(domain, []).append(line)
         return phases
+
+
+def _answers_file(answers: Artefact, domain: str) -> Path:
+    return answers.path / "answers" / f"{domain}.jsonl"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def _difference(estimate: Estimate | None) -> Cell:
     tone = "flat"
     if estimate.low is not None and estimate.high is not None:
         tone = "good" if estimate.low > 0 else "bad" if estimate.high < 0 else "flat"
-    return Cell(f"+{value}" if estimate.mean > 0 else value, interval, tone=tone)
+    return Cell(_plus(value, estimate.mean), interval, tone=tone)
 
 
 def phase_rows(summary: ExperimentSummary) -> tuple[list[str], list[Row]]:

@@ -75,6 +75,7 @@ class Domain:
     ) -> None:
         self.name = name
         self.config = config
+        self._judged = config.answering_domain  # whose keys are ours
         self.effort = PLAIN if config.effort is None else recipe.efforts[config.effort]
         self.max_new_tokens = recipe.max_new_tokens(config)
         self._length_penalty = recipe.length_penalty(config)
@@ -307,11 +308,6 @@ class Domain:
         return None if prompt.token_ids in self._heldout_ids else prompt
 
     @property
-    def _judged(self) -> str | None:
-        """The domain whose answers this one judges, and whose keys are its own."""
-        return None if self.config.judging is None else self.config.judging.domain
-
-    @property
     def _reads_keys(self) -> bool:
         return self._key_template is not None and isinstance(self._source, Lines)
 
@@ -457,11 +453,7 @@ class Domain:
 def open_domains(recipe: Recipe, tokenizer: Any) -> list[Domain]:
     """All domains of a recipe. Slow: prompts are read, and tokenized."""
     opened: dict[str, Domain] = {}
-
-    def judged_by(config: DomainConfig) -> str | None:
-        return None if config.judging is None else config.judging.domain
-
-    for name, config in sorted(recipe.domains.items(), key=lambda one: judged_by(one[1]) is not None):
-        judged = judged_by(config)
+    for name, config in sorted(recipe.domains.items(), key=lambda one: one[1].answering_domain is not None):
+        judged = config.answering_domain
         opened[name] = Domain(name, config, recipe, tokenizer, answering=opened[judged] if judged else None)
     return [opened[name] for name in recipe.domains]
